@@ -1,0 +1,38 @@
+# make demo    pre-train on images, transfer to volumes, against scratch: a table and pictures in demo/
+#              IMAGES=<class folders> and VOLUMES=<folder of NIfTI pairs> take your own data
+# make test    style, types and the whole test suite
+# make quick   the fast tests alone
+
+PYTHON ?= python3
+VENV ?= .venv
+IMAGES ?=
+VOLUMES ?=
+BIN = $(VENV)/bin
+# Waiting threads that spin instead of sleep make data loading and training fight for a CPU's cores.
+export OMP_WAIT_POLICY = PASSIVE
+
+.PHONY: demo test quick clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/demo.py --output_dir demo --images "$(IMAGES)" --volumes "$(VOLUMES)"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q --durations=20
+
+quick: $(VENV)/.installed-dev
+	$(BIN)/pytest -q -m "not slow and not gpu"
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf demo .pytest_cache .mypy_cache .ruff_cache
