@@ -1,0 +1,48 @@
+"""3D networks that learn from 2D images, and what loads their weights.
+
+Conventions, for every network of this package:
+
+- Volumes are depth first: (N, C, D, H, W) = batch, channels, slices, rows, columns. `DepthFirst` maps MONAI's
+  (N, C, X, Y, Z) to it at the network's edge: X is W, Y is H, Z is D.
+- An image read as a volume is (N, 1, 3, H, W): one channel, three slices.
+- Segmentation networks return logits, not probabilities, with the size of their input.
+- Encoders return a list of maps, shallow to deep, with their channels in `.channels`.
+- State-dict names are the published ones inside the encoder (torchvision's ResNet names).
+
+Names are imported when first used, so that `import networks` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from networks.classifier import ResNet3DClassifier
+    from networks.depth_first import DepthFirst
+    from networks.resnet3d import ResNet3D
+    from networks.unet3d import ResUNet3D
+    from networks.weights import LoadReport, load_pretrained, read_checkpoint
+
+_MODULES = {
+    "DepthFirst": "depth_first",
+    "LoadReport": "weights",
+    "ResNet3D": "resnet3d",
+    "ResNet3DClassifier": "classifier",
+    "ResUNet3D": "unet3d",
+    "load_pretrained": "weights",
+    "read_checkpoint": "weights",
+}
+__all__ = [
+    "DepthFirst",
+    "LoadReport",
+    "ResNet3D",
+    "ResNet3DClassifier",
+    "ResUNet3D",
+    "load_pretrained",
+    "read_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'networks' has no attribute {name!r}")
+    return getattr(import_module(f"networks.{_MODULES[name]}"), name)

@@ -1,0 +1,349 @@
+"""The 3D ResNet that VDT pre-training and every transfer task share."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from math import gcd
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the field's name for it)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+STEMS = ("strided", "unet", "flat")
+NORMS = ("batch", "group", "instance")
+Stride = tuple[int, int, int]
+
+
+def norm_layer(norm: str, channels: int) -> nn.Module:
+    """Build the norm called `norm` for `channels` feature maps.
+
+    Group norm has 32 groups as published, or fewer where a group would have less than two channels.
+    """
+    if norm == "batch":
+        return nn.BatchNorm3d(channels)
+    if norm == "group":
+        return nn.GroupNorm(gcd(64, channels) // 2 or 1, channels)
+    if norm == "instance":
+        return nn.InstanceNorm3d(channels, affine=True)
+    raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+
+
+def conv3x3x3(in_channels: int, out_channels: int, stride: Stride = (1, 1, 1), dilation: int = 1) -> nn.Conv3d:
+    """3 x 3 x 3 convolution that keeps the size at stride 1."""
+    return nn.Conv3d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+
+
+def conv1x1x1(in_channels: int, out_channels: int, stride: Stride = (1, 1, 1)) -> nn.Conv3d:
+    """Pointwise convolution."""
+    return nn.Conv3d(in_channels, out_channels, 1, stride, bias=False)
+
+
+def _write_architecture(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    local_metadata["architecture"] = module.architecture
+
+
+def _check_architecture(
+    module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *unused: Any
+) -> None:
+    written = local_metadata.get("architecture", {})
+    differ = [f"{k}={written[k]!r} (here {v!r})" for k, v in module.architecture.items() if written.get(k, v) != v]  # type: ignore[operator, union-attr]  # ours is a dict
+    if differ:
+        raise ValueError(
+            f"the checkpoint was made by a ResNet3D with {', '.join(differ)}; build the network with the same"
+            " arguments, or start from its encoder with networks.load_pretrained, which allows other strides"
+        )
+
+
+def _times(a: Stride, b: Stride) -> Stride:
+    return (a[0] * b[0], a[1] * b[1], a[2] * b[2])
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 x 3 convolutions beside a shortcut (depths 18 and 34)."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, width: int, stride: Stride, dilation: int, norm: str, downsample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv3x3x3(in_channels, width, stride, dilation)
+        self.bn1 = norm_layer(norm, width)
+        self.conv2 = conv3x3x3(width, width, dilation=dilation)
+        self.bn2 = norm_layer(norm, width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) -> (N, width, D', H', W')."""
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + identity)
+
+
+class Bottleneck(nn.Module):
+    """1, 3, 1 convolutions beside a shortcut (depths 50, 101, 152); the stride sits on the 3 x 3 x 3 one."""
+
+    expansion = 4
+
+    def __init__(
+        self, in_channels: int, width: int, stride: Stride, dilation: int, norm: str, downsample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv1x1x1(in_channels, width)
+        self.bn1 = norm_layer(norm, width)
+        self.conv2 = conv3x3x3(width, width, stride, dilation)
+        self.bn2 = norm_layer(norm, width)
+        self.conv3 = conv1x1x1(width, width * self.expansion)
+        self.bn3 = norm_layer(norm, width * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) -> (N, 4 * width, D', H', W')."""
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + identity)
+
+
+class Stage(nn.Sequential):
+    """The blocks of one stage; optionally recomputed in the backward pass instead of stored."""
+
+    def __init__(self, *blocks: nn.Module, checkpointing: bool) -> None:
+        super().__init__(*blocks)
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) -> (N, C', D', H', W')."""
+        if self.checkpointing and self.training:
+            return self._recomputed(x)
+        for block in self:
+            x = block(x)
+        return x
+
+    @torch.jit.unused
+    def _recomputed(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which counts each batch once by itself, and takes no context
+            return checkpoint(super().forward, x, use_reentrant=False)
+        contexts = lambda: (nullcontext(), self._statistics_left_alone())  # noqa: E731  (checkpoint wants a callable)
+        return checkpoint(super().forward, x, use_reentrant=False, context_fn=contexts)
+
+    @contextmanager
+    def _statistics_left_alone(self) -> Iterator[None]:
+        """Keep the second forward pass from counting the batch in the running statistics once more."""
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm3d) and m.training]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+                if norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.sub_(1)
+
+
+class ZeroPadShortcut(nn.Module):
+    """Shortcut type A: every stride-th voxel, and zeros for the channels that the block adds.
+
+    It has no weights. The published segmentation code detaches its result from the graph, so that no gradient passes
+    through these shortcuts; here the gradient flows.
+    """
+
+    def __init__(self, added_channels: int, stride: Stride) -> None:
+        super().__init__()
+        self.added_channels = added_channels
+        self.subsample = nn.AvgPool3d(1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) -> (N, C + added_channels, D', H', W')."""
+        return F.pad(self.subsample(x), [0, 0, 0, 0, 0, 0, 0, self.added_channels])
+
+
+class ResNet3D(nn.Module):
+    """3D ResNet encoder whose weights serve any number of slices: 3 (an image), 32 or 48 (a CT patch).
+
+    Pre-training never strides the depth axis (`depth_stride=False`), so three slices go in and three come out; transfer
+    may. Strides are not weights: a checkpoint fits whatever strides, stem or input size are chosen.
+
+    State-dict names are torchvision's. Weights start as Kaiming normal (fan-out), norms at 1 and 0. (The published
+    pre-training meant the same, but its rule matched 2D convolutions only.)
+
+    Source: arXiv 2201.01426; `mmcls/models/backbones/resnet3d.py` of its published code.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        in_channels: channels of the input volume; 1 for CT, MR and for an image read as slices.
+        base_channels: channels of the stem and of the first stage's blocks.
+        depth_stride: whether strides act on the depth axis as well as on height and width.
+        stem: "strided" (7 x 7 x 7 convolution of stride 2, then max-pool), "unet" (convolution of stride 1, then
+            max-pool) or "flat" (convolution of stride 1, no max-pool).
+        strides: stride of each stage.
+        dilations: dilation of each stage's 3 x 3 x 3 convolutions.
+        shortcut: "B" (1 x 1 x 1 convolution and norm) or "A" (subsampling and zeros) where a block changes the shape.
+        norm: "batch", "group" or "instance", for every norm of the network.
+        out_indices: the stages (0 to 3) whose maps are returned; later stages than the last one are not built.
+        return_stem: also return the stem's map, before its max-pool, as the first one.
+        frozen_stages: -1 trains everything, 0 freezes the stem, k also freezes the first k stages (their batch norms
+            then use the stored statistics).
+        norm_eval: batch norms use, and do not update, the stored statistics while training.
+        zero_init_residual: the last norm of every block starts at zero, so that the block starts as an identity.
+        checkpointing: recompute each stage in the backward pass, which saves memory for about a third more time.
+
+    Attributes:
+        channels: channels of each returned map.
+        reductions: by how much each returned map is smaller than the input, as (depth, height, width).
+
+    Raises:
+        ValueError: if an argument is not one of the values above.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        in_channels: int = 1,
+        base_channels: int = 64,
+        depth_stride: bool = False,
+        stem: str = "strided",
+        strides: Sequence[int] = (1, 2, 2, 2),
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        shortcut: str = "B",
+        norm: str = "batch",
+        out_indices: Sequence[int] = (3,),
+        return_stem: bool = False,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        zero_init_residual: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if depth not in LAYERS:
+            raise ValueError(f"depth must be one of {sorted(LAYERS)}, got {depth!r}")
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {STEMS}, got {stem!r}")
+        if shortcut not in ("A", "B"):
+            raise ValueError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
+        for name, values in (("strides", strides), ("dilations", dilations)):
+            if len(values) != 4 or any(v < 1 for v in values):
+                raise ValueError(f"{name} must be four positive integers, got {tuple(values)}")
+        if not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
+            raise ValueError(f"out_indices must name stages 0 to 3, got {tuple(out_indices)}")
+        if not -1 <= frozen_stages <= 4:
+            raise ValueError(f"frozen_stages must be -1 (none) to 4, got {frozen_stages}")
+        self.out_indices = sorted(out_indices)
+        self.return_stem = return_stem
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+        def stride3d(stride: int) -> Stride:
+            return (stride if depth_stride else 1, stride, stride)
+
+        stem_stride = stride3d(2 if stem == "strided" else 1)
+        pool_stride = stride3d(1 if stem == "flat" else 2)
+        self.conv1 = nn.Conv3d(in_channels, base_channels, 7, stem_stride, padding=3, bias=False)
+        self.bn1 = norm_layer(norm, base_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if stem == "flat" else nn.MaxPool3d(3, pool_stride, padding=1)
+
+        block = BasicBlock if depth < 50 else Bottleneck
+        channels, reductions = [base_channels], [stem_stride]
+        reduction = _times(stem_stride, pool_stride)
+        stages: list[nn.Module] = []
+        for index, blocks in enumerate(LAYERS[depth]):
+            stride = stride3d(strides[index])
+            in_channels, out_channels = channels[-1], base_channels * 2**index * block.expansion
+            shortcut_layer: nn.Module | None = None
+            if shortcut == "A" and (in_channels != out_channels or max(stride) > 1):
+                shortcut_layer = ZeroPadShortcut(out_channels - in_channels, stride)
+            elif in_channels != out_channels or max(stride) > 1:
+                shortcut_layer = nn.Sequential(
+                    conv1x1x1(in_channels, out_channels, stride), norm_layer(norm, out_channels)
+                )
+            layers = []
+            for number in range(blocks):
+                first = number == 0
+                layers.append(
+                    block(
+                        in_channels if first else out_channels,
+                        base_channels * 2**index,
+                        stride if first else (1, 1, 1),
+                        dilations[index],
+                        norm,
+                        shortcut_layer if first else None,
+                    )
+                )
+            built = index <= self.out_indices[-1]
+            stages.append(Stage(*layers, checkpointing=checkpointing) if built else nn.Identity())
+            reduction = _times(reduction, stride)
+            channels.append(out_channels)
+            reductions.append(reduction)
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+
+        returned = [0] * return_stem + [index + 1 for index in self.out_indices]
+        self.channels = [channels[i] for i in returned]
+        self.reductions = [reductions[i] for i in returned]
+        self._init_weights(zero_init_residual)
+        self.train()
+
+        # What a checkpoint's shapes do not tell travels in its metadata, and is compared when it is loaded whole.
+        self.architecture: dict[str, Any] = {
+            "depth": depth,
+            "depth_stride": depth_stride,
+            "stem": stem,
+            "strides": list(strides),
+            "dilations": list(dilations),
+            "shortcut": shortcut,
+            "norm": norm,
+        }
+        self.register_state_dict_post_hook(_write_architecture)
+        self.register_load_state_dict_pre_hook(_check_architecture)
+
+    def _init_weights(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, BasicBlock):
+                    nn.init.zeros_(module.bn2.weight)  # type: ignore[arg-type]  # every norm here has weights
+                elif isinstance(module, Bottleneck):
+                    nn.init.zeros_(module.bn3.weight)  # type: ignore[arg-type]  # the same
+
+    def train(self, mode: bool = True) -> "ResNet3D":
+        """Set training mode, leaving frozen stages and, with `norm_eval`, batch norms in evaluation mode."""
+        super().train(mode)
+        frozen = [self.conv1, self.bn1, self.layer1, self.layer2, self.layer3, self.layer4]
+        for module in frozen[: self.frozen_stages + 2] if self.frozen_stages >= 0 else []:
+            module.eval().requires_grad_(False)
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm3d):
+                    module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, C, D, H, W), or (N, D, H, W) for one channel -> the asked maps [(N, C', D', H', W')], shallow to deep."""
+        if x.dim() == 4:
+            x = x.unsqueeze(1)
+        x = self.relu(self.bn1(self.conv1(x)))
+        features = [x] if self.return_stem else []
+        x = self.layer1(self.maxpool(x))
+        if 0 in self.out_indices:
+            features.append(x)
+        x = self.layer2(x)
+        if 1 in self.out_indices:
+            features.append(x)
+        x = self.layer3(x)
+        if 2 in self.out_indices:
+            features.append(x)
+        x = self.layer4(x)
+        if 3 in self.out_indices:
+            features.append(x)
+        return features

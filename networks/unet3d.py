@@ -1,0 +1,134 @@
+"""The U-Net that grows out of a ResNet3D encoder (the published "stdunet")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the field's name for it)
+from torch import Tensor, nn
+
+from networks.resnet3d import ResNet3D, norm_layer
+
+
+class ConvNormReLU(nn.Module):
+    """Convolution that keeps the size, norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = norm_layer(norm, out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) -> (N, C', D, H, W)."""
+        return self.relu(self.bn(self.conv(x)))
+
+
+class UpStage(nn.Module):
+    """Bring the deeper map to the skip's size and channels, and fuse the two."""
+
+    def __init__(self, deep_channels: int, skip_channels: int, norm: str) -> None:
+        super().__init__()
+        self.reduce = ConvNormReLU(deep_channels, skip_channels, 1, norm)
+        self.fuse = nn.Sequential(
+            ConvNormReLU(2 * skip_channels, skip_channels, 3, norm),
+            ConvNormReLU(skip_channels, skip_channels, 3, norm),
+        )
+
+    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
+        """(N, C, D / 2, H / 2, W / 2) and (N, C', D, H, W) -> (N, C', D, H, W)."""
+        up = F.interpolate(deep, size=skip.shape[2:], mode="trilinear", align_corners=False)
+        return self.fuse(torch.cat([skip, self.reduce(up)], dim=1))
+
+
+class Decoder(nn.Module):
+    """One `UpStage` for each encoder map but the deepest; stage 0 is the finest and runs last."""
+
+    def __init__(self, channels: list[int], norm: str) -> None:
+        super().__init__()
+        self.decoder = nn.ModuleDict(
+            {str(i): UpStage(channels[i + 1], channels[i], norm) for i in reversed(range(len(channels) - 1))}
+        )
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Encoder maps, shallow to deep -> the finest decoder map, as large as the first encoder map."""
+        x = features[-1]
+        for i, stage in enumerate(self.decoder.values()):
+            x = stage(x, features[len(features) - 2 - i])
+        return x
+
+
+class SegmentationHead(nn.Module):
+    """Two narrow convolutions, channel dropout, and a 1 x 1 x 1 classifier."""
+
+    def __init__(self, in_channels: int, num_classes: int, width: int, dropout: float, norm: str) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(ConvNormReLU(in_channels, width, 3, norm), ConvNormReLU(width, width, 3, norm))
+        self.dropout = nn.Dropout3d(dropout)
+        self.conv_seg = nn.Conv3d(width, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]  # there is a bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) -> logits (N, num_classes, D, H, W)."""
+        return self.conv_seg(self.dropout(self.convs(x)))
+
+
+class ResUNet3D(nn.Module):
+    """Segment volumes of any size with a `ResNet3D` encoder and a U-Net decoder.
+
+    Logits have the input's size. Sizes that are not multiples of 16 work: each decoder stage interpolates to the size
+    of its skip, which for multiples of 16 is the published factor of two.
+
+    Source: arXiv 2201.01426; the "stdunet" neck and FCN head of `medseg/` in its published code. A checkpoint with the
+    published names loads through `networks.load_pretrained`.
+
+    Args:
+        num_classes: number of logits, background included.
+        depth: depth of the encoder.
+        head_channels: width of the head's convolutions.
+        dropout: probability of dropping a channel before the last convolution.
+        norm: "batch", "group" or "instance", for every norm of encoder, decoder and head.
+        stem: "unet" (published) or "strided" (half the resolution; logits are interpolated to the input's size).
+        depth_stride: False keeps the number of slices through the whole network, for thin stacks.
+        encoder: every further argument goes to `ResNet3D` (`base_channels`, `in_channels`, `checkpointing`, ...).
+
+    Raises:
+        ValueError: if `num_classes` is below one, or as `ResNet3D` does.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        depth: int = 18,
+        *,
+        head_channels: int = 16,
+        dropout: float = 0.1,
+        norm: str = "batch",
+        stem: str = "unet",
+        depth_stride: bool = True,
+        **encoder: Any,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.backbone = ResNet3D(
+            depth,
+            norm=norm,
+            stem=stem,
+            depth_stride=depth_stride,
+            out_indices=(0, 1, 2, 3),
+            return_stem=True,
+            **encoder,
+        )
+        self.neck = Decoder(self.backbone.channels, norm)
+        self.decode_head = SegmentationHead(self.backbone.channels[0], num_classes, head_channels, dropout, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) -> logits (N, num_classes, D, H, W)."""
+        logits = self.decode_head(self.neck(self.backbone(x)))
+        if logits.shape[2:] != x.shape[2:]:
+            logits = F.interpolate(logits, size=x.shape[2:], mode="trilinear", align_corners=False)
+        return logits

@@ -1,0 +1,52 @@
+"""The names people import. To take one away, or add one, change this list in the same commit."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+PUBLIC = {
+    "networks": """
+        DepthFirst LoadReport ResNet3D ResNet3DClassifier ResUNet3D load_pretrained read_checkpoint
+    """,
+    "vdt_transforms": """
+        MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd ImageDecodeError ImageToVolume ImageToVolumed
+        LoadNaturalImage LoadNaturalImaged RandResizedCropImage RandResizedCropImaged RandSliceShuffle
+        RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged Spacing Spacingd VolumeToImage VolumeToImaged
+    """,
+    "vdt_workflows": """
+        INITIALISATIONS Attach ImageList LoadWeights RememberRun ResumeRun RunLog SavePredictions SaveScores
+        SaveWeights SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages check_command_line
+        check_geometry collate_images find_images find_volumes initialise list_images list_volumes load_weights
+        mix_seed read_provenance save_atomic save_weights write_atomic
+    """,
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names_are_the_listed_ones_and_importable(package):
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == sorted(PUBLIC[package].split())
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'networks' has no attribute 'ResNet2D'"):
+        importlib.import_module("networks").ResNet2D  # noqa: B018  (the access is the test)
+
+
+def test_networks_import_nothing_and_their_names_only_torch():
+    code = """
+import sys
+import networks
+assert "torch" not in sys.modules
+for name in networks.__all__:
+    getattr(networks, name)
+heavy = {"torchvision", "monai", "ignite"} & set(sys.modules)
+assert "torch" in sys.modules and not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
