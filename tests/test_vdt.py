@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader, Dataset, MetaTensor
+
+from vdt_transforms import (
+    MEAN,
+    STD,
+    ImageToVolume,
+    ImageToVolumed,
+    RandSliceShuffle,
+    RandSliceShuffled,
+    VolumeToImage,
+    VolumeToImaged,
+)
+
+ROWS, COLUMNS = 4, 7
+KINDS = [
+    pytest.param(np.asarray, id="numpy"),
+    pytest.param(torch.from_numpy, id="torch"),
+    pytest.param(lambda x: MetaTensor(torch.from_numpy(x), meta={"filename_or_obj": "a.png"}), id="metatensor"),
+]
+DTYPES = ["uint8", "int16", "float32", "float64"]
+
+
+def image(channels=3, dtype="uint8"):
+    return np.random.default_rng(0).integers(0, 255, (channels, ROWS, COLUMNS)).astype(dtype)
+
+
+def volume(slices=3, dtype="float32"):
+    return image(slices, dtype)[None]
+
+
+def equal(a, b):
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def orders(shuffle, times, slices=3):
+    """What the shuffle makes of a volume whose slices hold their numbers."""
+    numbers = np.arange(slices)[None, :, None, None]
+    return [tuple(shuffle(numbers)[0, :, 0, 0].tolist()) for _ in range(times)]
+
+
+# ImageToVolume and VolumeToImage
+
+
+def test_the_constants_are_the_means_of_imagenets_three_channels():
+    assert pytest.approx(np.mean([123.675, 116.28, 103.53])) == MEAN
+    assert pytest.approx(np.mean([58.395, 57.12, 57.375])) == STD
+    assert (MEAN, STD) == (114.495, 57.63)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_volume_back_to_an_image_is_the_image_in_its_own_type(kind, dtype):
+    given = kind(image(dtype=dtype))
+    back = VolumeToImage()(ImageToVolume()(given))
+    assert equal(back, given)
+    assert back.dtype == given.dtype
+    assert type(back) is type(given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_normalised_volume_back_to_an_image_is_the_image(kind, dtype):
+    given = kind(image(dtype=dtype))
+    lifted = ImageToVolume(mean=MEAN, std=STD)(given)
+    assert str(lifted.dtype).removeprefix("torch.") == "float32"
+    assert type(lifted) is type(given)
+    np.testing.assert_allclose(np.asarray(lifted)[0], (image(dtype=dtype).astype(float) - MEAN) / STD, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(VolumeToImage(MEAN, STD)(lifted)), image(), atol=1e-4)
+
+
+def test_convention_colours_become_slices_rows_stay_rows_and_columns_stay_columns():
+    given = np.zeros((3, ROWS, COLUMNS), np.uint8)
+    given[2, 1, 6] = 255  # blue, second row, last column
+    lifted = ImageToVolume()(given)
+    assert lifted.shape == (1, 3, ROWS, COLUMNS)
+    assert np.argwhere(lifted).tolist() == [[0, 2, 1, 6]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slices", [1, 3, 5])
+def test_a_grey_image_is_repeated(kind, slices):
+    lifted = ImageToVolume(slices)(kind(image(1)))
+    assert lifted.shape == (1, slices, ROWS, COLUMNS)
+    for i in range(slices):
+        assert equal(lifted[0, i], image(1)[0])
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (MEAN, STD)])
+def test_numpy_torch_and_metatensor_give_the_same_volume(mean, std):
+    first, *others = (ImageToVolume(mean=mean, std=std)(kind.values[0](image())) for kind in KINDS)
+    assert all(np.allclose(np.asarray(first), np.asarray(other), rtol=1e-6) for other in others)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (MEAN, STD)])
+def test_the_input_is_untouched(kind, mean, std):
+    for transform, given in (
+        (ImageToVolume(mean=mean, std=std), kind(image(dtype="float32"))),
+        (VolumeToImage(mean, std), kind(volume())),
+        (RandSliceShuffle(), kind(volume())),
+    ):
+        before = np.array(given)
+        transform(given)
+        assert equal(given, before)
+
+
+def test_metadata_is_kept():
+    given = KINDS[2].values[0](image())
+    for transform in (ImageToVolume(), ImageToVolume(mean=MEAN, std=STD)):
+        assert transform(given).meta["filename_or_obj"] == "a.png"
+
+
+@pytest.mark.parametrize("shape", [(ROWS, COLUMNS), (2, ROWS, COLUMNS), (4, ROWS, COLUMNS), (1, 3, ROWS, COLUMNS)])
+def test_an_image_of_another_shape_is_refused_with_a_sentence(shape):
+    with pytest.raises(ValueError, match=r"img must have shape \(3, H, W\), or \(1, H, W\).*got \(" + str(shape[0])):
+        ImageToVolume()(np.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(3, ROWS, COLUMNS), (2, 3, ROWS, COLUMNS), (1, 1, 3, ROWS, COLUMNS)])
+def test_a_volume_of_another_shape_is_refused_with_a_sentence(shape):
+    with pytest.raises(ValueError, match=r"img must have shape \(1, D, H, W\), got \(" + str(shape[0])):
+        VolumeToImage()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("std", [0, -1.0])
+def test_a_std_that_is_not_positive_is_refused(std):
+    with pytest.raises(ValueError, match=f"std must be positive, got {std}"):
+        ImageToVolume(std=std)
+
+
+def test_the_dictionary_twins_do_what_the_array_transforms_do():
+    given = {"a": image(), "b": torch.from_numpy(image(1)), "name": "x"}
+    lifted = ImageToVolumed(["a", "b"], mean=MEAN, std=STD)(given)
+    assert equal(lifted["a"], ImageToVolume(mean=MEAN, std=STD)(given["a"]))
+    assert equal(lifted["b"], ImageToVolume(mean=MEAN, std=STD)(given["b"]))
+    back = VolumeToImaged(["a", "b"], mean=MEAN, std=STD)(lifted)
+    assert equal(back["a"], VolumeToImage(MEAN, STD)(lifted["a"]))
+    assert back["name"] == "x"
+    assert equal(given["a"], image())
+
+
+@pytest.mark.parametrize("make", [ImageToVolumed, VolumeToImaged, RandSliceShuffled])
+def test_a_missing_key_is_an_error_unless_allowed(make):
+    with pytest.raises(KeyError, match="image"):
+        make("image")({"other": image()})
+    assert set(make("image", allow_missing_keys=True)({"other": image()})) == {"other"}
+
+
+# RandSliceShuffle
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slices", [1, 3, 8])
+def test_a_shuffle_is_a_permutation_of_the_slices(kind, slices):
+    given = kind(volume(slices))
+    shuffle = RandSliceShuffle().set_random_state(0)
+    for _ in range(10):
+        shuffled = shuffle(given)
+        assert shuffled.shape == given.shape
+        assert sorted(shuffle.order) == list(range(slices))
+        assert equal(shuffled, np.asarray(given)[:, shuffle.order])
+
+
+def test_all_six_orders_come_about_equally_often():
+    counts = Counter(orders(RandSliceShuffle().set_random_state(0), 3000))
+    assert set(counts) == set(permutations(range(3)))
+    chi_square = sum((count - 500) ** 2 / 500 for count in counts.values())
+    assert chi_square < 20.5  # 99.9 % of fair shuffles, 5 degrees of freedom
+
+
+def test_with_prob_0_nothing_is_shuffled():
+    given = volume()
+    assert RandSliceShuffle(prob=0)(given) is given
+    assert set(orders(RandSliceShuffle(prob=0), 20)) == {(0, 1, 2)}
+
+
+def test_prob_is_the_share_of_volumes_that_are_shuffled():
+    shuffle = RandSliceShuffle(prob=0.3).set_random_state(0)
+    shuffled = sum(order != tuple(range(8)) for order in orders(shuffle, 1000, slices=8))
+    assert 250 < shuffled < 350
+
+
+def test_the_same_seed_gives_the_same_orders_and_another_seed_others():
+    first, again, other = (orders(RandSliceShuffle().set_random_state(seed), 50) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_randomize_false_applies_the_last_order_again():
+    shuffle = RandSliceShuffle().set_random_state(3)
+    first = shuffle(volume())
+    assert equal(shuffle(volume(), randomize=False), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numpy_torch_and_metatensor_are_shuffled_alike_in_their_own_type(dtype):
+    results = []
+    for kind in KINDS:
+        given = kind.values[0](volume(dtype=dtype))
+        results.append(RandSliceShuffle().set_random_state(5)(given))
+        assert results[-1].dtype == given.dtype
+        assert type(results[-1]) is type(given)
+    assert equal(results[0], results[1])
+    assert equal(results[0], results[2])
+
+
+def test_all_keys_share_one_order_and_it_is_the_array_transforms():
+    given = {"image": volume(), "other": torch.from_numpy(volume())}
+    twin, array = RandSliceShuffled(["image", "other"]).set_random_state(7), RandSliceShuffle().set_random_state(7)
+    for _ in range(10):
+        shuffled = twin(given)
+        assert equal(shuffled["image"], shuffled["other"])
+        assert equal(shuffled["image"], array(given["image"]))
+    assert equal(given["image"], volume())
+
+
+def loaded(workers, seed):
+    """Orders of 24 volumes, by two workers or none."""
+    numbers = torch.arange(6.0)[None, :, None, None]
+    data = Dataset([{"image": numbers}] * 24, RandSliceShuffled("image"))
+    torch.manual_seed(seed)
+    loader = DataLoader(data, batch_size=1, num_workers=workers, generator=torch.Generator().manual_seed(seed))
+    return [tuple(batch["image"].flatten().tolist()) for batch in loader]
+
+
+def test_two_workers_draw_differently_and_reproducibly():
+    first = loaded(2, seed=0)
+    assert first == loaded(2, seed=0)
+    assert first != loaded(2, seed=1)
+    assert first[0::2] != first[1::2]  # batches alternate between the workers

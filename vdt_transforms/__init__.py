@@ -1,0 +1,59 @@
+"""The variable dimension transform and what stands around it, as MONAI array and dictionary transforms.
+
+Conventions, for every transform of this package:
+
+- A natural image is (channels, rows, columns) = (3, H, W), RGB, 0..255, as Pillow shows it: MONAI's own Pillow reader
+  transposes unless told `reverse_indexing=False`.
+- Read as a volume it is (1, 3, H, W), depth first: one channel, three slices, rows, columns.
+- A medical volume keeps MONAI's order (C, X, Y, Z); voxel sizes are in mm, CT values in HU.
+- The dictionary twin of a transform has its name and a `d`; all keys share one draw.
+- Inputs are never changed in place. Random transforms draw from `self.R` alone.
+"""
+
+from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd
+from vdt_transforms.natural_images import (
+    ImageDecodeError,
+    LoadNaturalImage,
+    RandResizedCropImage,
+    ResizeCenterCropImage,
+)
+from vdt_transforms.natural_images_dictionary import (
+    LoadNaturalImaged,
+    RandResizedCropImaged,
+    ResizeCenterCropImaged,
+)
+from vdt_transforms.spacing import Spacing, Spacingd
+from vdt_transforms.vdt import (
+    MEAN,
+    STD,
+    ImageToVolume,
+    ImageToVolumed,
+    RandSliceShuffle,
+    RandSliceShuffled,
+    VolumeToImage,
+    VolumeToImaged,
+)
+
+__all__ = [
+    "MEAN",
+    "STD",
+    "CheckFinite",
+    "CheckFinited",
+    "CheckLabels",
+    "CheckLabelsd",
+    "ImageDecodeError",
+    "ImageToVolume",
+    "ImageToVolumed",
+    "LoadNaturalImage",
+    "LoadNaturalImaged",
+    "RandResizedCropImage",
+    "RandResizedCropImaged",
+    "RandSliceShuffle",
+    "RandSliceShuffled",
+    "ResizeCenterCropImage",
+    "ResizeCenterCropImaged",
+    "Spacing",
+    "Spacingd",
+    "VolumeToImage",
+    "VolumeToImaged",
+]

@@ -1,0 +1,91 @@
+"""Refuse volumes that would spoil a training silently, with a sentence that names the file."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection, NdarrayOrTensor
+from monai.transforms import MapTransform, Transform
+
+
+def _name(volume: NdarrayOrTensor) -> str:
+    return str(getattr(volume, "meta", {}).get("filename_or_obj", "volume"))
+
+
+class CheckFinite(Transform):
+    """Pass a volume on unchanged if all its values are finite.
+
+    Raises:
+        ValueError: naming the file, the number of NaN or infinite voxels, and the first one.
+    """
+
+    def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
+        """Check one volume (C, X, Y, Z)."""
+        values = np.asarray(img)
+        bad = ~np.isfinite(values)
+        if bad.any():
+            first = tuple(int(i) for i in np.argwhere(bad)[0][1:])
+            raise ValueError(
+                f"{_name(img)}: {int(bad.sum())} voxels are NaN or infinite, the first at {first};"
+                " expected finite values"
+            )
+        return img
+
+
+class CheckLabels(Transform):
+    """Pass a label volume on unchanged if its values are whole numbers from 0 to `num_classes` - 1.
+
+    Args:
+        num_classes: number of classes, background included.
+
+    Raises:
+        ValueError: naming the file, the values out of range, and the range.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
+        """Check one label volume (C, X, Y, Z)."""
+        values = torch.as_tensor(np.asarray(img)).unique().tolist()
+        wrong = [v for v in values if v not in range(self.num_classes)]
+        if wrong:
+            few = ", ".join(f"{v:g}" for v in wrong[:5])
+            raise ValueError(
+                f"{_name(img)}: label values {few} are out of range; expected whole numbers from 0 to"
+                f" {self.num_classes - 1}, one for each of the {self.num_classes} label names"
+            )
+        return img
+
+
+class CheckFinited(MapTransform):
+    """Dictionary version of `CheckFinite`."""
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = CheckFinite()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check the volumes under `keys`."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.transform(d[key])
+        return d
+
+
+class CheckLabelsd(MapTransform):
+    """Dictionary version of `CheckLabels`."""
+
+    def __init__(self, keys: KeysCollection, num_classes: int, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = CheckLabels(num_classes)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check the label volumes under `keys`."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.transform(d[key])
+        return d
