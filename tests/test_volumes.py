@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from os.path import relpath
+
+import numpy as np
+import pytest
+from synthetic import make_affine, write_pair, write_volume
+
+from vdt_workflows import check_geometry, find_volumes, list_volumes
+
+LAYOUTS = {
+    "images_labels": ("images/{}.nii.gz", "labels/{}.nii.gz", ["case_1", "case_2", "case_3"]),
+    "nnunet": ("imagesTr/{}_0000.nii.gz", "labelsTr/{}.nii.gz", ["liver_001", "liver_002", "spleen_1"]),
+    "synapse": ("flat/img{}.nii.gz", "flat/label{}.nii.gz", ["0001", "0002", "0040"]),
+    "synapse_folders": ("img/img{}.nii.gz", "label/label{}.nii.gz", ["0001", "0002", "0040"]),
+    "lits": ("flat/volume-{}.nii", "flat/segmentation-{}.nii", ["0", "3", "10"]),
+    "lits_folders": ("images/volume-{}.nii", "labels/segmentation-{}.nii", ["0", "3", "10"]),
+}
+
+
+def make_layout(root, image, label, names):
+    """Write the pairs and return their paths."""
+    made = [write_pair(root / image.format(name), root / label.format(name), shape=(2, 2, 2)) for name in names]
+    return [(str(image), str(label)) for image, label in made]
+
+
+def pairs(cases):
+    return [(case["image"], case["label"]) for case in cases]
+
+
+def make_cases(root, count):
+    return make_layout(root, "images/c{:03d}.nii.gz", "labels/c{:03d}.nii.gz", range(count))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_understood(tmp_path, layout):
+    image, label, names = LAYOUTS[layout]
+    made = make_layout(tmp_path, image, label, names)
+    root = tmp_path / "flat" if "flat" in image else tmp_path
+    cases = find_volumes(root)
+    assert sorted(pairs(cases["training"] + cases["validation"])) == sorted(made)
+    assert [len(cases[name]) for name in ("training", "validation", "test")] == [2, 1, 0]
+
+
+def test_labelled_test_volumes_are_listed_apart(tmp_path):
+    make_layout(tmp_path, *LAYOUTS["nnunet"])
+    test = make_layout(tmp_path, "imagesTs/{}_0000.nii.gz", "labelsTs/{}.nii.gz", ["t1", "t2"])
+    assert pairs(find_volumes(tmp_path)["test"]) == test
+
+
+def test_hidden_files_and_files_of_other_kinds_are_left_out(tmp_path):
+    made = make_cases(tmp_path, 2)
+    for name in ("images/._c000.nii.gz", "images/notes.txt", "labels/.DS_Store"):
+        (tmp_path / name).write_text("")
+    cases = find_volumes(tmp_path)
+    assert sorted(pairs(cases["training"] + cases["validation"])) == made
+
+
+def test_the_split_is_seeded_disjoint_and_of_the_asked_size(tmp_path):
+    made = make_cases(tmp_path, 10)
+    splits = {}
+    for seed in range(4):
+        cases = find_volumes(tmp_path, seed=seed, val_fraction=0.3)
+        training, validation = pairs(cases["training"]), pairs(cases["validation"])
+        assert (len(training), len(validation)) == (7, 3)
+        assert sorted(training + validation) == made
+        assert cases == find_volumes(tmp_path, seed=seed, val_fraction=0.3)
+        splits[seed] = tuple(validation)
+    assert len(set(splits.values())) > 1
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "expected"), [(1, 0.5, 0), (2, 0.0, 1), (2, 1.0, 1), (5, 0.2, 1), (5, 0.5, 2)]
+)
+def test_both_parts_get_a_case_where_there_are_two(tmp_path, count, fraction, expected):
+    make_cases(tmp_path, count)
+    cases = find_volumes(tmp_path, val_fraction=fraction)
+    assert (len(cases["training"]), len(cases["validation"])) == (count - expected, expected)
+
+
+# Datalists
+
+
+def write_list(path, **content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def entries(made, root):
+    return [{"image": f"./{relpath(image, root)}", "label": f"./{relpath(label, root)}"} for image, label in made]
+
+
+def test_a_decathlon_dataset_json_is_read(tmp_path):
+    made = make_layout(tmp_path, "imagesTr/{}.nii.gz", "labelsTr/{}.nii.gz", ["a", "b", "c"])
+    test = write_volume(tmp_path / "imagesTs" / "t.nii.gz", shape=(2, 2, 2))
+    write_list(
+        tmp_path / "dataset.json",
+        name="Spleen",
+        labels={"0": "background"},
+        training=entries(made, tmp_path),
+        test=["./imagesTs/t.nii.gz"],
+    )
+    cases = find_volumes(tmp_path)
+    assert sorted(pairs(cases["training"] + cases["validation"])) == made
+    assert len(cases["validation"]) == 1
+    assert cases["test"] == [{"image": str(test)}]
+
+
+def test_a_validation_list_is_taken_as_it_is(tmp_path):
+    made = make_cases(tmp_path, 4)
+    listed = entries(made, tmp_path)
+    write_list(tmp_path / "dataset.json", training=listed[:3], validation=listed[3:])
+    cases = find_volumes(tmp_path, val_fraction=0.5, seed=3)
+    assert pairs(cases["training"]) == made[:3]
+    assert pairs(cases["validation"]) == made[3:]
+
+
+def test_an_explicit_datalist_goes_before_what_the_folder_says(tmp_path):
+    made = make_cases(tmp_path / "data", 4)
+    write_list(tmp_path / "data" / "dataset.json", training=[])
+    (tmp_path / "lists").mkdir()
+    listed = [{"image": image, "label": label, "fold": 0} for image, label in made[:2]]  # absolute paths
+    datalist = write_list(tmp_path / "lists" / "mine.json", training=listed)
+    cases = find_volumes(tmp_path / "data", datalist=datalist)
+    assert sorted(pairs(cases["training"] + cases["validation"])) == made[:2]
+
+
+# What is refused
+
+
+def test_a_missing_folder_or_list_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^dataset_dir .*/none: no such folder$"):
+        find_volumes(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"^datalist .*/none\.json: no such file$"):
+        find_volumes(tmp_path, datalist=tmp_path / "none.json")
+
+
+def test_a_folder_without_pairs_is_named_with_what_was_expected(tmp_path):
+    message = re.escape(str(tmp_path)) + r": no training cases; expected pairs of NIfTI"
+    with pytest.raises(ValueError, match=message):
+        find_volumes(tmp_path)
+    write_list(tmp_path / "dataset.json", training=[])
+    with pytest.raises(ValueError, match=r"dataset\.json: no training cases"):
+        find_volumes(tmp_path)
+
+
+def test_an_image_without_a_label_is_named(tmp_path):
+    make_cases(tmp_path, 3)
+    (tmp_path / "labels" / "c001.nii.gz").unlink()
+    with pytest.raises(ValueError, match=r"images/c001\.nii\.gz: no label of the same name beside 2 labels$"):
+        find_volumes(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_a_listed_case_without_a_label_is_named(tmp_path, part):
+    listed = entries(make_cases(tmp_path, 3), tmp_path)
+    bad = [{"image": "images/c002.nii.gz"}]
+    content = {"training": listed[:1], "validation": listed[1:2]}
+    write_list(tmp_path / "dataset.json", **{**content, part: content[part] + bad})
+    with pytest.raises(ValueError, match=r"images/c002\.nii\.gz: has no label, which training and validation need$"):
+        find_volumes(tmp_path)
+
+
+def test_an_image_and_a_label_of_different_shape_are_named(tmp_path):
+    make_cases(tmp_path, 2)
+    write_volume(tmp_path / "labels" / "c001.nii.gz", shape=(2, 2, 3))
+    with pytest.raises(
+        ValueError, match=r"labels/c001\.nii\.gz: shape \(2, 2, 3\), but its image .*images/c001.* shape \(2, 2, 2\)$"
+    ):
+        find_volumes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("affine", "off"),
+    [
+        pytest.param(make_affine((1, 1, 1.5)), "0.5", id="spacing"),
+        pytest.param(make_affine(origin=(0, -12, 0)), "12", id="origin"),
+        pytest.param(np.diag([-1.0, 1, 1, 1]), "2", id="mirrored"),
+    ],
+)
+def test_an_image_and_a_label_on_different_grids_are_named(tmp_path, affine, off):
+    make_cases(tmp_path, 2)
+    write_volume(tmp_path / "labels" / "c000.nii.gz", shape=(2, 2, 2), affine=affine)
+    message = rf"labels/c000\.nii\.gz: its affine differs from that of .*images/c000\.nii\.gz by up to {off} mm; both"
+    with pytest.raises(ValueError, match=message):
+        find_volumes(tmp_path)
+
+
+def test_rounded_affines_are_the_same_grid(tmp_path):
+    image, label = write_pair(tmp_path / "i.nii.gz", tmp_path / "l.nii.gz", affine=make_affine(origin=(100, 0, 0)))
+    write_volume(label, shape=(4, 5, 6), affine=make_affine(origin=(100.004, 0, 0)))
+    check_geometry({"image": str(image), "label": str(label)})
+
+
+def test_a_channel_axis_behind_the_grid_is_no_difference(tmp_path):
+    image = write_volume(tmp_path / "i.nii.gz", shape=(4, 5, 6, 2))
+    label = write_volume(tmp_path / "l.nii.gz", shape=(4, 5, 6))
+    check_geometry({"image": str(image), "label": str(label)})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        pytest.param("{not json", "not JSON", id="text"),
+        pytest.param('{"training": [{"label": "x"}]}', "training holds {'label': 'x'}; expected", id="no-image"),
+        pytest.param('{"training": [3]}', "training holds 3; expected", id="number"),
+        pytest.param('{"training": [{"image": ["a", "b"]}]}', r"training holds {'image': \['a', 'b'\]}", id="list"),
+        pytest.param('{"training": [{"image": "a", "label": 1}]}', "training holds .*'label': 1", id="label-number"),
+        pytest.param('{"training": null}', "no training cases", id="null"),
+        pytest.param('{"training": 7}', "training holds 7; expected a list", id="no-list"),
+        pytest.param('{"training": {"image": "a"}}', "training holds {'image': 'a'}; expected a list", id="dict"),
+        pytest.param("[1, 2]", "no training cases", id="list-of-numbers"),
+        pytest.param("", "not JSON", id="empty"),
+    ],
+)
+def test_a_datalist_that_is_wrong_is_named_with_what_was_expected(tmp_path, text, reason):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"dataset\.json: {reason}"):
+        find_volumes(tmp_path)
+
+
+def test_a_datalist_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "dataset.json").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ValueError, match=r"dataset\.json: not JSON"):
+        find_volumes(tmp_path)
+
+
+def test_a_listed_file_that_is_missing_is_named(tmp_path):
+    listed = entries(make_cases(tmp_path, 2), tmp_path)
+    write_list(tmp_path / "dataset.json", training=[*listed, {"image": "images/x.nii.gz", "label": "labels/x.nii.gz"}])
+    with pytest.raises(FileNotFoundError, match=r"images/x\.nii\.gz: no such file$"):
+        find_volumes(tmp_path)
+
+
+def whole(tmp_path):
+    return gzip.decompress(write_volume(tmp_path / "whole.nii.gz", shape=(20, 20, 20)).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("x.nii.gz", lambda whole: b"", id="empty-gz"),
+        pytest.param("x.nii", lambda whole: b"", id="empty"),
+        pytest.param("x.nii.gz", lambda whole: b"no volume" * 100, id="text-gz"),
+        pytest.param("x.nii", lambda whole: b"no volume" * 100, id="text"),
+        pytest.param("x.nii.gz", lambda whole: gzip.compress(b"no volume" * 100), id="text-in-gz"),
+        pytest.param("x.nii.gz", lambda whole: gzip.compress(whole)[:40], id="cut-in-header-gz"),
+        pytest.param("x.nii", lambda whole: whole[:100], id="cut-in-header"),
+        pytest.param("x.nii.gz", lambda whole: whole, id="not-compressed"),
+    ],
+)
+@pytest.mark.parametrize("key", ["image", "label"])
+def test_a_corrupt_volume_is_named(tmp_path, key, name, content):
+    good = write_volume(tmp_path / "good.nii.gz", shape=(20, 20, 20))
+    (tmp_path / name).write_bytes(content(whole(tmp_path)))
+    case = {"image": str(good), "label": str(good), key: str(tmp_path / name)}
+    with pytest.raises(ValueError, match=rf"/{re.escape(name)}: not a readable NIfTI volume \("):
+        check_geometry(case)
+
+
+# list_volumes
+
+
+def test_one_file_is_listed(tmp_path):
+    file = write_volume(tmp_path / "ct.nii.gz")
+    assert list_volumes(file) == list_volumes(str(file)) == [{"image": str(file)}]
+
+
+@pytest.mark.parametrize("folder", ["", "imagesTs", "imagesTr", "images"])
+def test_the_volumes_of_a_folder_or_of_its_images_folder_are_listed(tmp_path, folder):
+    files = [write_volume(tmp_path / folder / name) for name in ("b.nii", "a.nii.gz")]
+    (tmp_path / folder / "notes.txt").write_text("")
+    assert list_volumes(tmp_path) == [{"image": str(file)} for file in sorted(files)]
+
+
+def test_test_images_go_before_training_images(tmp_path):
+    test = write_volume(tmp_path / "imagesTs" / "t.nii.gz")
+    write_volume(tmp_path / "imagesTr" / "a.nii.gz")
+    assert list_volumes(tmp_path) == [{"image": str(test)}]
+
+
+def test_nothing_to_list_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"/none: no such file or folder; expected a NIfTI volume or a folder"):
+        list_volumes(tmp_path / "none")
+    with pytest.raises(ValueError, match=r": no \.nii or \.nii\.gz file in it, nor in its images folders$"):
+        list_volumes(tmp_path)

@@ -1,0 +1,51 @@
+"""What the bundles' configs need around MONAI's engines: finding data, seeding, checkpoints, resuming, run records."""
+
+from vdt_workflows.checkpoints import (
+    LoadWeights,
+    ResumeRun,
+    SaveWeights,
+    load_weights,
+    read_provenance,
+    save_atomic,
+    save_weights,
+    write_atomic,
+)
+from vdt_workflows.command_line import check_command_line
+from vdt_workflows.image_folders import ImageList, collate_images, find_images
+from vdt_workflows.initialisation import INITIALISATIONS, initialise
+from vdt_workflows.predictions import SavePredictions, list_images
+from vdt_workflows.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages
+from vdt_workflows.seeded import SeededCacheDataset, SeededDataset, SeededSampler, SeedEpochs, mix_seed
+from vdt_workflows.volumes import check_geometry, find_volumes, list_volumes
+
+__all__ = [
+    "INITIALISATIONS",
+    "Attach",
+    "ImageList",
+    "LoadWeights",
+    "RememberRun",
+    "ResumeRun",
+    "RunLog",
+    "SavePredictions",
+    "SaveScores",
+    "SaveWeights",
+    "SeedEpochs",
+    "SeededCacheDataset",
+    "SeededDataset",
+    "SeededSampler",
+    "SkippedImages",
+    "check_command_line",
+    "check_geometry",
+    "collate_images",
+    "find_images",
+    "find_volumes",
+    "initialise",
+    "list_images",
+    "list_volumes",
+    "load_weights",
+    "mix_seed",
+    "read_provenance",
+    "save_atomic",
+    "save_weights",
+    "write_atomic",
+]
