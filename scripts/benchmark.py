@@ -1,0 +1,312 @@
+"""Measure the input pipeline and the network against what people would use instead.
+
+    python scripts/benchmark.py input_pipeline --json input.json   images/s on one core, against torchvision
+    python scripts/benchmark.py network --json network.json        training step and memory, against MONAI's resnet18
+    python scripts/benchmark.py all --json all.json
+
+What is measured is stated with each number. Both sides run alternately in the same session, after a warm-up, with the
+same number of threads; medians and quartiles are of the repeats; the result says where and with what it was measured.
+"""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from typing import Any
+
+import fire
+import numpy as np
+import torch
+from monai.networks.nets import resnet18
+from PIL import Image
+from torch.utils.data import Dataset, default_collate
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from networks import ResNet3DClassifier
+from vdt_transforms import MEAN, STD, ImageToVolumed, LoadNaturalImaged, RandResizedCropImaged, RandSliceShuffled
+from vdt_workflows.image_folders import collate_images, scan_class_folders
+from vdt_workflows.seeded import SeededDataset
+
+BATCH = 32  # images, in the input pipeline
+CLASSES = 1000
+SIDES = ("ours", "theirs")
+
+
+def input_pipeline(
+    images: int = 200, repeats: int = 5, size: int = 224, folder: str | None = None, json: str | None = None
+) -> None:
+    """Compare the images/s of one core, from JPEG files to float32 batches, with torchvision's usual chain.
+
+    Theirs is ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize. Both sides draw, and then use
+    the same boxes and flips, so that they do the same work and their pixels can be compared. Ours normalises the
+    collated batch, theirs each image.
+
+    Args:
+        images: pictures to make (500 x 375, and as large as ImageNet's files), or at most to use of `folder`.
+        repeats: timed passes of each side.
+        size: rows and columns of the crop.
+        folder: class folders of your own pictures, in place of made ones.
+        json: file for the result.
+    """
+    _report({"input_pipeline": _input_pipeline(images, repeats, size, folder)}, json)
+
+
+def network(
+    batch: int = 4,
+    size: int = 96,
+    slices: int = 32,
+    steps: int = 5,
+    repeats: int = 2,
+    device: str = "cpu",
+    json: str | None = None,
+) -> None:
+    """Compare a training step of ResNet3D-18 and its peak memory with MONAI's resnet18, map for map of the same shape.
+
+    Depth is strided, as MONAI's network always does. Every repeat of a side is a fresh process.
+
+    Args:
+        batch: volumes of a step.
+        size: rows and columns of a volume.
+        slices: slices of a volume.
+        steps: timed steps of a process, after one to warm up.
+        repeats: processes of each side.
+        device: "cpu" (one thread) or "cuda".
+        json: file for the result.
+    """
+    _report({"network": _network(batch, size, slices, steps, repeats, device)}, json)
+
+
+def all_benchmarks(json: str | None = None) -> None:
+    """Run both with their default settings.
+
+    Args:
+        json: file for the result.
+    """
+    _report({"input_pipeline": _input_pipeline(200, 5, 224, None), "network": _network(4, 96, 32, 5, 2, "cpu")}, json)
+
+
+def _input_pipeline(images: int, repeats: int, size: int, folder: str | None) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as made:
+        root = Path(folder or made)
+        if folder is None:
+            _make_pictures(root, images)
+        listed = scan_class_folders(root, index_dir=made)
+        chosen = listed.subset(np.random.default_rng(0).permutation(len(listed))[:images])
+        to_volume = [LoadNaturalImaged("image"), RandResizedCropImaged("image", size)]
+        to_volume.append(ImageToVolumed("image"))
+        ours = SeededDataset(chosen, [*to_volume, RandSliceShuffled("image")])
+        theirs = TorchvisionChain(root, [sample["image"] for sample in chosen], size)
+
+        in_rgb_order = SeededDataset(chosen, to_volume)
+        differences = []
+        for i in range(len(chosen)):
+            volume = in_rgb_order[0, i]["image"][0]
+            theirs.draws.append((to_volume[1].crop.box, to_volume[1].crop.flip))
+            differences.append((volume - (STD * theirs[i][0] + MEAN)).abs().mean().item())
+
+        passes: dict[str, Callable[[], object]] = {
+            "ours": lambda: _batches(lambda i: ours[0, i], len(chosen), partial(collate_images, mean=MEAN, std=STD)),
+            "theirs": lambda: _batches(lambda i: theirs[i], len(chosen), default_collate),
+        }
+        seconds = _alternate(passes, repeats)
+        rates = {side: [len(chosen) / s for s in seconds[side]] for side in SIDES}
+        kilobytes = np.mean([os.path.getsize(sample["image"]) for sample in chosen]) / 1000
+        return {
+            "settings": {"images": len(chosen), "file_kB": round(kilobytes), "size": size, "repeats": repeats},
+            "images_per_second": {side: _quartiles(rates[side]) for side in SIDES},
+            "ratio_ours_to_theirs": _quartiles([a / b for a, b in zip(rates["ours"], rates["theirs"], strict=True)]),
+            "mean_absolute_difference_of_255": round(float(np.mean(differences)), 3),
+            "our_stages_ms": _stages(ours, len(chosen)),
+        }
+
+
+class TorchvisionChain(Dataset):
+    """ImageFolder with the usual training transforms, which draw as they do and then use the boxes of `draws`."""
+
+    def __init__(self, root: Path, files: Sequence[str], size: int) -> None:
+        self.draws: list[tuple[tuple[int, int, int, int], bool]] = []
+        self.folder = ImageFolder(str(root))
+        labels = dict(self.folder.samples)
+        self.folder.samples = [(file, labels[file]) for file in files]
+        self.crop = transforms.RandomResizedCrop(size)
+        self.to_tensor = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize([MEAN / 255] * 3, [STD / 255] * 3)]
+        )
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.folder[index]
+        self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        torch.rand(1)  # RandomHorizontalFlip's draw
+        box, flip = self.draws[index]
+        image = transforms.functional.resized_crop(image, *box, self.crop.size, self.crop.interpolation)
+        if flip:
+            image = transforms.functional.hflip(image)
+        return self.to_tensor(image), label
+
+
+def _make_pictures(root: Path, number: int) -> None:
+    """Make JPEG files whose spectrum falls with frequency as a photograph's, so that they cost as much to decode."""
+    rows, columns = 375, 500
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(rows)[:, None], np.fft.rfftfreq(columns)[None])
+    frequency[0, 0] = 1.0
+
+    def layer(fall: float) -> np.ndarray:
+        noise = np.fft.rfft2(rng.normal(size=(rows, columns)))
+        picture = np.fft.irfft2(noise / frequency**fall, s=(rows, columns))
+        return picture / picture.std()
+
+    for i in range(number):
+        light = layer(1.35)  # gives about 110 kB at quality 95, the mean of ImageNet's files
+        colours = [118 + 55 * (light + 0.4 * layer(1.55)) for _ in range(3)]
+        file = root / f"class_{i % 2}" / f"{i:05d}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.stack(colours, axis=-1).clip(0, 255).astype(np.uint8)).save(file, quality=95)
+
+
+def _batches(sample: Callable[[int], Any], number: int, collate: Callable[[list], Any]) -> None:
+    for start in range(0, number, BATCH):
+        collate([sample(i) for i in range(start, min(start + BATCH, number))])
+
+
+def _stages(dataset: SeededDataset, number: int) -> dict[str, float]:
+    """Mean time of each transform over all samples, in ms."""
+    samples = [dict(dataset.data[i]) for i in range(number)]
+    stages = {}
+    for transform in dataset.transform.transforms:
+        start = time.perf_counter()
+        samples = [transform(sample) for sample in samples]
+        stages[type(transform).__name__] = round(1000 * (time.perf_counter() - start) / number, 3)
+    return stages
+
+
+def _network(batch: int, size: int, slices: int, steps: int, repeats: int, device: str) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for _ in range(repeats):
+        for side in SIDES:
+            arguments = [side, batch, size, slices, steps, device]
+            command = [sys.executable, __file__, "network_side", *map(str, arguments)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            runs[side].append(json_format.loads(done.stdout.splitlines()[-1]))
+    shapes = {side: runs[side][0].pop("shapes") for side in SIDES}
+    if shapes["ours"] != shapes["theirs"]:
+        raise RuntimeError(f"the networks' maps differ in shape, so their times do not compare: {shapes}")
+    seconds = {side: [s for run in runs[side] for s in run["seconds"]] for side in SIDES}
+    memory = {side: [run["MB"] for run in runs[side]] for side in SIDES}
+    kind = "resident memory of the process" if device == "cpu" else "memory of torch's CUDA allocator"
+    return {
+        "settings": {"input": [batch, 1, slices, size, size], "steps": steps, "repeats": repeats, "device": device},
+        "maps": shapes["ours"],
+        "seconds_per_step": {side: _quartiles(seconds[side]) for side in SIDES},
+        "speed_ratio_ours_to_theirs": round(float(np.median(seconds["theirs"]) / np.median(seconds["ours"])), 3),
+        "peak_MB": {side: round(float(np.median(memory[side]))) for side in SIDES},
+        "peak_MB_is": f"peak {kind} in training, less what it held before the network was built",
+    }
+
+
+def network_side(side: str, batch: int, size: int, slices: int, steps: int, device: str) -> None:
+    """Time one side in this process and print the result as a line of JSON; `network` calls it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cuda = device != "cpu"
+    before = 0 if cuda else getrusage(RUSAGE_SELF).ru_maxrss
+    if side == "ours":
+        net = ResNet3DClassifier(18, CLASSES, depth_stride=True)
+        stages = net.backbone
+    else:
+        net = stages = resnet18(
+            spatial_dims=3, n_input_channels=1, num_classes=CLASSES, conv1_t_stride=2, bias_downsample=False
+        )
+    shapes: list[list[int]] = []
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        getattr(stages, name).register_forward_hook(lambda layer, x, out: shapes.append(list(out.shape)))
+    net.to(device).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    volume = torch.randn(batch, 1, slices, size, size, device=device)
+    label = torch.randint(CLASSES, (batch,), device=device)
+    seconds = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(volume), label).backward()
+        optimizer.step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else (getrusage(RUSAGE_SELF).ru_maxrss - before) / 1e3
+    print(json_format.dumps({"seconds": seconds[1:], "MB": peak, "shapes": shapes[:4]}))
+
+
+def _alternate(passes: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each pass; the sides take turns at being first, and one untimed round comes before."""
+    seconds: dict[str, list[float]] = {side: [] for side in passes}
+    for repeat in range(repeats + 1):
+        for side in sorted(passes, reverse=repeat % 2 == 1):
+            start = time.perf_counter()
+            passes[side]()
+            if repeat:
+                seconds[side].append(time.perf_counter() - start)
+    return seconds
+
+
+def _quartiles(values: Sequence[float]) -> dict[str, float]:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {"median": round(float(median), 3), "q25": round(float(low), 3), "q75": round(float(high), 3)}
+
+
+def _report(results: dict[str, Any], file: str | None) -> None:
+    packages = ("torch", "torchvision", "monai", "pillow", "simplejpeg", "numpy")
+    result = {
+        "machine": {
+            "cpu": _cpu_name(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "threads": 1,  # torch's, on either side; Pillow and simplejpeg have no threads of their own
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+            "commit": _commit(),
+        },
+        **results,
+    }
+    for name, part in result.items():
+        print(f"\n{name}")
+        for key, value in part.items():
+            print(f"  {key:34} {_cell(value)}")
+    if file is not None:
+        Path(file).write_text(json_format.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    if "median" in value:
+        return f"{value['median']} ({value['q25']} .. {value['q75']})"
+    return "   ".join(f"{key} {_cell(part)}" for key, part in value.items())
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    commands = {"input_pipeline": input_pipeline, "network": network, "all": all_benchmarks}
+    fire.Fire({**commands, "network_side": network_side})

@@ -1,0 +1,71 @@
+"""Tiny data and trained bundles that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from bundle_runs import BASE, BUNDLES, run
+from PIL import Image
+
+
+@pytest.fixture(params=BUNDLES, ids=lambda path: path.name)
+def bundle(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Three classes of colour, eight training and three validation pictures each."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, number in (("train", 8), ("val", 3)):
+        for label, colour in enumerate(("red", "green", "blue")):
+            folder = root / part / colour
+            folder.mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 120, (40, 52, 3))
+                pixels[..., label] += 120
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def volumes(tmp_path_factory):
+    """Six volumes with a bright and a dark ball, 2 mm slices, the first axis pointing left."""
+    root = tmp_path_factory.mktemp("volumes")
+    rng = np.random.default_rng(0)
+    affine = np.diag([-1.0, 1.0, 2.0, 1.0])
+    for name in ("images", "labels"):
+        (root / name).mkdir()
+    for i in range(6):
+        grid = np.indices((20, 22, 15))
+        label = np.zeros(grid.shape[1:], np.uint8)
+        for value, centre in ((1, (6, 7, 7)), (2, (14, 15, 7))):
+            label[sum((g - c) ** 2 for g, c in zip(grid, centre, strict=True)) < 16] = value
+        image = np.array([0, 300, -300])[label] + rng.normal(0, 30, label.shape)
+        nib.save(nib.Nifti1Image(image.astype(np.int16), affine), root / "images" / f"case{i}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), root / "labels" / f"case{i}.nii.gz")
+    return root
+
+
+@pytest.fixture
+def data(bundle, images, volumes):
+    return images if bundle.name == "imagenet_vdt_pretraining" else volumes
+
+
+@pytest.fixture(scope="session")
+def trained(images, volumes, tmp_path_factory):
+    """Return a function that trains a bundle once and gives the folder of its models and results."""
+    done: dict[str, Path] = {}
+
+    def train(bundle: Path) -> Path:
+        if bundle.name not in done:
+            folder = tmp_path_factory.mktemp(bundle.name)
+            run(bundle, BASE, folder, images if bundle.name == "imagenet_vdt_pretraining" else volumes)
+            done[bundle.name] = folder
+        return done[bundle.name]
+
+    return train

@@ -1,0 +1,335 @@
+"""Every bundle, run as a user runs it, on tiny data; a new folder in bundles/ is tested by being there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from bundle_runs import BASE, BUNDLES, ROOT, TINY, config_files, places, run
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.engines import SupervisedTrainer
+from PIL import Image
+
+SCHEMA = ROOT / "tests" / "data" / "metadata_schema.json"
+
+# Ids that an overlay may add to its base.
+ADDED = {"ckpt_path", "split", "sync_bn", "local_rank", "initialised", "finalize", "pretrained", "+imports"}
+FILES = {
+    "imagenet_vdt_pretraining": ["model.pt", "encoder.pt", "model_best.pt", "run.json"],
+    "bcv_multiorgan_segmentation": ["model.pt", "model_last.pt", "run.json"],
+}
+
+
+# What the folder holds ---------------------------------------------------------------------------------------------
+
+
+def test_licence_and_logging_are_copies_of_one_original(bundle):
+    assert (bundle / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert (bundle / "configs" / "logging.conf").read_bytes() == (BUNDLES[0] / "configs" / "logging.conf").read_bytes()
+
+
+def test_metadata_meets_the_schema_and_its_changelog_has_the_version(bundle):
+    meta = bundle / "configs" / "metadata.json"
+    monai.bundle.verify_metadata(meta_file=str(meta), filepath=str(SCHEMA))
+    content = json.loads(meta.read_text())
+    assert content["version"] in content["changelog"]
+
+
+def test_metadata_lists_what_the_package_requires(bundle):
+    listed = json.loads((bundle / "configs" / "metadata.json").read_text())["required_packages_version"]
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    block = re.search(r"^dependencies = \[(.*?)^\]", pyproject, re.DOTALL | re.MULTILINE)[1]
+    required = set(re.findall(r'"([a-z-]+)[>=]', block)) - {"torch", "monai", "numpy"}
+    assert set(listed) == required
+
+
+def test_labels_in_the_metadata_are_those_of_the_configs():
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    channels = json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
+    names = ConfigParser.load_config_file(str(bundle / "configs" / "inference.yaml"))["label_names"]
+    assert [channels["channel_def"][str(i)] for i in range(len(names))] == names
+    assert channels["num_channels"] == len(names)
+
+
+# What the configs say ----------------------------------------------------------------------------------------------
+
+
+def test_training_and_inference_share_what_is_marked_shared(bundle):
+    train, inference = (ConfigParser.load_config_file(config_files(bundle, [n])[0]) for n in ("train", "inference"))
+    marked = re.findall(r"^(\w+):.*# \[shared\]", (bundle / "configs" / "train.yaml").read_text(), re.MULTILINE)
+    assert marked
+    derived = {"class_names", "num_classes"}  # counted from the data in training, taken from run.json in inference
+    for name in [n for n in marked if n not in derived]:
+        assert inference[name] == train[name], name
+
+
+def test_training_and_inference_prepare_images_alike(bundle):
+    train, inference = (ConfigParser.load_config_file(config_files(bundle, [n])[0]) for n in ("train", "inference"))
+    steps = train["validate"]["preprocessing"]["transforms"]
+    steps = train["train"]["deterministic_transforms"] if isinstance(steps, str) else steps
+    assert [for_image(step) for step in steps if step["keys"] != "label"] == inference["preprocessing"]["transforms"]
+    if "inferer" in inference:
+        assert inference["inferer"] == train["validate"]["inferer"]
+
+
+def for_image(step: dict) -> dict:
+    """Project a transform of image and label onto the image."""
+    step = dict(step, keys="image")
+    if "mode" in step:
+        step["mode"] = "bilinear"
+    return step
+
+
+def test_overlays_name_only_ids_of_their_base(bundle):
+    parser = ConfigParser(ConfigParser.load_config_file(config_files(bundle, BASE)[0]))
+    for path in sorted((bundle / "configs").glob("*.yaml")):
+        if path.stem in ("train", "inference"):
+            continue
+        for name in ConfigParser.load_config_file(str(path)):
+            if name not in ADDED:
+                assert name in parser, f"{path.name}: {name}"
+
+
+def test_every_remembered_setting_is_an_id_of_inference(bundle):
+    train, inference = (ConfigParser.load_config_file(config_files(bundle, [n])[0]) for n in ("train", "inference"))
+    assert set(train["settings"]) <= set(inference)
+
+
+# What the runs do --------------------------------------------------------------------------------------------------
+
+
+def test_training_leaves_its_files_and_a_history(bundle, trained):
+    folder = trained(bundle)
+    assert sorted(path.name for path in (folder / "models").iterdir()) == sorted(FILES[bundle.name])
+    with (folder / "eval" / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert Image.open(folder / "eval" / "curves.png").size[0] > 500
+    assert not (folder / "eval" / "resume.pt").exists()
+
+
+def test_training_again_gives_the_same_weights(bundle, data, trained, tmp_path):
+    first = trained(bundle)
+    run(bundle, BASE, tmp_path, data)
+    for path in (first / "models").glob("*.pt"):
+        a, b = (torch.load(folder / "models" / path.name, weights_only=True) for folder in (first, tmp_path))
+        assert all(torch.equal(a[name], b[name]) for name in a), path.name
+
+
+def test_a_run_that_breaks_goes_on_and_ends_with_the_same_weights(bundle, data, trained, tmp_path, monkeypatch):
+    first, iteration = trained(bundle), SupervisedTrainer._iteration
+
+    def breaking(self, engine, batch):
+        if engine.state.epoch == 2:
+            raise KeyboardInterrupt
+        return iteration(self, engine, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SupervisedTrainer, "_iteration", breaking)
+        with pytest.raises((KeyboardInterrupt, RuntimeError)):
+            run(bundle, BASE, tmp_path, data)
+    assert (tmp_path / "eval" / "resume.pt").is_file()
+    run(bundle, BASE, tmp_path, data)
+    for path in (first / "models").glob("*.pt"):
+        a, b = (torch.load(folder / "models" / path.name, weights_only=True) for folder in (first, tmp_path))
+        assert all(torch.equal(a[name], b[name]) for name in a), path.name
+    histories = [[r.rsplit(",", 1)[0] for r in (f / "eval" / "history.csv").read_text().splitlines()]
+                 for f in (first, tmp_path)]  # fmt: skip
+    assert histories[0] == histories[1]
+
+
+def test_properties_are_all_there(bundle, data, trained):
+    folder = trained(bundle)
+    for names, kind in ((BASE, "train"), (["inference"], "inference")):
+        settings = TINY[bundle.name] if kind == "train" else remembered(folder)
+        workflow = ConfigWorkflow(
+            config_file=config_files(bundle, names),
+            meta_file=str(bundle / "configs" / "metadata.json"),
+            logging_file=False,
+            workflow_type=kind,
+            bundle_root=str(bundle),
+            dataset_dir=str(data),
+            **settings,
+            **places(bundle, folder, names),
+        )
+        workflow.initialize()
+        assert workflow.check_properties() == []
+        workflow.finalize()
+
+
+def remembered(folder: Path) -> dict:
+    settings = json.loads((folder / "models" / "run.json").read_text())
+    return {k: v for k, v in settings.items() if k != "_run_"}
+
+
+def test_evaluation_repeats_the_score_of_training(bundle, data, trained, tmp_path):
+    folder = trained(bundle)
+    name = {"imagenet_vdt_pretraining": "val_top1", "bcv_multiorgan_segmentation": "val_mean_dice"}[bundle.name]
+    path = folder / "models" / ("model.pt" if name == "val_top1" else "model_last.pt")
+    run(bundle, ["train", "evaluate"], tmp_path, data, ckpt_path=str(path))
+    scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
+    with (folder / "eval" / "history.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    # Segmentation trains on the padded volume and evaluates on the label's own grid; here the two hold the same voxels.
+    assert scores[name] == pytest.approx(float(last[name]), abs=1e-6)
+
+
+def test_inference_of_pretraining_writes_the_top_classes(images, trained, tmp_path):
+    bundle = ROOT / "bundles" / "imagenet_vdt_pretraining"
+    folder = trained(bundle)
+    shutil.copytree(folder / "models", tmp_path / "models")
+    run(bundle, ["inference"], tmp_path, images / "val" / "red", args_file=str(folder / "models" / "run.json"))
+    found = json.loads((tmp_path / "eval" / "predictions.json").read_text())
+    assert len(found) == 3
+    assert {guess["class"] for guess in found[0]["top"]} == {"red", "green", "blue"}
+    assert sum(guess["probability"] for guess in found[0]["top"]) == pytest.approx(1, abs=1e-5)
+    with (tmp_path / "eval" / "predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 9
+
+
+def test_inference_of_segmentation_keeps_the_grid_of_the_input(volumes, trained, tmp_path):
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    folder = trained(bundle)
+    shutil.copytree(folder / "models", tmp_path / "models")
+    image = volumes / "images" / "case0.nii.gz"
+    run(bundle, ["inference"], tmp_path, image, args_file=str(folder / "models" / "run.json"), spacing=[1.0, 1.5, 1.0])
+    written, source = nib.load(tmp_path / "eval" / "case0_seg.nii.gz"), nib.load(image)
+    assert written.shape == source.shape
+    assert written.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(written.affine, source.affine, atol=1e-5)
+
+
+def test_a_segmentation_learns_its_two_balls(volumes, tmp_path):
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    run(bundle, BASE, tmp_path, volumes, epochs=2, steps_per_epoch=12, learning_rate=0.1, norm="instance")
+    with (tmp_path / "eval" / "history.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["val_mean_dice"]) > 0.3  # scores 0.0 untrained
+
+
+def test_the_encoder_of_pretraining_starts_a_segmentation(volumes, trained, tmp_path, caplog):
+    encoder = trained(ROOT / "bundles" / "imagenet_vdt_pretraining") / "models" / "encoder.pt"
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    with caplog.at_level("INFO", logger="networks.weights"):
+        run(bundle, BASE, tmp_path, volumes, init="vdt", pretrained=str(encoder), epochs=1)
+    assert "120 tensors matched, 0 folded, 0 skipped" in caplog.text
+    assert json.loads((tmp_path / "models" / "run.json").read_text())["_run_"]["init"] == "vdt"
+
+
+def test_finetuning_starts_from_the_encoder(images, trained, tmp_path, caplog):
+    bundle = ROOT / "bundles" / "imagenet_vdt_pretraining"
+    encoder = trained(bundle) / "models" / "encoder.pt"
+    with caplog.at_level("INFO", logger="networks.weights"):
+        run(bundle, ["train", "finetune"], tmp_path, images, pretrained=str(encoder), epochs=1)
+    assert "120 tensors matched" in caplog.text
+
+
+def test_the_network_has_the_shapes_of_the_metadata(bundle):
+    monai.bundle.verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        config_file=config_files(bundle, ["inference"]),
+        device="cpu",
+    )
+
+
+def test_the_exported_network_answers_as_the_trained_one(bundle, trained, tmp_path):
+    folder = trained(bundle)
+    exported = tmp_path / "model.ts"
+    monai.bundle.ckpt_export(
+        net_id="network_def",
+        filepath=str(exported),
+        ckpt_file=str(folder / "models" / "model.pt"),
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        config_file=config_files(bundle, ["inference"]),
+        args_file=str(folder / "models" / "run.json"),
+    )
+    parser = ConfigParser(ConfigParser.load_config_file(config_files(bundle, ["inference"])[0]))
+    parser.update(remembered(folder))
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(folder / "models" / "model.pt", weights_only=True))
+    x = torch.randn(2, 1, 3, 40, 33) if bundle.name == "imagenet_vdt_pretraining" else torch.randn(1, 1, 19, 33, 21)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(exported)(x), network(x))
+
+
+# What wrong input gets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        pytest.param(lambda image, label: (image[:-1], label, None), "has shape", id="shape"),
+        pytest.param(lambda image, label: (image, label, np.diag([-1.0, 1, 3, 1])), "affine differs", id="affine"),
+        pytest.param(lambda image, label: (image, label + 7, None), "label values", id="label value"),
+        pytest.param(lambda image, label: (np.where(label == 1, np.nan, image), label, None), "NaN", id="NaN voxels"),
+    ],
+)
+def test_a_spoilt_volume_is_named_in_one_sentence(volumes, tmp_path, spoil, sentence):
+    data = tmp_path / "data"
+    shutil.copytree(volumes, data)
+    image, label = (nib.load(data / name / "case2.nii.gz") for name in ("images", "labels"))
+    new_image, new_label, affine = spoil(image.get_fdata(), np.asarray(label.dataobj))
+    nib.save(nib.Nifti1Image(new_image.astype(np.float32), image.affine), data / "images" / "case2.nii.gz")
+    affine = label.affine if affine is None else affine
+    nib.save(nib.Nifti1Image(new_label.astype(np.uint8), affine), data / "labels" / "case2.nii.gz")
+    with pytest.raises(RuntimeError) as caught:
+        run(ROOT / "bundles" / "bcv_multiorgan_segmentation", BASE, tmp_path, data)
+    message = str(root_cause(caught.value))
+    assert "case2.nii.gz" in message
+    assert sentence in message
+    assert "\n" not in message
+
+
+def root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+# What the documents promise ----------------------------------------------------------------------------------------
+
+
+def documented_commands() -> list:
+    found = []
+    for bundle in BUNDLES:
+        text = (bundle / "docs" / "README.md").read_text()
+        for number, block in enumerate(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)):
+            found.append(pytest.param(bundle, block.replace("\\\n", " "), id=f"{bundle.name}-{number}"))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bundle", "command"), documented_commands())
+def test_every_command_of_the_documents_runs(bundle, command, images, volumes, trained, tmp_path):
+    folder = tmp_path / bundle.name
+    shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("models", "eval"))
+    shutil.copytree(trained(bundle) / "models", folder / "models")
+    shutil.copytree(trained(ROOT / "bundles" / "imagenet_vdt_pretraining") / "models", tmp_path / "pretrained")
+    given = {
+        "IMAGES": str(images),
+        "IMAGE_OR_FOLDER": str(images / "val"),
+        "VOLUMES": str(volumes),
+        "VOLUME_OR_FOLDER": str(volumes),
+        "ENCODER": str(tmp_path / "pretrained" / "encoder.pt"),
+        "python": sys.executable,
+    }
+    words = [given.get(word, word) for word in shlex.split(command)]
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    if "configs/train.yaml" in command:
+        for name, value in TINY[bundle.name].items():
+            words += [f"--{name}", value if isinstance(value, str) else repr(value)]
+    result = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
