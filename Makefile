@@ -20,10 +20,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q --durations=20
+	$(BIN)/pytest -q -n 2 --dist loadfile --durations=20
 
 quick: $(VENV)/.installed-dev
-	$(BIN)/pytest -q -m "not slow and not gpu"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

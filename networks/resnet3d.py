@@ -293,7 +293,7 @@ class ResNet3D(nn.Module):
         self.train()
 
         # What a checkpoint's shapes do not tell travels in its metadata, and is compared when it is loaded whole.
-        self.architecture: dict[str, Any] = {
+        self.architecture = {
             "depth": depth,
             "depth_stride": depth_stride,
             "stem": stem,

@@ -59,7 +59,7 @@ def demo(
     if not (images and volumes):
         _say("1/4  synthetic pictures and volumes")
         made = make_demo_data(str(root / "data"))
-        images, volumes = images or made["images"], volumes or made["volumes"]
+        images, volumes = images or made["images"], volumes or str(Path(made["datalist"]).parent)
     images, volumes = str(Path(images).resolve()), str(Path(volumes).resolve())
 
     _say("2/4  one picture, read as a volume")
@@ -106,8 +106,8 @@ def demo(
         "",
         (root / "transfer" / "table.md").read_text(),
         "Pictures: `vdt.png` (an image read as a volume), `pretraining.png` (curves), `dice.png` (Dice against steps),",
-        "`examples.png` (a held-out case). A demonstration at toy size: it shows that the chain works, not how well the",
-        "method does.",
+        "`examples.png` (a held-out case). A demonstration at toy size: it shows that the chain works, not how well",
+        "the method does.",
         "",
     ]
     write_atomic(root / "summary.md", "\n".join(summary).encode())

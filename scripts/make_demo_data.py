@@ -13,7 +13,6 @@ makes, in about twenty seconds and the same for the same seed:
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ import fire
 import nibabel as nib
 import numpy as np
 from PIL import Image
+
+from vdt_workflows import write_atomic
 
 RECORD = "demo_data.json"
 LABELS = {"0": "background", "1": "organ", "2": "vessel", "3": "lesion"}
@@ -102,9 +103,7 @@ def _claim(root: Path, settings: dict[str, int]) -> bool:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, path)
+    write_atomic(path, json.dumps(content, indent=2).encode())
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------

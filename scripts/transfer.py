@@ -132,7 +132,7 @@ def transfer(
                         {"init": init, "seed": seed, "step": int(row["step"]), "dice": float(row["val_mean_dice"])}
                     )
     _write_table(root, rows, steps, f"{len(scored)} held-out cases, {min(training_cases, len(pool))} training cases")
-    _draw_examples(root, scored[0], shared)
+    _draw_examples(root, scored[0])
     print((root / "table.md").read_text())
     print(
         json.dumps({"table": str(root / "table.csv"), "pictures": [str(root / "dice.png"), str(root / "examples.png")]})
@@ -197,17 +197,17 @@ def _write_table(root: Path, rows: list[dict[str, Any]], steps: Sequence[int], n
     _save(figure, root / "dice.png")
 
 
-def _draw_examples(root: Path, case: Mapping[str, str], shared: Mapping[str, Any]) -> None:
+def _draw_examples(root: Path, case: Mapping[str, str]) -> None:
     """Draw one held-out case: its label, and what each side's last weights of seed 0 make of it."""
     labels = {"label": np.asarray(nib.load(case["label"]).dataobj)}
     for init in INITS:
         folder = root / f"{init}-seed0"
         found = list((folder / "example").glob("*_seg.nii.gz"))
         if not found:
-            taken = ("overlap",)
-            own = {"dataset_dir": case["image"], "ckpt_path": str(folder / "models" / "model_last.pt")}
-            own |= {"output_dir": str(folder / "example"), "args_file": str(folder / "models" / "run.json")}
-            run_bundle(SEGMENTATION, ["inference"], {**own, **{k: shared[k] for k in taken}})
+            models = folder / "models"
+            own = {"dataset_dir": case["image"], "ckpt_path": str(models / "model_last.pt")}
+            own |= {"output_dir": str(folder / "example"), "args_file": str(models / "run.json")}
+            run_bundle(SEGMENTATION, ["inference"], own)
             found = list((folder / "example").glob("*_seg.nii.gz"))
         labels[init] = np.asarray(nib.load(found[0]).dataobj)
     image = np.asarray(nib.load(case["image"]).dataobj).astype(np.float32)

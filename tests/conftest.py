@@ -7,8 +7,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from bundle_runs import BASE, BUNDLES, run
 from PIL import Image
+
+torch.set_num_threads(1)  # threads of small networks wait for each other more than they work
 
 
 @pytest.fixture(params=BUNDLES, ids=lambda path: path.name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import monai.bundle
@@ -16,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundle_runs import BASE, BUNDLES, ROOT, TINY, config_files, places, run
+from bundle_runs import BASE, BUNDLES, ROOT, TINY, command, config_files, places, run
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.engines import SupervisedTrainer
 from PIL import Image
@@ -147,6 +149,30 @@ def test_a_run_that_breaks_goes_on_and_ends_with_the_same_weights(bundle, data, 
     histories = [[r.rsplit(",", 1)[0] for r in (f / "eval" / "history.csv").read_text().splitlines()]
                  for f in (first, tmp_path)]  # fmt: skip
     assert histories[0] == histories[1]
+
+
+@pytest.mark.slow
+def test_a_run_killed_twice_at_random_moments_ends_with_the_same_weights(images, tmp_path):
+    bundle = ROOT / "bundles" / "imagenet_vdt_pretraining"
+    run(bundle, BASE, tmp_path / "whole", images, epochs=8)
+    words = [sys.executable, "-W", "ignore", "-m", *command(bundle, BASE, tmp_path / "killed", images, epochs=8)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: the order of sums is part of the bits
+    models, state = tmp_path / "killed" / "models", tmp_path / "killed" / "eval" / "resume.pt"
+    random, seen = np.random.default_rng(), 0
+    for _ in range(2):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == seen):
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+        seen = state.stat().st_mtime_ns if state.exists() else seen
+        for path in models.glob("*.pt"):
+            torch.load(path, weights_only=True)  # whole, or not there
+    subprocess.run(words, check=True, capture_output=True, env=environment)
+    for name in ("model.pt", "encoder.pt", "model_best.pt"):
+        a, b = (torch.load(tmp_path / f / "models" / name, weights_only=True) for f in ("whole", "killed"))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
 def test_properties_are_all_there(bundle, data, trained):
@@ -311,8 +337,8 @@ def documented_commands() -> list:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bundle", "command"), documented_commands())
-def test_every_command_of_the_documents_runs(bundle, command, images, volumes, trained, tmp_path):
+@pytest.mark.parametrize(("bundle", "documented"), documented_commands())
+def test_every_command_of_the_documents_runs(bundle, documented, images, volumes, trained, tmp_path):
     folder = tmp_path / bundle.name
     shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("models", "eval"))
     shutil.copytree(trained(bundle) / "models", folder / "models")
@@ -325,10 +351,10 @@ def test_every_command_of_the_documents_runs(bundle, command, images, volumes, t
         "ENCODER": str(tmp_path / "pretrained" / "encoder.pt"),
         "python": sys.executable,
     }
-    words = [given.get(word, word) for word in shlex.split(command)]
+    words = [given.get(word, word) for word in shlex.split(documented)]
     if words[0] == "torchrun":
         words[:1] = [sys.executable, "-m", "torch.distributed.run"]
-    if "configs/train.yaml" in command:
+    if "configs/train.yaml" in documented:
         for name, value in TINY[bundle.name].items():
             words += [f"--{name}", value if isinstance(value, str) else repr(value)]
     result = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)

@@ -86,7 +86,7 @@ def test_without_shuffle_the_order_is_the_datas():
 
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize(("size", "samples"), [(12, None), (13, None), (7, 12), (5, 11), (2, None)])
+@pytest.mark.parametrize(("size", "samples"), [(12, None), (13, None), (7, 12), (5, 11), (3, None)])
 def test_the_processes_shares_interleave_to_the_batches_of_one_process(size, samples, world_size, even):
     for number in range(3):
         one = epoch_of(number, size, samples=samples)
@@ -103,6 +103,12 @@ def test_the_processes_shares_interleave_to_the_batches_of_one_process(size, sam
             assert together[len(one) :] == following[: len(together) - len(one)]  # opens the next epoch
         else:
             assert together == one
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_of_fewer_samples_than_processes_each_process_scores_all(rank):
+    one = epoch_of(0, 2, shuffle=False)
+    assert epoch_of(0, 2, shuffle=False, rank=rank, num_replicas=3, even=False) == one
 
 
 @pytest.mark.parametrize("even", [True, False])

@@ -42,8 +42,8 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
 
     It is meant as the first entry of a config's `initialize`. There it looks at `sys.argv`, and only if the process
     is `python -m monai.bundle run` (or `run_workflow`, or either under torchrun); in any other process, such as
-    MONAI Label or a federated client, it does nothing. No expression of the config is evaluated. In that process it also
-    lets errors of these packages (a missing file, a corrupt image) be shown by their sentence alone.
+    MONAI Label or a federated client, it does nothing. No expression of the config is evaluated. In that process it
+    also lets errors of these packages (a missing file, a corrupt image) be shown by their sentence alone.
 
     Args:
         argv: the words after `python -m monai.bundle`, which are then checked whatever the process.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from vdt_workflows.checkpoints import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +95,13 @@ def read_index(file: Path, root: Path, names: Sequence[str]) -> Listing | None:
 
 def write_index(files: Sequence[Path], listing: Listing) -> None:
     """Write the index to the first of `files` that can be written; no reader ever sees half of one."""
+    buffer = io.BytesIO()
     contents: dict[str, Any] = {"version": VERSION, **listing}
+    np.savez(buffer, **contents)
     for file in files:
-        part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "xb") as stream:
-                np.savez(stream, **contents)
-            os.replace(part, file)
+            write_atomic(file, buffer.getvalue())
             return
         except OSError as error:
             logger.info("no index at %s (%s)", file, error)
-            if part.exists():
-                part.unlink()
     logger.warning("the image list could not be kept; the folders will be listed again at the next start")

@@ -40,7 +40,8 @@ class SeededSampler(Sampler[Key]):
         rank: number of this process.
         num_replicas: number of processes.
         even: repeat keys at the end of an epoch so that all processes get the same number (training). False never
-            repeats one (evaluation).
+            repeats one (evaluation); but if there are fewer than processes, each process takes all of them, since a
+            process without any would leave the others waiting for its metrics, and no mean changes.
 
     Raises:
         ValueError: if there is nothing to sample.
@@ -63,8 +64,8 @@ class SeededSampler(Sampler[Key]):
         self.shuffle = shuffle
         self.samples = self.size if samples is None else samples
         self.seed = seed
-        self.rank = rank
-        self.num_replicas = num_replicas
+        shared = even or self.samples >= num_replicas
+        self.rank, self.num_replicas = (rank, num_replicas) if shared else (0, 1)
         self.total = -(-self.samples // num_replicas) * num_replicas if even else self.samples
         self.epoch = 0
 
