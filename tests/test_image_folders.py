@@ -198,14 +198,14 @@ def test_a_damaged_index_is_made_again(animals, scans, damage):
 
 def read_only(monkeypatch, root):
     """Refuse new files in `root`; permissions would not stop a test that runs as root."""
-    open_file = open
+    write_atomic = folder_index.write_atomic
 
-    def refuse(file, mode="r", *args, **kwargs):
-        if "x" in mode and Path(file).parent == root:
+    def refuse(file, content):
+        if Path(file).parent == root:
             raise PermissionError(13, "Permission denied", str(file))
-        return open_file(file, mode, *args, **kwargs)
+        write_atomic(file, content)
 
-    monkeypatch.setattr(folder_index, "open", refuse, raising=False)
+    monkeypatch.setattr(folder_index, "write_atomic", refuse)
 
 
 def test_the_index_of_a_read_only_folder_is_in_the_users_cache(animals, scans, cache, monkeypatch):

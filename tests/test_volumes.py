@@ -287,3 +287,11 @@ def test_nothing_to_list_is_named(tmp_path):
         list_volumes(tmp_path / "none")
     with pytest.raises(ValueError, match=r": no \.nii or \.nii\.gz file in it, nor in its images folders$"):
         list_volumes(tmp_path)
+
+
+def test_an_nnunet_folder_is_listed_although_its_dataset_json_lists_no_cases(tmp_path):
+    for number in range(3):
+        write_pair(tmp_path / "imagesTr" / f"c{number}_0000.nii.gz", tmp_path / "labelsTr" / f"c{number}.nii.gz")
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "CT"}, "numTraining": 3}')
+    cases = find_volumes(tmp_path)
+    assert len(cases["training"]) + len(cases["validation"]) == 3

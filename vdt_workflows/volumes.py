@@ -47,7 +47,7 @@ def find_volumes(
         ValueError: if there are no pairs, a case has no label, or an image and its label differ in shape or affine.
     """
     root = Path(dataset_dir)
-    if datalist is None and _lists_cases(root / "dataset.json"):
+    if datalist is None and (root / "dataset.json").is_file() and not _is_nnunet(root):
         datalist = root / "dataset.json"
     if datalist is not None:
         cases = _read_datalist(Path(datalist))
@@ -117,9 +117,9 @@ def check_geometry(case: Case) -> None:
         )
 
 
-def _lists_cases(path: Path) -> bool:
-    """Whether it is a list of cases; nnU-Net's file of the same name has labels and channels alone."""
-    return path.is_file() and '"training"' in path.read_text()
+def _is_nnunet(root: Path) -> bool:
+    """Whether dataset.json is nnU-Net's, which names labels and channels and leaves the cases to the folders."""
+    return (root / "imagesTr").is_dir() and b'"training"' not in (root / "dataset.json").read_bytes()
 
 
 def _read_datalist(path: Path) -> dict[str, list[Case]]:
