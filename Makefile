@@ -1,5 +1,5 @@
 # make demo    pre-train on images, transfer to volumes, against scratch: a table and pictures in demo/
-#              IMAGES=<class folders> and VOLUMES=<folder of NIfTI pairs> take your own data
+#              IMAGES=<class folders>, VOLUMES=<folder of NIfTI pairs> and OUT=<folder> take your own data elsewhere
 # make test    style, types and the whole test suite
 # make quick   the fast tests alone
 
@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 IMAGES ?=
 VOLUMES ?=
+OUT ?= demo
 BIN = $(VENV)/bin
 # Waiting threads that spin instead of sleep make data loading and training fight for a CPU's cores.
 export OMP_WAIT_POLICY = PASSIVE
@@ -14,7 +15,7 @@ export OMP_WAIT_POLICY = PASSIVE
 .PHONY: demo test quick clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python scripts/demo.py --output_dir demo --images "$(IMAGES)" --volumes "$(VOLUMES)"
+	$(BIN)/python scripts/demo.py --output_dir "$(OUT)" --images "$(IMAGES)" --volumes "$(VOLUMES)"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -35,4 +36,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 	touch $@
 
 clean:
-	rm -rf demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .pytest_cache .mypy_cache .ruff_cache

@@ -10,19 +10,17 @@ pictures beside it. Interrupted, it goes on where it stopped.
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import fire
 import numpy as np
 from make_demo_data import make_demo_data
 from matplotlib.figure import Figure
-from transfer import _save, run_bundle, transfer
+from transfer import _save, claim, run_bundle, transfer
 
 from vdt_transforms import ImageToVolume, LoadNaturalImage, RandSliceShuffle
 from vdt_workflows import find_images, write_atomic
@@ -53,9 +51,14 @@ def demo(
         seeds: seeds of the transfer.
         steps: optimiser steps after which the transfer is scored.
         patch_size: voxels, as X, Y, Z.
+
+    Raises:
+        ValueError: if `output_dir` holds results of other settings.
     """
     start = time.time()
     root = Path(output_dir).resolve()
+    network = {"epochs": epochs, "image_size": image_size, "base_channels": base_channels}
+    claim(root, {"images": images, "volumes": volumes, **network})
     if not (images and volumes):
         _say("1/4  synthetic pictures and volumes")
         made = make_demo_data(str(root / "data"))
@@ -71,16 +74,15 @@ def demo(
         "dataset_dir": images,
         "ckpt_dir": str(pretraining / "models"),
         "output_dir": str(pretraining / "eval"),
-        "epochs": epochs,
-        "image_size": image_size,
-        "base_channels": base_channels,
+        **network,
         "batch_size": 32,
         "learning_rate": 0.05,
         "crop_area": [0.35, 1.0],
     }
-    if not _finished(pretraining / "eval", settings):
+    marker = pretraining / "finished"
+    if not marker.is_file():
         run_bundle(PRETRAINING, ["train"], settings)
-        write_atomic(pretraining / "eval" / "finished.json", json.dumps(settings).encode())
+        write_atomic(marker, b"")
 
     _say("4/4  transfer, and the same from scratch")
     transfer(
@@ -134,11 +136,6 @@ def draw_vdt(images: str, path: Path) -> None:
     figure.suptitle("The variable dimension transform: colours become slices")
     path.parent.mkdir(parents=True, exist_ok=True)
     _save(figure, path)
-
-
-def _finished(folder: Path, settings: dict[str, Any]) -> bool:
-    marker = folder / "finished.json"
-    return marker.is_file() and json.loads(marker.read_text()) == settings
 
 
 def _say(text: str) -> None:

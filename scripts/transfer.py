@@ -10,6 +10,7 @@ same steps, for each seed. The held-out cases are scored at several step counts 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -53,6 +54,21 @@ def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any])
         raise RuntimeError(f"the run of bundles/{bundle} failed; its own message is above")
 
 
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Keep a folder's results together with what they were made with.
+
+    Raises:
+        ValueError: if the folder holds results of other settings.
+    """
+    record = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    kept = json.loads(record.read_text()) if record.is_file() else settings
+    differ = [f"{k} {kept.get(k)!r}, not {settings.get(k)!r}" for k in settings if kept.get(k) != settings.get(k)]
+    if differ:
+        raise ValueError(f"output_dir {folder} holds results made with {'; '.join(differ)}; name another folder")
+    write_atomic(record, json.dumps(settings, indent=1).encode())
+
+
 def transfer(
     volumes: str,
     encoder: str,
@@ -62,7 +78,7 @@ def transfer(
     training_cases: int = 20,
     scored_cases: int = 60,
     batch_size: int = 2,
-    learning_rate: float = 0.02,
+    learning_rate: float = 0.1,
     patch_size: Sequence[int] = (48, 64, 48),
     spacing: Sequence[float] | None = None,
     window: Sequence[float] | None = None,
@@ -87,6 +103,9 @@ def transfer(
 
     Returns:
         The rows of the table.
+
+    Raises:
+        ValueError: if `output_dir` holds results of other settings.
     """
     root = Path(output_dir).resolve()
     encoder = str(Path(encoder).resolve())
@@ -112,6 +131,8 @@ def transfer(
         "num_workers": 0,
         **{name: read_provenance(encoder)[name] for name in ("depth", "base_channels", "norm")},
     }
+    weights = hashlib.sha256(Path(encoder).read_bytes()).hexdigest()
+    claim(root, {**shared, "datalist": datalist, "encoder": weights, "cases": [training_cases, scored_cases]})
     rows = []
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(pool))[:training_cases]
@@ -213,7 +234,7 @@ def _draw_examples(root: Path, case: Mapping[str, str]) -> None:
     image = np.asarray(nib.load(case["image"]).dataobj).astype(np.float32)
     middle = int(np.argmax((labels["label"] > 0).sum(axis=(0, 1))))
     low, high = np.percentile(image, [1, 99])
-    figure = Figure(figsize=(3 * len(labels), 3.4), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(labels), 3.6), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
         axes.imshow(image[:, :, middle].T, cmap="gray", vmin=low, vmax=high, origin="lower")
         shown = np.ma.masked_equal(label[:, :, middle].T, 0)
