@@ -32,11 +32,11 @@ def demo(
     output_dir: str = "demo",
     images: str = "",
     volumes: str = "",
-    epochs: int = 6,
+    epochs: int = 10,
     image_size: int = 64,
     base_channels: int = 16,
     seeds: int = 1,
-    steps: tuple[int, ...] = (30, 60, 120),
+    steps: tuple[int, ...] = (60, 120, 180),
     patch_size: tuple[int, ...] = (32, 32, 32),
 ) -> None:
     """Run the whole chain.

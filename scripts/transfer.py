@@ -48,8 +48,8 @@ def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any])
     command += ["--bundle_root", "."]
     for name, value in settings.items():
         command += [f"--{name}", value if isinstance(value, str) else repr(value)]
-    # Threads that spin while they wait would take the cores from the loader processes.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    # Threads that spin for ever while they wait would take the cores from the loader processes.
+    environment = {"GOMP_SPINCOUNT": "100000", **os.environ}
     if subprocess.run(command, cwd=BUNDLES / bundle, env=environment, check=False).returncode:
         raise RuntimeError(f"the run of bundles/{bundle} failed; its own message is above")
 
