@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,8 @@ class LoadReport:
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint file, on the CPU, without running code from it.
 
-    Takes a bare dictionary of tensors, or one inside `state_dict`, `model` or `network`.
+    Takes a bare dictionary of tensors, or one inside `state_dict`, `model` or `network`; a state dict's
+    metadata is kept.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -85,9 +87,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         if inner is None:
             break
         content = inner
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    entries = content.items() if isinstance(content, Mapping) else ()
+    tensors = OrderedDict((name, value) for name, value in entries if isinstance(value, Tensor))
     if not tensors:
         raise ValueError(f"{path}: holds no tensors; expected a state dict, bare or under one of {CONTAINERS}")
+    tensors._metadata = getattr(content, "_metadata", {})  # type: ignore[attr-defined]  # as torch keeps it
     return tensors
 
 

@@ -20,7 +20,7 @@ import fire
 import numpy as np
 from make_demo_data import make_demo_data
 from matplotlib.figure import Figure
-from transfer import _save, claim, run_bundle, transfer
+from transfer import claim, run_bundle, save_figure, transfer
 
 from vdt_transforms import ImageToVolume, LoadNaturalImage, RandSliceShuffle
 from vdt_workflows import find_images, write_atomic
@@ -135,7 +135,7 @@ def draw_vdt(images: str, path: Path) -> None:
                 axes.set_title(title, fontsize="small")
     figure.suptitle("The variable dimension transform: colours become slices")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _say(text: str) -> None:

@@ -215,7 +215,7 @@ def _write_table(root: Path, rows: list[dict[str, Any]], steps: Sequence[int], n
     axes.set(xlabel="optimiser steps", ylabel="mean Dice", title=note, ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, root / "dice.png")
+    save_figure(figure, root / "dice.png")
 
 
 def _draw_examples(root: Path, case: Mapping[str, str]) -> None:
@@ -242,10 +242,11 @@ def _draw_examples(root: Path, case: Mapping[str, str]) -> None:
         axes.set_title(name)
         axes.axis("off")
     figure.suptitle(f"{Path(case['image']).name}, slice {middle}")
-    _save(figure, root / "examples.png")
+    save_figure(figure, root / "examples.png")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure to a file, without a display."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=120)
 

@@ -83,8 +83,7 @@ def save_weights(network: nn.Module, path: str | os.PathLike, provenance: Mappin
 
 def read_provenance(path: str | os.PathLike) -> dict[str, Any]:
     """Read what `save_weights` wrote beside the tensors; empty for files of other origin."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return getattr(state, "_metadata", {}).get("", {}).get("provenance", {})
+    return getattr(read_checkpoint(path), "_metadata", {}).get("", {}).get("provenance", {})
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
@@ -94,9 +93,8 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is unreadable (see `networks.read_checkpoint`) or was made by another architecture.
     """
-    tensors = read_checkpoint(path)
+    state = read_checkpoint(path)
     hint = "build the network as in training, for instance with --args_file and the run.json beside the checkpoint"
-    state = torch.load(path, map_location="cpu", weights_only=True)
     if getattr(state, "_metadata", None):
         try:
             bare(network).load_state_dict(state)
@@ -105,7 +103,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
         except RuntimeError as error:
             reasons = [line.strip() for line in str(error).splitlines()[1:]]
             raise ValueError(
-                f"{path}: made by another architecture ({len(tensors)} tensors; {reasons[0]}"
+                f"{path}: made by another architecture ({len(state)} tensors; {reasons[0]}"
                 f" {f'and {len(reasons) - 1} more' if len(reasons) > 1 else ''}); {hint}"
             ) from None
         return
