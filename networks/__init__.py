@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from networks.classifier import ResNet3DClassifier
     from networks.depth_first import DepthFirst
+    from networks.nodule_fcn import NoduleFCN
     from networks.resnet3d import ResNet3D
     from networks.unet3d import ResUNet3D
     from networks.weights import LoadReport, load_pretrained, read_checkpoint
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "DepthFirst": "depth_first",
     "LoadReport": "weights",
+    "NoduleFCN": "nodule_fcn",
     "ResNet3D": "resnet3d",
     "ResNet3DClassifier": "classifier",
     "ResUNet3D": "unet3d",
@@ -34,6 +36,7 @@ _MODULES = {
 __all__ = [
     "DepthFirst",
     "LoadReport",
+    "NoduleFCN",
     "ResNet3D",
     "ResNet3DClassifier",
     "ResUNet3D",

@@ -20,7 +20,7 @@ CONTAINERS = ("state_dict", "model", "network")
 WRAPPERS = re.compile(r"^((module|_orig_mod|network)\.)+")  # DistributedDataParallel, torch.compile, DepthFirst
 ENCODER = re.compile(r"^(backbone\.)?(conv1|bn1|layer[1-4])\.")
 # The last layer depends on the task: another number of classes leaves it random instead of refusing the file.
-CLASSIFIERS = re.compile(r"(^|\.)(fc|conv_seg)\.(weight|bias)$")
+CLASSIFIERS = re.compile(r"(^|\.)(fc|conv_seg|seg_head\.3)\.(weight|bias)$")
 STATISTICS = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
 # Published names on the left; this package's on the right.
 PUBLISHED = (
