@@ -19,9 +19,9 @@ PUBLIC = {
     """,
     "vdt_workflows": """
         INITIALISATIONS Attach ImageList LoadWeights RememberRun ResumeRun RunLog SavePredictions SaveScores
-        SaveWeights SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages check_command_line
-        check_geometry collate_images find_images find_volumes initialise list_images list_volumes load_weights
-        mix_seed read_provenance save_atomic save_weights write_atomic
+        SaveWeights SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer
+        check_command_line check_geometry collate_images find_images find_volumes initialise list_images list_volumes
+        load_weights mix_seed read_provenance save_atomic save_weights write_atomic
     """,
 }
 

@@ -12,6 +12,7 @@ from vdt_workflows.checkpoints import (
 )
 from vdt_workflows.command_line import check_command_line
 from vdt_workflows.image_folders import ImageList, collate_images, find_images
+from vdt_workflows.inferers import SlabInferer
 from vdt_workflows.initialisation import INITIALISATIONS, initialise
 from vdt_workflows.predictions import SavePredictions, list_images
 from vdt_workflows.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages
@@ -34,6 +35,7 @@ __all__ = [
     "SeededDataset",
     "SeededSampler",
     "SkippedImages",
+    "SlabInferer",
     "check_command_line",
     "check_geometry",
     "collate_images",
