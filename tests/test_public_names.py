@@ -13,9 +13,11 @@ PUBLIC = {
         DepthFirst LoadReport NoduleFCN ResNet3D ResNet3DClassifier ResUNet3D load_pretrained read_checkpoint
     """,
     "vdt_transforms": """
-        MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd ImageDecodeError ImageToVolume ImageToVolumed
-        LoadNaturalImage LoadNaturalImaged RandResizedCropImage RandResizedCropImaged RandSliceShuffle
-        RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged Spacing Spacingd VolumeToImage VolumeToImaged
+        MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd FlipLeftRight ForegroundSlices ForegroundSlicesd
+        ImageDecodeError ImageToVolume ImageToVolumed LoadNaturalImage LoadNaturalImaged RandFlipLeftRight
+        RandFlipLeftRightd RandResizedCropImage RandResizedCropImaged RandSlab RandSlabd RandSliceShuffle
+        RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid RestoreGridd Spacing Spacingd
+        VolumeToImage VolumeToImaged
     """,
     "vdt_workflows": """
         INITIALISATIONS Attach ImageList LoadWeights RememberRun ResumeRun RunLog SavePredictions SaveScores

@@ -11,6 +11,7 @@ Conventions, for every transform of this package:
 """
 
 from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd
+from vdt_transforms.grids import RestoreGrid, RestoreGridd
 from vdt_transforms.natural_images import (
     ImageDecodeError,
     LoadNaturalImage,
@@ -22,6 +23,8 @@ from vdt_transforms.natural_images_dictionary import (
     RandResizedCropImaged,
     ResizeCenterCropImaged,
 )
+from vdt_transforms.sides import FlipLeftRight, RandFlipLeftRight, RandFlipLeftRightd
+from vdt_transforms.slabs import ForegroundSlices, ForegroundSlicesd, RandSlab, RandSlabd
 from vdt_transforms.spacing import Spacing, Spacingd
 from vdt_transforms.vdt import (
     MEAN,
@@ -41,17 +44,26 @@ __all__ = [
     "CheckFinited",
     "CheckLabels",
     "CheckLabelsd",
+    "FlipLeftRight",
+    "ForegroundSlices",
+    "ForegroundSlicesd",
     "ImageDecodeError",
     "ImageToVolume",
     "ImageToVolumed",
     "LoadNaturalImage",
     "LoadNaturalImaged",
+    "RandFlipLeftRight",
+    "RandFlipLeftRightd",
     "RandResizedCropImage",
     "RandResizedCropImaged",
+    "RandSlab",
+    "RandSlabd",
     "RandSliceShuffle",
     "RandSliceShuffled",
     "ResizeCenterCropImage",
     "ResizeCenterCropImaged",
+    "RestoreGrid",
+    "RestoreGridd",
     "Spacing",
     "Spacingd",
     "VolumeToImage",
