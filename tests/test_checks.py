@@ -7,7 +7,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from synthetic import write_volume
 
-from vdt_transforms import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd
+from vdt_transforms import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd, CheckOverflow, CheckOverflowd
 
 KINDS = [pytest.param(np.asarray, id="numpy"), pytest.param(torch.from_numpy, id="torch")]
 
@@ -66,9 +66,29 @@ def test_every_type_that_labels_are_stored_in_is_understood(dtype):
     assert CheckLabels(2)(label) is label
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"), [([-1024, 64512], "-1024 to 64512"), ([-40000, 0], "-40000 to 0"), ([0, 1e9], r"0 to 1e\+09")]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_intensities_that_no_int16_holds_are_refused_with_the_file_and_their_range(kind, values, shown):
+    volume = np.array(values, np.float32).reshape(1, 1, 1, 2)
+    with pytest.raises(ValueError, match=rf"^volume: intensities from {shown} do not fit 16-bit signed integers"):
+        CheckOverflow()(kind(volume))
+    with pytest.raises(ValueError, match=rf"^case7\.nii\.gz: intensities from {shown} do not fit"):
+        CheckOverflowd("image")({"image": named(volume)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_range_of_int16_passes_as_the_same_object(kind):
+    volume = kind(np.array([-32768.0, 32767.0]).reshape(1, 1, 1, 2))
+    assert CheckOverflow()(volume) is volume
+    assert CheckOverflowd("image")({"image": volume})["image"] is volume
+
+
 def test_a_missing_key_is_an_error_unless_allowed():
-    for check in (CheckFinited("image"), CheckLabelsd("image", 2)):
+    for check in (CheckFinited("image"), CheckLabelsd("image", 2), CheckOverflowd("image")):
         with pytest.raises(KeyError, match="image"):
             check({})
     assert CheckFinited("image", allow_missing_keys=True)({}) == {}
     assert CheckLabelsd("image", 2, allow_missing_keys=True)({}) == {}
+    assert CheckOverflowd("image", allow_missing_keys=True)({}) == {}

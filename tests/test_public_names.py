@@ -13,17 +13,17 @@ PUBLIC = {
         DepthFirst LoadReport NoduleFCN ResNet3D ResNet3DClassifier ResUNet3D load_pretrained read_checkpoint
     """,
     "vdt_transforms": """
-        MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd FlipLeftRight ForegroundSlices ForegroundSlicesd
-        ImageDecodeError ImageToVolume ImageToVolumed LoadNaturalImage LoadNaturalImaged RandFlipLeftRight
-        RandFlipLeftRightd RandResizedCropImage RandResizedCropImaged RandSlab RandSlabd RandSliceShuffle
-        RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid RestoreGridd Spacing Spacingd
-        VolumeToImage VolumeToImaged
+        MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd FlipLeftRight
+        ForegroundSlices ForegroundSlicesd ImageDecodeError ImageToVolume ImageToVolumed LoadNaturalImage
+        LoadNaturalImaged RandFlipLeftRight RandFlipLeftRightd RandResizedCropImage RandResizedCropImaged RandSlab
+        RandSlabd RandSliceShuffle RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
+        RestoreGridd Spacing Spacingd VolumeToImage VolumeToImaged
     """,
     "vdt_workflows": """
-        INITIALISATIONS Attach ImageList LoadWeights RememberRun ResumeRun RunLog SavePredictions SaveScores
-        SaveWeights SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer
-        check_command_line check_geometry collate_images find_images find_volumes initialise list_images list_volumes
-        load_weights mix_seed read_provenance save_atomic save_weights write_atomic
+        INITIALISATIONS Attach ImageList LoadWeights RememberRun ResumeRun RunLog SavePredictions SaveScores SaveWeights
+        SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer check_command_line
+        check_geometry collate_images find_images find_volumes initialise list_images list_volumes load_weights mix_seed
+        read_provenance save_atomic save_weights write_atomic
     """,
 }
 

@@ -10,7 +10,7 @@ Conventions, for every transform of this package:
 - Inputs are never changed in place. Random transforms draw from `self.R` alone.
 """
 
-from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd
+from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd, CheckOverflow, CheckOverflowd
 from vdt_transforms.grids import RestoreGrid, RestoreGridd
 from vdt_transforms.natural_images import (
     ImageDecodeError,
@@ -18,11 +18,7 @@ from vdt_transforms.natural_images import (
     RandResizedCropImage,
     ResizeCenterCropImage,
 )
-from vdt_transforms.natural_images_dictionary import (
-    LoadNaturalImaged,
-    RandResizedCropImaged,
-    ResizeCenterCropImaged,
-)
+from vdt_transforms.natural_images_dictionary import LoadNaturalImaged, RandResizedCropImaged, ResizeCenterCropImaged
 from vdt_transforms.sides import FlipLeftRight, RandFlipLeftRight, RandFlipLeftRightd
 from vdt_transforms.slabs import ForegroundSlices, ForegroundSlicesd, RandSlab, RandSlabd
 from vdt_transforms.spacing import Spacing, Spacingd
@@ -44,6 +40,8 @@ __all__ = [
     "CheckFinited",
     "CheckLabels",
     "CheckLabelsd",
+    "CheckOverflow",
+    "CheckOverflowd",
     "FlipLeftRight",
     "ForegroundSlices",
     "ForegroundSlicesd",

@@ -10,6 +10,8 @@ import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import MapTransform, Transform
 
+INT16 = np.iinfo(np.int16)
+
 
 def _name(volume: NdarrayOrTensor) -> str:
     return str(getattr(volume, "meta", {}).get("filename_or_obj", "volume"))
@@ -61,6 +63,27 @@ class CheckLabels(Transform):
         return img
 
 
+class CheckOverflow(Transform):
+    """Pass a CT volume on unchanged if its intensities fit 16-bit signed integers, as Hounsfield units do.
+
+    What does not fit has usually been through an integer type that could not hold it (-1024 HU in unsigned 16 bits is
+    64512), and a window of HU would then show air as bone.
+
+    Raises:
+        ValueError: naming the file, and the least and greatest intensity.
+    """
+
+    def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
+        """Check one volume (C, X, Y, Z)."""
+        low, high = float(img.min()), float(img.max())
+        if low < INT16.min or high > INT16.max:
+            raise ValueError(
+                f"{_name(img)}: intensities from {low:g} to {high:g} do not fit 16-bit signed integers ({INT16.min} to"
+                f" {INT16.max}), as HU do; this is an integer overflow or a wrong scl_slope, so convert the case again"
+            )
+        return img
+
+
 class CheckFinited(MapTransform):
     """Dictionary version of `CheckFinite`."""
 
@@ -85,6 +108,21 @@ class CheckLabelsd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Check the label volumes under `keys`."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.transform(d[key])
+        return d
+
+
+class CheckOverflowd(MapTransform):
+    """Dictionary version of `CheckOverflow`."""
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = CheckOverflow()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check the volumes under `keys`."""
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.transform(d[key])
