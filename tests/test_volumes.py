@@ -5,6 +5,7 @@ import json
 import re
 from os.path import relpath
 
+import nibabel as nib
 import numpy as np
 import pytest
 from synthetic import make_affine, write_pair, write_volume
@@ -150,7 +151,7 @@ def test_a_folder_without_pairs_is_named_with_what_was_expected(tmp_path):
 def test_an_image_without_a_label_is_named(tmp_path):
     make_cases(tmp_path, 3)
     (tmp_path / "labels" / "c001.nii.gz").unlink()
-    with pytest.raises(ValueError, match=r"images/c001\.nii\.gz: no label of the same name beside 2 labels$"):
+    with pytest.raises(ValueError, match=r"images/c001\.nii\.gz: has no label, which training and validation need$"):
         find_volumes(tmp_path)
 
 
@@ -176,15 +177,17 @@ def test_an_image_and_a_label_of_different_shape_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("affine", "off"),
     [
-        pytest.param(make_affine((1, 1, 1.5)), "0.5", id="spacing"),
-        pytest.param(make_affine(origin=(0, -12, 0)), "12", id="origin"),
-        pytest.param(np.diag([-1.0, 1, 1, 1]), "2", id="mirrored"),
+        pytest.param(
+            make_affine((1, 1, 1.5)), r"in its spacing, \(1.0, 1.0, 1.5\) instead of \(1.0, 1.0, 1.0\) mm", id="spacing"
+        ),
+        pytest.param(make_affine(origin=(0, -12, 0)), "by up to 12 mm", id="origin"),
+        pytest.param(np.diag([-1.0, 1, 1, 1]), "by up to 2 mm", id="mirrored"),
     ],
 )
 def test_an_image_and_a_label_on_different_grids_are_named(tmp_path, affine, off):
     make_cases(tmp_path, 2)
     write_volume(tmp_path / "labels" / "c000.nii.gz", shape=(2, 2, 2), affine=affine)
-    message = rf"labels/c000\.nii\.gz: its affine differs from that of .*images/c000\.nii\.gz by up to {off} mm; both"
+    message = rf"labels/c000\.nii\.gz: its affine differs from that of .*images/c000\.nii\.gz {off}; both"
     with pytest.raises(ValueError, match=message):
         find_volumes(tmp_path)
 
@@ -195,8 +198,8 @@ def test_rounded_affines_are_the_same_grid(tmp_path):
     check_geometry({"image": str(image), "label": str(label)})
 
 
-def test_a_channel_axis_behind_the_grid_is_no_difference(tmp_path):
-    image = write_volume(tmp_path / "i.nii.gz", shape=(4, 5, 6, 2))
+def test_a_fourth_axis_of_one_is_no_difference(tmp_path):
+    image = write_volume(tmp_path / "i.nii.gz", shape=(4, 5, 6, 1))
     label = write_volume(tmp_path / "l.nii.gz", shape=(4, 5, 6))
     check_geometry({"image": str(image), "label": str(label)})
 
@@ -261,7 +264,187 @@ def test_a_corrupt_volume_is_named(tmp_path, key, name, content):
         check_geometry(case)
 
 
+def colour(shape):
+    return np.zeros(shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+
+
+def write_raw(path, values, *, affine=None, pixdim=None):
+    """Write voxels as they are, with a header that no careful program would write."""
+    image = nib.Nifti1Image(values, np.eye(4))
+    content = bytearray(image.to_bytes())
+    if affine is not None:
+        content[280:328] = affine[:3].astype("<f4").tobytes()  # sform
+    if pixdim is not None:
+        content[80:92] = np.array(pixdim, "<f4").tobytes()
+        content[252:256] = bytes(4)  # neither qform nor sform
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+GREY = np.zeros((2, 3, 4), np.int16)
+UNUSABLE = {
+    "4D": (
+        lambda path: write_raw(path, np.zeros((2, 3, 4, 5), np.int16)),
+        r"4D, of shape \(2, 3, 4, 5\); expected one",
+    ),
+    "2D": (lambda path: write_raw(path, GREY[0]), r"2D, of shape \(3, 4\); expected one 3D volume in a file$"),
+    "RGB": (lambda path: write_raw(path, colour((2, 3, 4))), r"a colour \(RGB\) volume; expected one number a voxel"),
+    "complex": (lambda path: write_raw(path, GREY.astype(np.complex64)), "a complex volume; expected one number"),
+    "zero-size": (lambda path: write_raw(path, GREY[:, :0]), r"zero-size volume of shape \(2, 0, 4\); expected voxels"),
+    "zero-column": (
+        lambda path: write_raw(path, GREY, affine=np.diag([0.0, 1, 2, 1])),
+        r"voxel size \(0, 1, 2\) mm in its header; expected numbers above 0$",
+    ),
+    "zero-pixdim": (
+        lambda path: write_raw(path, GREY, pixdim=(1, 0, 2)),
+        r"voxel size \(1, 0, 2\) mm in its header; expected numbers above 0$",
+    ),
+    "NaN-pixdim": (lambda path: write_raw(path, GREY, pixdim=(1, np.nan, 2)), r"voxel size \(1, nan, 2\) mm in its"),
+    "flat-affine": (
+        lambda path: write_raw(path, GREY, affine=np.array([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])),
+        "the axes in its affine are not independent; expected three directions in space$",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", UNUSABLE)
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
+@pytest.mark.parametrize("key", ["image", "label"])
+def test_a_volume_that_cannot_be_used_is_named_from_its_header(tmp_path, fault, name, key):
+    write, sentence = UNUSABLE[fault]
+    bad, good = write(tmp_path / name), write_volume(tmp_path / "good.nii.gz", shape=GREY.shape)
+    with pytest.raises(ValueError, match=rf"/{re.escape(name)}: {sentence}") as caught:
+        check_geometry({"image": str(good), "label": str(good), key: str(bad)})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "reason"),
+    [
+        pytest.param("x.nii", lambda whole: whole[:-1], "32351 of 32352 bytes are there", id="plain"),
+        pytest.param("x.nii", lambda whole: whole[:400], "400 of 32352 bytes are there", id="plain-early"),
+        pytest.param(
+            "x.nii.gz",
+            lambda whole: gzip.compress(whole)[:-3000],
+            r"\d+ of 32352 bytes can be unpacked \(Compressed file ended",
+            id="cut-gz",
+        ),
+        pytest.param("x.nii.gz", lambda whole: gzip.compress(whole[:-9]), "32343 of 32352 bytes are", id="short-gz"),
+    ],
+)
+def test_a_volume_cut_short_in_its_voxels_is_named_without_reading_them(tmp_path, name, cut, reason):
+    (tmp_path / name).write_bytes(cut(whole(tmp_path)))
+    with pytest.raises(ValueError, match=rf"/{re.escape(name)}: cut short or damaged, {reason}"):
+        check_geometry({"image": str(tmp_path / name)})
+
+
+def test_a_whole_file_of_several_gzip_members_is_not_called_cut(tmp_path):
+    content = whole(tmp_path)
+    (tmp_path / "x.nii.gz").write_bytes(gzip.compress(content[:9000]) + gzip.compress(content[9000:]))
+    check_geometry({"image": str(tmp_path / "x.nii.gz")})
+
+
+# What is skipped when asked
+
+
+def spoil(root, number):
+    """Make the cases of a folder unusable, each in its own way, and return their sentences."""
+    ways = [
+        lambda image, label: label.unlink(),
+        lambda image, label: write_raw(image, np.zeros((2, 2, 2, 3), np.int16)),
+        lambda image, label: write_raw(label, colour((2, 2, 2))),
+        lambda image, label: image.write_bytes(write_volume(image, shape=(9, 9, 9)).read_bytes()[:-20]),
+        lambda image, label: write_volume(label, shape=(2, 2, 2), affine=make_affine((1, 1, 3))),
+    ]
+    for i, way in zip(range(number), ways, strict=False):
+        way(root / "images" / f"c{i:03d}.nii.gz", root / "labels" / f"c{i:03d}.nii.gz")
+    return ["has no label", "4D", "RGB", "cut short", "in its spacing"][:number]
+
+
+def test_bad_cases_are_left_out_counted_and_named_and_no_other_changes_sides(tmp_path, caplog):
+    make_cases(tmp_path, 12)
+    before = find_volumes(tmp_path, seed=1)
+    sentences = spoil(tmp_path, 5)
+    with pytest.raises(ValueError, match="c00"):
+        find_volumes(tmp_path, seed=1)
+    with caplog.at_level("INFO"):
+        after = find_volumes(tmp_path, seed=1, on_error="skip")
+    good = [f"c{i:03d}" for i in range(5, 12)]
+    for part in ("training", "validation"):
+        assert after[part] == [case for case in before[part] if any(name in case["image"] for name in good)]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 5
+    for i, sentence in enumerate(sentences):
+        [line] = [w for w in warnings if f"c{i:03d}.nii.gz" in w]
+        assert sentence in line
+        assert line.endswith("; the case is left out")
+    assert caplog.messages[-1].endswith("0 test; 5 left out")
+
+
+def test_a_listed_case_is_left_out_and_a_missing_file_with_it(tmp_path):
+    listed = entries(make_cases(tmp_path, 4), tmp_path)
+    gone, bare = {"image": "images/x.nii.gz", "label": "labels/x.nii.gz"}, {"image": "images/c003.nii.gz"}
+    write_list(tmp_path / "dataset.json", training=[*listed[:2], gone], validation=[listed[2], bare])
+    cases = find_volumes(tmp_path, on_error="skip")
+    assert [len(cases[name]) for name in ("training", "validation", "test")] == [2, 1, 0]
+
+
+def test_a_list_of_which_nothing_is_left_is_an_error(tmp_path):
+    make_cases(tmp_path, 5)
+    spoil(tmp_path, 5)
+    with pytest.raises(ValueError, match=r"none of the 4 training cases can be used, see above$"):
+        find_volumes(tmp_path, on_error="skip")
+    with pytest.raises(FileNotFoundError):
+        find_volumes(tmp_path / "none", on_error="skip")
+
+
+def test_another_word_for_on_error_is_refused(tmp_path):
+    for function in (find_volumes, list_volumes):
+        with pytest.raises(ValueError, match=r"^on_error must be 'raise' or 'skip', got 'ignore'$"):
+            function(tmp_path, on_error="ignore")
+
+
+# What two lists share
+
+
+def test_a_case_to_learn_from_that_is_scored_too_is_named(tmp_path):
+    listed = entries(make_cases(tmp_path, 3), tmp_path)
+    again = {"image": "images/../images/c001.nii.gz", "label": listed[1]["label"]}
+    for part in ("validation", "test"):
+        write_list(tmp_path / "dataset.json", training=listed[:2], **{part: [listed[2], again]})
+        with pytest.raises(ValueError, match=rf"/images/c001\.nii\.gz is listed for training and for {part}; list it"):
+            find_volumes(tmp_path, on_error="skip")
+
+
+def test_a_case_in_two_lists_is_taken_where_the_file_gives_the_reason_which_is_logged(tmp_path, caplog):
+    listed = entries(make_cases(tmp_path, 1), tmp_path)
+    write_list(tmp_path / "dataset.json", training=listed, validation=listed, shared_cases="there is one case only")
+    cases = find_volumes(tmp_path)
+    assert cases["training"] == cases["validation"]
+    assert "1 cases are in two lists (there is one case only)" in caplog.text
+
+
+def test_validation_that_is_the_test_is_said_in_the_log(tmp_path, caplog):
+    listed = entries(make_cases(tmp_path, 4), tmp_path)
+    write_list(tmp_path / "dataset.json", training=listed[:2], validation=listed[2:], test=listed[2:])
+    cases = find_volumes(tmp_path)
+    assert cases["validation"] == cases["test"]
+    assert "2 cases are in two lists (validation and test)" in caplog.text
+
+
 # list_volumes
+
+
+def test_volumes_that_cannot_be_used_are_refused_or_left_out(tmp_path, caplog):
+    good = write_volume(tmp_path / "b.nii.gz")
+    write_raw(tmp_path / "a.nii.gz", np.zeros((2, 3, 4, 5), np.int16))
+    with pytest.raises(ValueError, match=r"a\.nii\.gz: 4D"):
+        list_volumes(tmp_path)
+    assert list_volumes(tmp_path, on_error="skip") == [{"image": str(good)}]
+    assert "a.nii.gz: 4D" in caplog.text
+    good.unlink()
+    with pytest.raises(ValueError, match="none of its 1 volumes can be used"):
+        list_volumes(tmp_path, on_error="skip")
 
 
 def test_one_file_is_listed(tmp_path):

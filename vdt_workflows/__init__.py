@@ -11,13 +11,14 @@ from vdt_workflows.checkpoints import (
     write_atomic,
 )
 from vdt_workflows.command_line import check_command_line
+from vdt_workflows.headers import check_geometry
 from vdt_workflows.image_folders import ImageList, collate_images, find_images
 from vdt_workflows.inferers import SlabInferer
 from vdt_workflows.initialisation import INITIALISATIONS, initialise
 from vdt_workflows.predictions import SavePredictions, list_images
 from vdt_workflows.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages
 from vdt_workflows.seeded import SeededCacheDataset, SeededDataset, SeededSampler, SeedEpochs, mix_seed
-from vdt_workflows.volumes import check_geometry, find_volumes, list_volumes
+from vdt_workflows.volumes import find_volumes, list_volumes
 
 __all__ = [
     "INITIALISATIONS",

@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
+
+from vdt_workflows.headers import check_geometry
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ def find_volumes(
     datalist: str | os.PathLike | None = None,
     val_fraction: float = 0.2,
     seed: int = 0,
+    on_error: str = "raise",
 ) -> dict[str, list[Case]]:
     """List the cases of a data set: `training` and `validation` with labels, `test` with labels where there are some.
 
@@ -36,16 +39,23 @@ def find_volumes(
     `labelsTr`, `images` and `labels`, or all files in one folder. Image and label belong together if their names are
     equal up to a leading role (`img0001`, `label0001`; `volume-3`, `segmentation-3`) and nnU-Net's `_0000`.
 
+    A case to learn from that is listed for validation or test too is refused, unless the datalist gives the reason
+    under `shared_cases`. All files' headers are read (see `check_geometry`), their voxels are not.
+
     Args:
         dataset_dir: the folder.
         datalist: a datalist JSON to use instead of what the folder says.
         val_fraction: share of the training cases that becomes `validation` where none is named.
         seed: seed of that split.
+        on_error: "raise" stops at the first case that cannot be used; "skip" logs its sentence, leaves it out and goes
+            on. The split is made before, so that no other case changes sides.
 
     Raises:
         FileNotFoundError: if a folder or file is missing.
-        ValueError: if there are no pairs, a case has no label, or an image and its label differ in shape or affine.
+        ValueError: if there are no pairs, a case has no label, is listed on both sides, or cannot be used (see
+            `check_geometry`), or if all cases of a list are left out.
     """
+    _check_on_error(on_error)
     root = Path(dataset_dir)
     if datalist is None and (root / "dataset.json").is_file() and not _is_nnunet(root):
         datalist = root / "dataset.json"
@@ -60,61 +70,77 @@ def find_volumes(
             f"{datalist or root}: no training cases; expected pairs of NIfTI files in images/ and labels/,"
             " imagesTr/ and labelsTr/, or a dataset.json that lists them under 'training'"
         )
-    for case in [c for name in ("training", "validation") for c in cases.get(name, []) if "label" not in c]:
-        raise ValueError(f"{case['image']}: has no label, which training and validation need")
-    for case in [c for group in cases.values() for c in group]:
-        check_geometry(case)
     if not cases.get("validation"):
         order = np.random.default_rng(seed).permutation(len(cases["training"]))
         count = min(max(round(val_fraction * len(order)), 1), len(order) - 1) if len(order) > 1 else 0
         chosen = set(order[:count].tolist())
         cases["validation"] = [c for i, c in enumerate(cases["training"]) if i in chosen]
         cases["training"] = [c for i, c in enumerate(cases["training"]) if i not in chosen]
-    logger.info("%s: %s", datalist or root, ", ".join(f"{len(v)} {k}" for k, v in cases.items()))
-    return cases
+    faults = _find_faults([(c, name != "test") for name, group in cases.items() for c in group], on_error)
+    usable = {name: [c for c in cases[name] if c["image"] not in faults] for name in ("training", "validation", "test")}
+    for name in [name for name, group in cases.items() if group and not usable[name]]:
+        raise ValueError(f"{datalist or root}: none of the {len(cases[name])} {name} cases can be used, see above")
+    counts = ", ".join(f"{len(v)} {k}" for k, v in usable.items())
+    logger.info("%s: %s%s", datalist or root, counts, f"; {len(faults)} left out" if faults else "")
+    return usable
 
 
-def list_volumes(source: str | os.PathLike) -> list[Case]:
+def list_volumes(source: str | os.PathLike, *, on_error: str = "raise") -> list[Case]:
     """List the volumes to segment: a NIfTI file, a folder of them, or a data set's `imagesTs`, `imagesTr` or `images`.
+
+    Args:
+        source: the file or folder.
+        on_error: "raise" stops at the first volume whose header shows that it cannot be used (see `check_header`);
+            "skip" logs its sentence, leaves it out and goes on.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: if the folder has no NIfTI file.
+        ValueError: if the folder has no NIfTI file, or none that can be used.
     """
+    _check_on_error(on_error)
     path = Path(source)
-    if path.is_file():
-        return [{"image": str(path)}]
-    if not path.is_dir():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a NIfTI volume or a folder of them")
-    for folder in (path, path / "imagesTs", path / "imagesTr", path / "images"):
-        if folder.is_dir() and _nifti(folder):
-            return [{"image": str(file)} for file in _nifti(folder)]
-    raise ValueError(f"{path}: no .nii or .nii.gz file in it, nor in its images folders")
+    folders = [f for f in (path, path / "imagesTs", path / "imagesTr", path / "images") if f.is_dir() and _nifti(f)]
+    files = [path] if path.is_file() else _nifti(folders[0]) if folders else []
+    if not files:
+        raise ValueError(f"{path}: no .nii or .nii.gz file in it, nor in its images folders")
+    cases = [{"image": str(file)} for file in files]
+    faults = _find_faults([(case, False) for case in cases], on_error)
+    usable = [case for case in cases if case["image"] not in faults]
+    if not usable:
+        raise ValueError(f"{path}: none of its {len(cases)} volumes can be used, see above")
+    if faults:
+        logger.info("%s: %d volumes; %d left out", path, len(usable), len(faults))
+    return usable
 
 
-def check_geometry(case: Case) -> None:
-    """Raise ValueError if a case's image and label are not on the same grid (only the files' headers are read)."""
-    grids = {}
-    for key in ("image", "label"):
-        if key in case:
-            if not os.path.isfile(case[key]):
-                raise FileNotFoundError(f"{case[key]}: no such file")
-            try:
-                header = nib.load(case[key])
-            except ImageFileError as error:
-                raise ValueError(f"{case[key]}: not a readable NIfTI volume ({error})") from error
-            grids[key] = header.shape[:3], header.affine
-    if len(grids) < 2:
-        return
-    (shape, affine), (label_shape, label_affine) = grids["image"], grids["label"]
-    if shape != label_shape:
-        raise ValueError(f"{case['label']}: shape {label_shape}, but its image {case['image']} has shape {shape}")
-    off = float(np.abs(affine - label_affine).max())
-    if off > 1e-2:
-        raise ValueError(
-            f"{case['label']}: its affine differs from that of {case['image']} by up to {off:.3g} mm;"
-            " both must lie on the same grid"
-        )
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+
+
+def _find_faults(cases: Sequence[tuple[Case, bool]], on_error: str) -> set[str]:
+    """Check cases, each beside whether it needs a label; raise what is wrong, or give the images to leave out."""
+
+    def fault(case: Case, needs_label: bool) -> Exception | None:
+        try:
+            if needs_label and "label" not in case:
+                raise ValueError(f"{case['image']}: has no label, which training and validation need")
+            check_geometry(case)
+        except (ValueError, OSError) as error:
+            return error
+        return None
+
+    faulty: set[str] = set()
+    with ThreadPoolExecutor(8) as pool:  # a network file system answers many questions at once
+        for (case, _), error in zip(cases, pool.map(fault, *zip(*cases, strict=True)), strict=True):
+            if error is not None and on_error == "raise":
+                raise error
+            if error is not None and case["image"] not in faulty:
+                logger.warning("%s; the case is left out", error)
+                faulty.add(case["image"])
+    return faulty
 
 
 def _is_nnunet(root: Path) -> bool:
@@ -140,7 +166,21 @@ def _read_datalist(path: Path) -> dict[str, list[Case]]:
         if bad:
             raise ValueError(f'datalist {path}: {name} holds {bad[0]!r}; expected {{"image": path, "label": path}}')
         cases[name] = [{k: str(path.parent / e[k]) for k in ("image", "label") if k in e} for e in entries]
+    _check_shared(path, cases, content.get("shared_cases") if isinstance(content, dict) else None)
     return cases
+
+
+def _check_shared(path: Path, cases: dict[str, list[Case]], reason: str | None) -> None:
+    """Refuse a training case that another list names too, unless there is a reason; say so of validation and test."""
+    training, validation, test = ({os.path.abspath(c["image"]) for c in group} for group in cases.values())
+    if reason is None and (shared := sorted(training & (validation | test))):
+        other = "validation" if shared[0] in validation else "test"
+        raise ValueError(
+            f"datalist {path}: {shared[0]} is listed for training and for {other}; list it once, or give the reason"
+            ' as "shared_cases"'
+        )
+    if count := len((training & (validation | test)) | (validation & test)):
+        logger.warning("%s: %d cases are in two lists (%s)", path, count, reason or "validation and test")
 
 
 def _find_pairs(root: Path, folders: tuple[tuple[str, str], ...], flat: bool = False) -> list[Case]:
@@ -153,10 +193,8 @@ def _find_pairs(root: Path, folders: tuple[tuple[str, str], ...], flat: bool = F
         labels = [f for f in files if re.match(r"(label|seg|mask)", f.name, re.IGNORECASE)]
         images = [f for f in files if f not in labels]
     by_name = {_case_name(f): f for f in labels}
-    for image in images:
-        if _case_name(image) not in by_name:
-            raise ValueError(f"{image}: no label of the same name beside {len(labels)} labels")
-    return [{"image": str(f), "label": str(by_name[_case_name(f)])} for f in images]
+    cases = [{"image": str(f), "label": str(by_name.get(_case_name(f), ""))} for f in images]
+    return [{key: file for key, file in case.items() if file} for case in cases]
 
 
 def _nifti(folder: Path) -> list[Path]:
