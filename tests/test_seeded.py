@@ -4,28 +4,19 @@ import traceback
 from collections import Counter
 from itertools import chain
 
-import numpy as np
 import pytest
 import torch
+from augmented import RandCount, augmentation, images, loaded, same
 from ignite.engine import Engine
 from monai.data import DataLoader
 from monai.transforms import (
     Compose,
-    EnsureTyped,
     Lambdad,
-    OneOf,
-    RandAffined,
-    RandCropByPosNegLabeld,
     RandFlipd,
-    RandGaussianNoised,
-    Randomizable,
-    RandScaleIntensityd,
-    RandShiftIntensityd,
 )
 
-from vdt_transforms import ImageDecodeError, LoadNaturalImaged, RandSliceShuffled
+from vdt_transforms import ImageDecodeError, LoadNaturalImaged
 from vdt_workflows import (
-    SeededCacheDataset,
     SeededDataset,
     SeededSampler,
     SeedEpochs,
@@ -125,46 +116,7 @@ def test_nothing_to_sample_is_an_error():
         SeededSampler([])
 
 
-# SeededDataset and SeededCacheDataset
-
-
-class RandCount(Randomizable):
-    """Not a MONAI transform: a callable that draws."""
-
-    def __call__(self, data):
-        return {**data, "drawn": int(self.R.randint(1 << 30))}
-
-
-def augmentation():
-    """Random transforms of every build: plain, nested, chosen at random, with transforms inside."""
-    return Compose(
-        [
-            EnsureTyped("image"),
-            Compose([RandFlipd("image", prob=0.5), Compose([RandGaussianNoised("image", prob=0.5)])]),
-            RandAffined("image", prob=0.7, rotate_range=0.5, translate_range=1.0, padding_mode="border"),
-            OneOf([RandScaleIntensityd("image", 0.5, prob=1), RandShiftIntensityd("image", 0.5, prob=1)]),
-            RandSliceShuffled("image"),
-            RandCount(),
-        ]
-    )
-
-
-def images(count=6):
-    return [{"image": np.random.default_rng(i).normal(size=(1, 3, 5, 4)).astype(np.float32)} for i in range(count)]
-
-
-def loaded(dataset, workers=0, epoch=0, seed=0, batch_size=2, **options):
-    """The samples that MONAI's loader gives in one epoch, by (pass, index)."""
-    sampler = SeededSampler(dataset)
-    sampler.set_epoch(epoch)
-    torch.manual_seed(seed)
-    loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, **options)
-    rows = [row for batch in loader for row in zip(batch["image"], batch["drawn"].tolist(), strict=True)]
-    return dict(zip(sampler, rows, strict=True))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k][0], b[k][0]) and a[k][1] == b[k][1] for k in a)
+# SeededDataset
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -211,26 +163,6 @@ def test_draws_with_persistent_workers_follow_the_epoch():
         assert drawn == [row[1] for row in loaded(dataset, epoch=epoch).values()]
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
-def test_the_cache_changes_no_draw(rate):
-    expected = loaded(SeededDataset(images(), augmentation()), epoch=1)
-    cached = SeededCacheDataset(images(), augmentation(), cache_rate=rate, progress=False)
-    assert same(loaded(cached, epoch=1), expected)
-    assert same(loaded(cached, epoch=1), expected)  # the first time left the cache as it was
-
-
-def test_the_cache_and_two_workers_change_no_draw():
-    expected = loaded(SeededDataset(images(), augmentation()))
-    assert same(loaded(SeededCacheDataset(images(), augmentation(), progress=False), 2), expected)
-
-
-def test_the_crops_of_one_volume_are_reproducible_and_differ():
-    crop = RandCropByPosNegLabeld("image", "image", spatial_size=(2, 2, 2), num_samples=4)
-    crops = [SeededCacheDataset(images(), crop, cache_rate=rate, progress=False)[1, 2] for rate in (0, 1)]
-    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(*crops, strict=True))
-    assert not all(torch.equal(crops[0][0]["image"], other["image"]) for other in crops[0][1:])
-
-
 # Errors
 
 
@@ -267,18 +199,6 @@ def test_with_skip_the_reason_takes_the_pictures_place(pictures):
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_other_errors_are_raised_as_they_are_whatever_on_error_says(on_error):
     dataset = SeededDataset(images(), [Compose([Lambdad("image", fail)]), RandCount()], on_error=on_error)
-    with pytest.raises(ValueError, match=r"^the sentence that helps$"):
-        dataset[0, 0]
-
-
-@pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_the_cache_raises_the_sentence_that_helps(rate):
-    with pytest.raises(ValueError, match=r"^the sentence that helps$"):
-        SeededCacheDataset(images(), [Lambdad("image", fail), RandCount()], cache_rate=rate, progress=False)[0, 0]
-
-
-def test_a_random_transform_after_the_cache_raises_the_sentence_that_helps():
-    dataset = SeededCacheDataset(images(), [RandCount(), Lambdad("image", fail)], progress=False)
     with pytest.raises(ValueError, match=r"^the sentence that helps$"):
         dataset[0, 0]
 

@@ -1,5 +1,6 @@
 """What the bundles' configs need around MONAI's engines: finding data, seeding, checkpoints, resuming, run records."""
 
+from vdt_workflows.cached import SeededCacheDataset
 from vdt_workflows.checkpoints import (
     LoadWeights,
     ResumeRun,
@@ -17,7 +18,7 @@ from vdt_workflows.inferers import SlabInferer
 from vdt_workflows.initialisation import INITIALISATIONS, initialise
 from vdt_workflows.predictions import SavePredictions, list_images
 from vdt_workflows.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages
-from vdt_workflows.seeded import SeededCacheDataset, SeededDataset, SeededSampler, SeedEpochs, mix_seed
+from vdt_workflows.seeded import SeededDataset, SeededSampler, SeedEpochs, mix_seed
 from vdt_workflows.volumes import find_volumes, list_volumes
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data import CacheDataset, Dataset
+from monai.data import Dataset
 from monai.transforms import Compose, Randomizable
 from torch.utils.data import Sampler
 
@@ -147,36 +147,6 @@ class SeededDataset(Dataset):
             if self.on_error == "skip" and isinstance(reason, ImageDecodeError):
                 return {"skipped": str(reason)}
             raise reason from None
-
-
-class SeededCacheDataset(CacheDataset):
-    """`monai.data.CacheDataset` that seeds its random transforms for each (pass, index) key of a `SeededSampler`.
-
-    Args:
-        data: sequence of dictionaries.
-        transform: transform or list of transforms; what comes before the first random one is cached.
-        seed: seed of the draws.
-        kwargs: every further argument goes to `CacheDataset` (`cache_rate`, `num_workers`, ...).
-    """
-
-    def __init__(
-        self, data: Sequence, transform: Callable | Sequence[Callable], *, seed: int = 0, **kwargs: Any
-    ) -> None:
-        self.random = SharedState(seed)
-        super().__init__(data, transform, **kwargs)
-
-    def _load_cache_item(self, idx: int) -> Any:
-        try:
-            return super()._load_cache_item(idx)
-        except RuntimeError as error:
-            raise without_wrapping(error) from None
-
-    def __getitem__(self, key: Key | int) -> Any:
-        index = self.random.seed_for(key, self.transform)
-        try:
-            return super().__getitem__(index)
-        except RuntimeError as error:
-            raise without_wrapping(error) from None
 
 
 def without_wrapping(error: BaseException) -> BaseException:
