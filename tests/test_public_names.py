@@ -20,10 +20,11 @@ PUBLIC = {
         RestoreGridd Spacing Spacingd VolumeToImage VolumeToImaged
     """,
     "vdt_workflows": """
-        INITIALISATIONS Attach ImageList LoadWeights RememberRun ResumeRun RunLog SavePredictions SaveScores SaveWeights
-        SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer check_command_line
-        check_geometry collate_images find_images find_volumes initialise list_images list_volumes load_weights mix_seed
-        read_provenance save_atomic save_weights write_atomic
+        INITIALISATIONS Attach CaseScores ImageList LoadWeights OrganScore RememberRun ResumeRun RunLog SavePredictions
+        SaveScores SaveWeights SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer
+        check_command_line check_geometry collate_images find_images find_volumes initialise list_images list_volumes
+        load_weights mix_seed polynomial_rate read_provenance save_atomic save_weights score_organs summarise
+        write_atomic
     """,
 }
 

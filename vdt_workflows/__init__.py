@@ -18,14 +18,18 @@ from vdt_workflows.inferers import SlabInferer
 from vdt_workflows.initialisation import INITIALISATIONS, initialise
 from vdt_workflows.predictions import SavePredictions, list_images
 from vdt_workflows.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages
+from vdt_workflows.schedules import polynomial_rate
 from vdt_workflows.seeded import SeededDataset, SeededSampler, SeedEpochs, mix_seed
+from vdt_workflows.segmentation_scores import CaseScores, OrganScore, score_organs, summarise
 from vdt_workflows.volumes import find_volumes, list_volumes
 
 __all__ = [
     "INITIALISATIONS",
     "Attach",
+    "CaseScores",
     "ImageList",
     "LoadWeights",
+    "OrganScore",
     "RememberRun",
     "ResumeRun",
     "RunLog",
@@ -48,8 +52,11 @@ __all__ = [
     "list_volumes",
     "load_weights",
     "mix_seed",
+    "polynomial_rate",
     "read_provenance",
     "save_atomic",
     "save_weights",
+    "score_organs",
+    "summarise",
     "write_atomic",
 ]
