@@ -15,9 +15,9 @@ PUBLIC = {
     "vdt_transforms": """
         MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd FlipLeftRight
         ForegroundSlices ForegroundSlicesd ImageDecodeError ImageToVolume ImageToVolumed LoadNaturalImage
-        LoadNaturalImaged RandFlipLeftRight RandFlipLeftRightd RandResizedCropImage RandResizedCropImaged RandSlab
-        RandSlabd RandSliceShuffle RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
-        RestoreGridd Spacing Spacingd VolumeToImage VolumeToImaged
+        LoadNaturalImaged NoduleReader RandFlipLeftRight RandFlipLeftRightd RandResizedCropImage RandResizedCropImaged
+        RandRotateCube RandRotateCubed RandSlab RandSlabd RandSliceShuffle RandSliceShuffled ResizeCenterCropImage
+        ResizeCenterCropImaged RestoreGrid RestoreGridd Spacing Spacingd VolumeToImage VolumeToImaged
     """,
     "vdt_workflows": """
         INITIALISATIONS Attach CaseScores ImageList LoadWeights OrganScore RememberRun ResumeRun RunLog SavePredictions
@@ -25,6 +25,12 @@ PUBLIC = {
         check_command_line check_geometry collate_images find_images find_volumes initialise list_images list_volumes
         load_weights mix_seed polynomial_rate read_provenance save_atomic save_weights score_organs summarise
         write_atomic
+    """,
+    "vdt_workflows": """
+        INITIALISATIONS Attach ImageList LoadWeights RememberRun ResumeRun RunLog SavePredictions SaveScores
+        SaveSplit SaveWeights SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages check_command_line
+        check_geometry collate_images find_images find_nodules find_volumes initialise list_images list_volumes
+        load_weights mix_seed read_provenance save_atomic save_weights write_atomic
     """,
 }
 

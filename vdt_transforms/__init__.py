@@ -19,6 +19,7 @@ from vdt_transforms.natural_images import (
     ResizeCenterCropImage,
 )
 from vdt_transforms.natural_images_dictionary import LoadNaturalImaged, RandResizedCropImaged, ResizeCenterCropImaged
+from vdt_transforms.nodules import NoduleReader, RandRotateCube, RandRotateCubed
 from vdt_transforms.sides import FlipLeftRight, RandFlipLeftRight, RandFlipLeftRightd
 from vdt_transforms.slabs import ForegroundSlices, ForegroundSlicesd, RandSlab, RandSlabd
 from vdt_transforms.spacing import Spacing, Spacingd
@@ -50,10 +51,13 @@ __all__ = [
     "ImageToVolumed",
     "LoadNaturalImage",
     "LoadNaturalImaged",
+    "NoduleReader",
     "RandFlipLeftRight",
     "RandFlipLeftRightd",
     "RandResizedCropImage",
     "RandResizedCropImaged",
+    "RandRotateCube",
+    "RandRotateCubed",
     "RandSlab",
     "RandSlabd",
     "RandSliceShuffle",
