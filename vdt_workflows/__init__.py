@@ -16,6 +16,7 @@ from vdt_workflows.headers import check_geometry
 from vdt_workflows.image_folders import ImageList, collate_images, find_images
 from vdt_workflows.inferers import SlabInferer
 from vdt_workflows.initialisation import INITIALISATIONS, initialise
+from vdt_workflows.nodules import SaveSplit, find_nodules
 from vdt_workflows.predictions import SavePredictions, list_images
 from vdt_workflows.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages
 from vdt_workflows.schedules import polynomial_rate
@@ -35,6 +36,7 @@ __all__ = [
     "RunLog",
     "SavePredictions",
     "SaveScores",
+    "SaveSplit",
     "SaveWeights",
     "SeedEpochs",
     "SeededCacheDataset",
@@ -46,6 +48,7 @@ __all__ = [
     "check_geometry",
     "collate_images",
     "find_images",
+    "find_nodules",
     "find_volumes",
     "initialise",
     "list_images",
