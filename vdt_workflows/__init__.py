@@ -17,12 +17,14 @@ from vdt_workflows.image_folders import ImageList, collate_images, find_images
 from vdt_workflows.inferers import SlabInferer
 from vdt_workflows.initialisation import INITIALISATIONS, initialise
 from vdt_workflows.nodules import SaveSplit, find_nodules
+from vdt_workflows.parallel import run_parallel
 from vdt_workflows.predictions import SavePredictions, list_images
 from vdt_workflows.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages
 from vdt_workflows.schedules import polynomial_rate
-from vdt_workflows.seeded import SeededDataset, SeededSampler, SeedEpochs, mix_seed
+from vdt_workflows.scripts import run_script
+from vdt_workflows.seeded import SeededCacheDataset, SeededDataset, SeededSampler, SeedEpochs, mix_seed
 from vdt_workflows.segmentation_scores import CaseScores, OrganScore, score_organs, summarise
-from vdt_workflows.volumes import find_volumes, list_volumes
+from vdt_workflows.volumes import check_geometry, find_volumes, list_volumes
 
 __all__ = [
     "INITIALISATIONS",
@@ -57,6 +59,8 @@ __all__ = [
     "mix_seed",
     "polynomial_rate",
     "read_provenance",
+    "run_parallel",
+    "run_script",
     "save_atomic",
     "save_weights",
     "score_organs",

@@ -1,0 +1,67 @@
+"""Work shared out to processes, with a progress bar, for preparation scripts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def run_parallel(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int | None = None, label: str = ""
+) -> Iterator[Result]:
+    """Yield `function(task)` of each task as it is done, whichever is done first.
+
+    An error of a task ends the others that have not begun and is raised here. The processes end when this one does,
+    however it ends.
+
+    Args:
+        function: a function that another process can import.
+        tasks: its arguments.
+        workers: number of processes, all cores by default; 1 works in this process.
+        label: what the progress bar says; no bar if empty.
+
+    Raises:
+        OSError: if a process is killed from outside, as by a system that runs out of memory.
+    """
+    workers = min(workers or os.cpu_count() or 1, len(tasks))
+    bar: Any = tqdm(total=len(tasks), desc=label, disable=not label, dynamic_ncols=True)
+    with bar:
+        if workers <= 1:
+            for task in tasks:
+                yield function(task)
+                bar.update()
+            return
+        pool = ProcessPoolExecutor(workers, initializer=_follow, initargs=(os.getpid(),))
+        try:
+            for future in as_completed([pool.submit(function, task) for task in tasks]):
+                yield future.result()
+                bar.update()
+        except BrokenProcessPool as error:
+            raise OSError(
+                f"a worker process was killed, most likely for want of memory; use fewer workers than {workers}"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _follow(parent: int) -> None:
+    """Let the main process alone answer Ctrl-C, and end with it: a killed process cannot tell its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
