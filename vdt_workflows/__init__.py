@@ -12,6 +12,7 @@ from vdt_workflows.checkpoints import (
     write_atomic,
 )
 from vdt_workflows.command_line import check_command_line
+from vdt_workflows.dicom import DicomFolder, DicomSeries, find_series
 from vdt_workflows.headers import check_geometry
 from vdt_workflows.image_folders import ImageList, collate_images, find_images
 from vdt_workflows.inferers import SlabInferer
@@ -30,6 +31,8 @@ __all__ = [
     "INITIALISATIONS",
     "Attach",
     "CaseScores",
+    "DicomFolder",
+    "DicomSeries",
     "ImageList",
     "LoadWeights",
     "OrganScore",
@@ -51,6 +54,7 @@ __all__ = [
     "collate_images",
     "find_images",
     "find_nodules",
+    "find_series",
     "find_volumes",
     "initialise",
     "list_images",
