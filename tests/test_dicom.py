@@ -318,9 +318,9 @@ def test_a_missing_folder_is_named(tmp_path):
         find_series(tmp_path / "none")
 
 
-def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_pydicom_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ImportError, match=r"needs pydicom; install it with: pip install 'vdt-bundles\[lidc\]'"):
+    with pytest.raises(ImportError, match=r"needs pydicom; install it with: pip install pydicom"):
         find_series(tmp_path)
 
 

@@ -8,6 +8,7 @@ from os.path import relpath
 import nibabel as nib
 import numpy as np
 import pytest
+from dicom_maker import write_series
 from synthetic import make_affine, write_pair, write_volume
 
 from vdt_workflows import check_geometry, find_volumes, list_volumes
@@ -468,7 +469,10 @@ def test_test_images_go_before_training_images(tmp_path):
 def test_nothing_to_list_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"/none: no such file or folder; expected a NIfTI volume or a folder"):
         list_volumes(tmp_path / "none")
-    with pytest.raises(ValueError, match=r": no \.nii or \.nii\.gz file in it, nor in its images folders$"):
+    with pytest.raises(
+        ValueError,
+        match=r": no \.nii or \.nii\.gz file in it nor in its .*, and no DICOM series below it$",
+    ):
         list_volumes(tmp_path)
 
 
@@ -478,3 +482,37 @@ def test_an_nnunet_folder_is_listed_although_its_dataset_json_lists_no_cases(tmp
     (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "CT"}, "numTraining": 3}')
     cases = find_volumes(tmp_path)
     assert len(cases["training"]) + len(cases["validation"]) == 3
+
+
+# DICOM ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_folder_with_a_series_is_a_volume(tmp_path):
+    for patient in ("p1", "p2"):
+        write_series(tmp_path / patient / f"study-{patient}", name=patient)
+    found = [case["image"] for case in list_volumes(tmp_path)]
+    assert found == [str(tmp_path / p / f"study-{p}") for p in ("p1", "p2")]
+    assert list_volumes(tmp_path / "p1" / "study-p1") == [{"image": found[0]}]
+
+
+def test_series_without_a_slice_is_named_and_left_out_when_asked(tmp_path, caplog):
+    write_series(tmp_path / "a", name="a")
+    write_series(tmp_path / "b", name="b", shape=(6, 5, 8))[3].unlink()
+    with pytest.raises(ValueError, match=r"/b: series .* lacks 1 slice, the first between"):
+        list_volumes(tmp_path)
+    assert list_volumes(tmp_path, on_error="skip") == [{"image": str(tmp_path / "a")}]
+    assert "lacks 1 slice" in caplog.text
+
+
+def test_two_series_in_a_folder_are_refused(tmp_path):
+    for name in ("a", "b"):
+        write_series(tmp_path / "both", name=name)
+    with pytest.raises(ValueError, match=r"both: holds 2 series; put each into a folder of its own"):
+        list_volumes(tmp_path)
+
+
+def test_volumes_whose_results_would_have_one_name_are_refused(tmp_path):
+    for patient in ("p1", "p2"):
+        write_series(tmp_path / patient / "ct", name=patient)
+    with pytest.raises(ValueError, match=r"p2/ct: has the name of .*p1/ct, so that one result would replace the other"):
+        list_volumes(tmp_path)

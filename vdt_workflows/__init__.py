@@ -23,9 +23,9 @@ from vdt_workflows.predictions import SavePredictions, list_images
 from vdt_workflows.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages
 from vdt_workflows.schedules import polynomial_rate
 from vdt_workflows.scripts import run_script
-from vdt_workflows.seeded import SeededCacheDataset, SeededDataset, SeededSampler, SeedEpochs, mix_seed
+from vdt_workflows.seeded import SeededDataset, SeededSampler, SeedEpochs, mix_seed
 from vdt_workflows.segmentation_scores import CaseScores, OrganScore, score_organs, summarise
-from vdt_workflows.volumes import check_geometry, find_volumes, list_volumes
+from vdt_workflows.volumes import find_volumes, list_volumes
 
 __all__ = [
     "INITIALISATIONS",

@@ -81,7 +81,7 @@ def import_pydicom() -> ModuleType:
     try:
         import pydicom
     except ImportError as error:
-        raise ImportError("reading DICOM needs pydicom; install it with: pip install 'vdt-bundles[lidc]'") from error
+        raise ImportError("reading DICOM needs pydicom; install it with: pip install pydicom") from error
     return pydicom
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vdt_workflows.dicom import DicomSeries, find_series
 from vdt_workflows.headers import check_geometry
 
 logger = logging.getLogger(__name__)
@@ -86,33 +87,68 @@ def find_volumes(
 
 
 def list_volumes(source: str | os.PathLike, *, on_error: str = "raise") -> list[Case]:
-    """List the volumes to segment: a NIfTI file, a folder of them, or a data set's `imagesTs`, `imagesTr` or `images`.
+    """List the volumes to segment: a NIfTI file, a folder of them, or DICOM series, each in a folder of its own.
+
+    A folder may also be a data set, whose `imagesTs`, `imagesTr` or `images` are taken. Where it holds no NIfTI file,
+    everything below it is searched for CT and MR series.
 
     Args:
         source: the file or folder.
-        on_error: "raise" stops at the first volume whose header shows that it cannot be used (see `check_header`);
-            "skip" logs its sentence, leaves it out and goes on.
+        on_error: "raise" stops at the first volume that cannot be used, as its headers show (see `check_header` and
+            `DicomSeries`); "skip" logs its sentence, leaves it out and goes on.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: if the folder has no NIfTI file, or none that can be used.
+        ValueError: if there is no volume, or none that can be used, or two would be written under one name.
     """
     _check_on_error(on_error)
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a NIfTI volume or a folder of them")
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a NIfTI volume or a folder of volumes")
     folders = [f for f in (path, path / "imagesTs", path / "imagesTr", path / "images") if f.is_dir() and _nifti(f)]
-    files = [path] if path.is_file() else _nifti(folders[0]) if folders else []
-    if not files:
-        raise ValueError(f"{path}: no .nii or .nii.gz file in it, nor in its images folders")
-    cases = [{"image": str(file)} for file in files]
-    faults = _find_faults([(case, False) for case in cases], on_error)
+    if path.is_file() or folders:
+        files = [path] if path.is_file() else _nifti(folders[0])
+        cases = [{"image": str(file)} for file in files]
+        faults = _find_faults([(case, False) for case in cases], on_error)
+    else:
+        cases, faults = _find_dicom(path, on_error)
+    if not cases:
+        raise ValueError(
+            f"{path}: no .nii or .nii.gz file in it nor in its images folders, and no DICOM series below it"
+        )
     usable = [case for case in cases if case["image"] not in faults]
     if not usable:
         raise ValueError(f"{path}: none of its {len(cases)} volumes can be used, see above")
     if faults:
         logger.info("%s: %d volumes; %d left out", path, len(usable), len(faults))
+    names: dict[str, str] = {}
+    for image in (case["image"] for case in usable):
+        first = names.setdefault(SUFFIX.sub("", Path(image).name), image)
+        if first != image:
+            raise ValueError(
+                f"{image}: has the name of {first}, so that one result would replace the other; rename one"
+            )
     return usable
+
+
+def _find_dicom(path: Path, on_error: str) -> tuple[list[Case], set[str]]:
+    """List the folders that hold one usable series, and which of them to leave out."""
+    found = find_series(path, modalities=("CT", "MR"))
+    in_folder: dict[Path, list[DicomSeries]] = {}
+    for series in found.series:
+        in_folder.setdefault(series.folder, []).append(series)
+    faults: set[str] = set()
+    for folder, several in in_folder.items():
+        try:
+            if len(several) > 1:
+                raise ValueError(f"{folder}: holds {len(several)} series; put each into a folder of its own")
+            several[0].check()
+        except ValueError as error:
+            if on_error == "raise":
+                raise
+            logger.warning("%s; the volume is left out", error)
+            faults.add(str(folder))
+    return [{"image": str(folder)} for folder in in_folder], faults
 
 
 def _check_on_error(on_error: str) -> None:
