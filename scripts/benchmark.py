@@ -1,7 +1,9 @@
-"""Measure the input pipeline and the network against what people would use instead.
+"""Measure input pipelines, the network and whole-volume inference against what people would use instead.
 
     python scripts/benchmark.py input_pipeline --json input.json   images/s on one core, against torchvision
     python scripts/benchmark.py network --json network.json        training step and memory, against MONAI's resnet18
+    python scripts/benchmark.py inference --json inference.json    whole volumes, against MONAI's default inferer
+    python scripts/benchmark.py volume_input --json volumes.json   training patches, against MONAI's data sets
     python scripts/benchmark.py all --json all.json
 
 What is measured is stated with each number. Both sides run alternately in the same session, after a warm-up, with the
@@ -27,6 +29,7 @@ from typing import Any
 import fire
 import numpy as np
 import torch
+from benchmark_volumes import compare_inference, compare_volume_input, inference_side, volume_input_side
 from monai.networks.nets import resnet18
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
@@ -87,13 +90,49 @@ def network(
     _report({"network": _network(batch, size, slices, steps, repeats, device)}, json)
 
 
+def inference(
+    slices: Sequence[int] = (150, 300, 600),
+    size: int = 512,
+    classes: int = 14,
+    mode: str = "constant",
+    json: str | None = None,
+) -> None:
+    """Compare `SlabInferer` with MONAI's `SlidingWindowInferer`: seconds, peak memory, and whether labels are equal.
+
+    Args:
+        slices: of the volumes.
+        size: rows and columns of the volumes.
+        classes: channels of the logits.
+        mode: "constant" or "gaussian" windows.
+        json: file for the result.
+    """
+    _report({"inference": compare_inference(slices, size, classes, mode)}, json)
+
+
+def volume_input(
+    cases: int = 4, shape: Sequence[int] = (400, 400, 120), patches: int = 40, json: str | None = None
+) -> None:
+    """Compare an epoch of training patches: volumes read each time, MONAI's `CacheDataset`, ours in memory and on disk.
+
+    Args:
+        cases: volumes to make (14 classes, int16, gzip).
+        shape: voxels of a volume.
+        patches: of an epoch.
+        json: file for the result.
+    """
+    _report({"volume_input": compare_volume_input(cases, shape, patches)}, json)
+
+
 def all_benchmarks(json: str | None = None) -> None:
-    """Run both with their default settings.
+    """Run all with their default settings.
 
     Args:
         json: file for the result.
     """
-    _report({"input_pipeline": _input_pipeline(200, 5, 224, None), "network": _network(4, 96, 32, 5, 2, "cpu")}, json)
+    results = {"input_pipeline": _input_pipeline(200, 5, 224, None), "network": _network(4, 96, 32, 5, 2, "cpu")}
+    results["inference"] = compare_inference((150, 300, 600), 512, 14, "constant")
+    results["volume_input"] = compare_volume_input(4, (400, 400, 120), 40)
+    _report(results, json)
 
 
 def _input_pipeline(images: int, repeats: int, size: int, folder: str | None) -> dict[str, Any]:
@@ -308,5 +347,6 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    commands = {"input_pipeline": input_pipeline, "network": network, "all": all_benchmarks}
-    fire.Fire({**commands, "network_side": network_side})
+    commands = {"input_pipeline": input_pipeline, "network": network, "inference": inference}
+    sides = {"network_side": network_side, "inference_side": inference_side, "volume_input_side": volume_input_side}
+    fire.Fire({**commands, "volume_input": volume_input, "all": all_benchmarks, **sides})
