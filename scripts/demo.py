@@ -20,10 +20,10 @@ import fire
 import numpy as np
 from make_demo_data import make_demo_data
 from matplotlib.figure import Figure
-from transfer import claim, run_bundle, save_figure, transfer
+from transfer import run_bundle, save_figure, transfer
 
 from vdt_transforms import ImageToVolume, LoadNaturalImage, RandSliceShuffle
-from vdt_workflows import find_images, write_atomic
+from vdt_workflows import claim, find_images, write_atomic
 
 PRETRAINING = "imagenet_vdt_pretraining"
 

@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vdt_workflows import find_volumes, read_provenance, write_atomic
+from vdt_workflows import claim, find_volumes, read_provenance, write_atomic
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 SEGMENTATION = "bcv_multiorgan_segmentation"
@@ -52,21 +52,6 @@ def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any])
     environment = {"GOMP_SPINCOUNT": "100000", **os.environ}
     if subprocess.run(command, cwd=BUNDLES / bundle, env=environment, check=False).returncode:
         raise RuntimeError(f"the run of bundles/{bundle} failed; its own message is above")
-
-
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Keep a folder's results together with what they were made with.
-
-    Raises:
-        ValueError: if the folder holds results of other settings.
-    """
-    record = folder / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    kept = json.loads(record.read_text()) if record.is_file() else settings
-    differ = [f"{k} {kept.get(k)!r}, not {settings.get(k)!r}" for k in settings if kept.get(k) != settings.get(k)]
-    if differ:
-        raise ValueError(f"output_dir {folder} holds results made with {'; '.join(differ)}; name another folder")
-    write_atomic(record, json.dumps(settings, indent=1).encode())
 
 
 def transfer(

@@ -22,7 +22,7 @@ PUBLIC = {
     "vdt_workflows": """
         INITIALISATIONS Attach CaseScores DicomFolder DicomSeries ImageList LoadWeights OrganScore RememberRun ResumeRun
         RunLog SavePredictions SaveScores SaveSplit SaveWeights SeedEpochs SeededCacheDataset SeededDataset
-        SeededSampler SkippedImages SlabInferer check_command_line check_geometry collate_images find_images
+        SeededSampler SkippedImages SlabInferer check_command_line check_geometry claim collate_images find_images
         find_nodules find_series find_volumes initialise list_images list_volumes load_weights mix_seed polynomial_rate
         read_provenance run_parallel run_script save_atomic save_weights score_organs summarise write_atomic
     """,

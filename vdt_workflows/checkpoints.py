@@ -49,6 +49,29 @@ def write_atomic(path: str | os.PathLike, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False) -> None:
+    """Keep a folder's results together with what they were made with, in its `settings.json`.
+
+    Args:
+        folder: the folder, which is made if need be.
+        settings: plain values that make the results what they are.
+        empty: refuse a folder that has files but no such record, since they are someone else's.
+
+    Raises:
+        ValueError: if the folder holds results of other settings.
+        FileExistsError: if it holds files of other origin.
+    """
+    record = Path(folder) / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if empty and not record.is_file() and Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise FileExistsError(f"output_dir {folder} has files that are not from this script; name a new folder")
+    kept = json.loads(record.read_text()) if record.is_file() else settings
+    differ = [f"{k} {kept.get(k)!r}, not {settings.get(k)!r}" for k in settings if kept.get(k) != settings.get(k)]
+    if differ:
+        raise ValueError(f"output_dir {folder} holds results made with {'; '.join(differ)}; name another folder")
+    write_atomic(record, json.dumps(settings, indent=1).encode())
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
