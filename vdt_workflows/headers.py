@@ -26,14 +26,29 @@ def check_geometry(case: Mapping[str, str]) -> None:
 
 
 def check_header(path: str | os.PathLike) -> SpatialImage:
-    """Read a NIfTI file's header, and check that it holds one grey 3D volume with a grid, and all of its voxels.
+    """Read a NIfTI file's header, and check that the volume can be used.
 
     Returns:
         The image; its voxels are not read.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no NIfTI, colour, not 3D, of size zero, without a voxel size or cut short.
+        ValueError: naming the file, as in `read_header` and `check_voxel_size`.
+    """
+    image = read_header(path)
+    check_voxel_size(image)
+    return image
+
+
+def read_header(path: str | os.PathLike) -> SpatialImage:
+    """Read a NIfTI file's header, and check that it holds one grey 3D volume, and all of its voxels.
+
+    Returns:
+        The image; its voxels are not read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is no NIfTI, colour, not 3D, of size zero, or cut short.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
@@ -51,14 +66,14 @@ def check_header(path: str | os.PathLike) -> SpatialImage:
         raise ValueError(f"{path}: zero-size volume of shape {shape}; expected voxels along three axes")
     if len(shape) != 3 and (len(shape) != 4 or shape[3] != 1):
         raise ValueError(f"{path}: {len(shape)}D, of shape {shape}; expected one 3D volume in a file")
-    _check_voxel_size(path, image)
     if (missing := _missing_bytes(path, image)) is not None:
         raise ValueError(f"{path}: cut short or damaged, {missing}; copy or download it again")
     return image
 
 
-def _check_voxel_size(path: str | os.PathLike, image: SpatialImage) -> None:
-    affine = image.affine
+def check_voxel_size(image: SpatialImage) -> None:
+    """Raise ValueError, naming the file, if the affine gives no voxel size or no three directions in space."""
+    path, affine = image.get_filename(), image.affine
     size = voxel_size(image)
     if not image.header["sform_code"]:  # nibabel quietly takes 1 mm for 0; only the file itself tells
         kind = type(image.header)
@@ -104,12 +119,17 @@ def check_same_grid(image: SpatialImage, label: SpatialImage) -> None:
     shape, label_shape = image.shape[:3], label.shape[:3]
     if shape != label_shape:
         raise ValueError(f"{label_name}: shape {label_shape}, but its image {name} has shape {shape}")
-    corners = np.array([[*corner, 1] for corner in product(*((0, n - 1) for n in shape))])
+    if (how := grid_difference(image, label)) is not None:
+        raise ValueError(f"{label_name}: its affine differs from that of {name} {how}; both must lie on the same grid")
+
+
+def grid_difference(image: SpatialImage, label: SpatialImage) -> str | None:
+    """Say how the affine of a label of the same shape differs from the image's, if it does by a tenth of a voxel."""
+    corners = np.array([[*corner, 1] for corner in product(*((0, n - 1) for n in image.shape[:3]))])
     off = np.linalg.norm((corners @ (image.affine - label.affine).T)[:, :3], axis=1).max()
     size, label_size = voxel_size(image), voxel_size(label)
     if off <= 0.1 * min(size) and np.allclose(size, label_size, rtol=0.1):
-        return
-    how = f"by up to {off:.3g} mm"
-    if not np.allclose(size, label_size, rtol=1e-3):
-        how = "in its spacing, {} instead of {} mm".format(*(tuple(round(v, 4) for v in s) for s in (label_size, size)))
-    raise ValueError(f"{label_name}: its affine differs from that of {name} {how}; both must lie on the same grid")
+        return None
+    if np.allclose(size, label_size, rtol=1e-3):
+        return f"by up to {off:.3g} mm"
+    return "in its spacing, {} instead of {} mm".format(*(tuple(round(v, 4) for v in s) for s in (label_size, size)))

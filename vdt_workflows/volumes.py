@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from vdt_workflows.headers import check_geometry
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Case = dict[str, str]
 SUFFIX = re.compile(r"\.nii(\.gz)?$")
 FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"), ("img", "label"))
@@ -56,7 +57,28 @@ def find_volumes(
         ValueError: if there are no pairs, a case has no label, is listed on both sides, or cannot be used (see
             `check_geometry`), or if all cases of a list are left out.
     """
-    _check_on_error(on_error)
+    check_on_error(on_error)
+    cases, source = list_cases(dataset_dir, datalist)
+    if not cases["validation"]:
+        cases["training"], cases["validation"] = draw(cases["training"], val_fraction, seed)
+    faults = _find_faults([(c, name != "test") for name, group in cases.items() for c in group], on_error)
+    usable = {name: [c for c in group if c["image"] not in faults] for name, group in cases.items()}
+    for name in [name for name, group in cases.items() if group and not usable[name]]:
+        raise ValueError(f"{source}: none of the {len(cases[name])} {name} cases can be used, see above")
+    counts = ", ".join(f"{len(v)} {k}" for k, v in usable.items())
+    logger.info("%s: %s%s", source, counts, f"; {len(faults)} left out" if faults else "")
+    return usable
+
+
+def list_cases(
+    dataset_dir: str | os.PathLike, datalist: str | os.PathLike | None = None
+) -> tuple[dict[str, list[Case]], Path]:
+    """List what a folder or a datalist names (see `find_volumes`), without looking into any volume.
+
+    Returns:
+        `training`, `validation` and `test` (the last two may be empty, and cases without a label), and the file or
+        folder that says so.
+    """
     root = Path(dataset_dir)
     if datalist is None and (root / "dataset.json").is_file() and not _is_nnunet(root):
         datalist = root / "dataset.json"
@@ -65,25 +87,22 @@ def find_volumes(
     else:
         if not root.is_dir():
             raise FileNotFoundError(f"dataset_dir {root}: no such folder")
-        cases = {"training": _find_pairs(root, FOLDERS, flat=True), "test": _find_pairs(root, TEST_FOLDERS)}
+        training, test = _find_pairs(root, FOLDERS, flat=True), _find_pairs(root, TEST_FOLDERS)
+        cases = {"training": training, "validation": [], "test": test}
     if not cases["training"]:
         raise ValueError(
             f"{datalist or root}: no training cases; expected pairs of NIfTI files in images/ and labels/,"
             " imagesTr/ and labelsTr/, or a dataset.json that lists them under 'training'"
         )
-    if not cases.get("validation"):
-        order = np.random.default_rng(seed).permutation(len(cases["training"]))
-        count = min(max(round(val_fraction * len(order)), 1), len(order) - 1) if len(order) > 1 else 0
-        chosen = set(order[:count].tolist())
-        cases["validation"] = [c for i, c in enumerate(cases["training"]) if i in chosen]
-        cases["training"] = [c for i, c in enumerate(cases["training"]) if i not in chosen]
-    faults = _find_faults([(c, name != "test") for name, group in cases.items() for c in group], on_error)
-    usable = {name: [c for c in cases[name] if c["image"] not in faults] for name in ("training", "validation", "test")}
-    for name in [name for name, group in cases.items() if group and not usable[name]]:
-        raise ValueError(f"{datalist or root}: none of the {len(cases[name])} {name} cases can be used, see above")
-    counts = ", ".join(f"{len(v)} {k}" for k, v in usable.items())
-    logger.info("%s: %s%s", datalist or root, counts, f"; {len(faults)} left out" if faults else "")
-    return usable
+    return cases, Path(datalist or root)
+
+
+def draw(cases: Sequence[T], share: float, *seed: int) -> tuple[list[T], list[T]]:
+    """Divide cases in two at random, keeping their order: the rest, and a share of them (at least one on each side)."""
+    count = min(max(round(share * len(cases)), 1), len(cases) - 1) if len(cases) > 1 else 0
+    chosen = set(np.random.default_rng(seed).permutation(len(cases))[:count].tolist())
+    rest = [case for i, case in enumerate(cases) if i not in chosen]
+    return rest, [case for i, case in enumerate(cases) if i in chosen]
 
 
 def list_volumes(source: str | os.PathLike, *, on_error: str = "raise") -> list[Case]:
@@ -101,7 +120,7 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise") -> list[
         FileNotFoundError: if there is nothing at `source`.
         ValueError: if there is no volume, or none that can be used, or two would be written under one name.
     """
-    _check_on_error(on_error)
+    check_on_error(on_error)
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a NIfTI volume or a folder of volumes")
@@ -151,7 +170,8 @@ def _find_dicom(path: Path, on_error: str) -> tuple[list[Case], set[str]]:
     return [{"image": str(folder)} for folder in in_folder], faults
 
 
-def _check_on_error(on_error: str) -> None:
+def check_on_error(on_error: str) -> None:
+    """Raise ValueError if `on_error` is neither "raise" nor "skip"."""
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
 
