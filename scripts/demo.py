@@ -10,20 +10,17 @@ pictures beside it. Interrupted, it goes on where it stopped.
 from __future__ import annotations
 
 import csv
-import logging
 import shutil
-import sys
 import time
 from pathlib import Path
 
-import fire
 import numpy as np
 from make_demo_data import make_demo_data
 from matplotlib.figure import Figure
 from transfer import run_bundle, save_figure, transfer
 
 from vdt_transforms import ImageToVolume, LoadNaturalImage, RandSliceShuffle
-from vdt_workflows import claim, find_images, write_atomic
+from vdt_workflows import claim, find_images, run_script, write_atomic
 
 PRETRAINING = "imagenet_vdt_pretraining"
 
@@ -38,7 +35,7 @@ def demo(
     seeds: int = 1,
     steps: tuple[int, ...] = (60, 120, 180),
     patch_size: tuple[int, ...] = (32, 32, 32),
-) -> None:
+) -> dict[str, str]:
     """Run the whole chain.
 
     Args:
@@ -51,6 +48,9 @@ def demo(
         seeds: seeds of the transfer.
         steps: optimiser steps after which the transfer is scored.
         patch_size: voxels, as X, Y, Z.
+
+    Returns:
+        The path of the summary.
 
     Raises:
         ValueError: if `output_dir` holds results of other settings.
@@ -113,7 +113,8 @@ def demo(
         "",
     ]
     write_atomic(root / "summary.md", "\n".join(summary).encode())
-    _say(f"done in {(time.time() - start) / 60:.1f} minutes: {root / 'summary.md'}")
+    _say(f"done in {(time.time() - start) / 60:.1f} minutes")
+    return {"summary": str(root / "summary.md")}
 
 
 def draw_vdt(images: str, path: Path) -> None:
@@ -143,5 +144,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    fire.Fire(demo)
+    run_script(demo)

@@ -17,12 +17,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import fire
 import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from vdt_workflows import write_atomic
+from vdt_workflows import run_script, write_atomic
 
 RECORD = "demo_data.json"
 LABELS = {"0": "background", "1": "organ", "2": "vessel", "3": "lesion"}
@@ -316,4 +315,4 @@ def _noise(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> np
 
 
 if __name__ == "__main__":
-    fire.Fire(make_demo_data, serialize=json.dumps)
+    run_script(make_demo_data)

@@ -23,9 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import fire
-
-from vdt_workflows import claim, write_atomic
+from vdt_workflows import claim, run_script, write_atomic
 from vdt_workflows.case_tables import describe, write_table
 from vdt_workflows.data_sets import DATA_SETS, LITS, DataSet, find_numbered
 from vdt_workflows.pictures import draw_fault, draw_pages
@@ -349,8 +347,4 @@ def _write_list(root: Path, content: dict[str, Any]) -> Path:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        fire.Fire(prepare_segmentation, serialize=json.dumps)
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"prepare_segmentation: {error}")
+    run_script(prepare_segmentation)

@@ -22,13 +22,12 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-import fire
 import nibabel as nib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vdt_workflows import claim, find_volumes, read_provenance, write_atomic
+from vdt_workflows import claim, find_volumes, read_provenance, run_script, write_atomic
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 SEGMENTATION = "bcv_multiorgan_segmentation"
@@ -41,7 +40,7 @@ def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any])
     """Run a bundle's configs as a user would, in a process of its own.
 
     Raises:
-        RuntimeError: if the run fails.
+        ChildProcessError: if the run fails.
     """
     files = [f"configs/{name}.yaml" for name in configs]
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(files)]
@@ -51,7 +50,7 @@ def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any])
     # Threads that spin for ever while they wait would take the cores from the loader processes.
     environment = {"GOMP_SPINCOUNT": "100000", **os.environ}
     if subprocess.run(command, cwd=BUNDLES / bundle, env=environment, check=False).returncode:
-        raise RuntimeError(f"the run of bundles/{bundle} failed; its own message is above")
+        raise ChildProcessError(f"the run of bundles/{bundle} failed; its own message is above")
 
 
 def transfer(
@@ -64,11 +63,12 @@ def transfer(
     scored_cases: int = 60,
     batch_size: int = 2,
     learning_rate: float = 0.1,
+    momentum: float = 0.9,
     patch_size: Sequence[int] = (48, 64, 48),
     spacing: Sequence[float] | None = None,
     window: Sequence[float] | None = None,
     datalist: str | None = None,
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Train from scratch and from the encoder, score both on the same held-out cases, and write the comparison.
 
     Args:
@@ -80,14 +80,15 @@ def transfer(
         training_cases: cases that each run learns from, at most.
         scored_cases: held-out cases, the same for every run, at most.
         batch_size: volumes of one step.
-        learning_rate: of both sides.
+        learning_rate: of both sides, with a polynomial decay over all steps.
+        momentum: of both sides.
         patch_size: voxels, as X, Y, Z.
         spacing: mm, as X, Y, Z; None keeps each volume's own.
         window: intensities that values are clipped to; None does not clip. Volumes are normalised one by one.
         datalist: JSON list in place of what the folder says; its test cases are the held-out ones.
 
     Returns:
-        The rows of the table.
+        Paths of the table and the pictures.
 
     Raises:
         ValueError: if `output_dir` holds results of other settings.
@@ -113,6 +114,8 @@ def transfer(
         "batch_size": batch_size,
         "micro_batch": batch_size,
         "learning_rate": learning_rate,
+        "momentum": momentum,
+        "pairs": [],
         "num_workers": 0,
         **{name: read_provenance(encoder)[name] for name in ("depth", "base_channels", "norm")},
     }
@@ -139,11 +142,8 @@ def transfer(
                     )
     _write_table(root, rows, steps, f"{len(scored)} held-out cases, {min(training_cases, len(pool))} training cases")
     _draw_examples(root, scored[0])
-    print((root / "table.md").read_text())
-    print(
-        json.dumps({"table": str(root / "table.csv"), "pictures": [str(root / "dice.png"), str(root / "examples.png")]})
-    )
-    return rows
+    logger.info("%s", (root / "table.md").read_text())
+    return {"table": str(root / "table.csv"), "pictures": [str(root / "dice.png"), str(root / "examples.png")]}
 
 
 def _hold_out(cases: Mapping[str, list[dict[str, str]]], number: int) -> tuple[list[dict], list[dict]]:
@@ -237,5 +237,4 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    fire.Fire(transfer)
+    run_script(transfer)

@@ -25,8 +25,8 @@ def run_script(function: Callable[..., Any], argv: Sequence[str] | None = None) 
         argv: the words, those of the process by default.
 
     Raises:
-        SystemExit: with a sentence, if there is no such option, or the function raises ValueError, OSError or
-            ImportError.
+        SystemExit: with a sentence, if there is no such option, or the function raises ValueError, OSError,
+            ImportError or MemoryError.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = Path(sys.argv[0]).stem
@@ -34,7 +34,7 @@ def run_script(function: Callable[..., Any], argv: Sequence[str] | None = None) 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         fire.Fire(function, command=words, name=name, serialize=json.dumps)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         sys.exit(f"{name}: {error}")
 
 
