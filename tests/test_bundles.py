@@ -26,7 +26,7 @@ from PIL import Image
 SCHEMA = ROOT / "tests" / "data" / "metadata_schema.json"
 
 # Ids that an overlay may add to its base.
-ADDED = {"ckpt_path", "split", "surfaces", "sync_bn", "local_rank", "initialised", "finalize", "pretrained", "+imports"}
+ADDED = {"ckpt_path", "part", "surfaces", "sync_bn", "local_rank", "initialised", "finalize", "pretrained", "+imports"}
 FILES = {
     "imagenet_vdt_pretraining": ["model.pt", "encoder.pt", "model_best.pt", "run.json"],
     "bcv_multiorgan_segmentation": ["model.pt", "model_last.pt", "run.json"],

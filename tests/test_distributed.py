@@ -37,7 +37,7 @@ def test_evaluation_by_two_processes_equals_evaluation_by_one(bundle, metric, im
     # Nine images and five cases: no number that two processes can share evenly.
     scores = {}
     for name, start, overlay in (("one", ONE, []), ("two", TWO, ["multi_gpu_train"])):
-        more = {"ckpt_path": path} | ({} if bundle == PRETRAINING else {"split": "training"})
+        more = {"ckpt_path": path} | ({} if bundle == PRETRAINING else {"part": "training"})
         execute([*start, *command(bundle, ["train", *overlay, "evaluate"], tmp_path / name, data, **more)])
         scores[name] = json.loads((tmp_path / name / "eval" / "scores.json").read_text())
     assert scores["two"][metric] == pytest.approx(scores["one"][metric], abs=1e-6)
