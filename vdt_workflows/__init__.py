@@ -18,7 +18,9 @@ from vdt_workflows.headers import check_geometry
 from vdt_workflows.image_folders import ImageList, collate_images, find_images
 from vdt_workflows.inferers import SlabInferer
 from vdt_workflows.initialisation import INITIALISATIONS, initialise
-from vdt_workflows.nodules import SaveSplit, find_nodules
+from vdt_workflows.nodule_positions import list_nodules
+from vdt_workflows.nodule_reports import ReportNodules, SaveMalignancy
+from vdt_workflows.nodules import SaveSplit, describe_origin, describe_split, find_nodules, take_part, weigh_classes
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.predictions import SavePredictions, list_images
 from vdt_workflows.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages
@@ -38,8 +40,10 @@ __all__ = [
     "LoadWeights",
     "OrganScore",
     "RememberRun",
+    "ReportNodules",
     "ResumeRun",
     "RunLog",
+    "SaveMalignancy",
     "SavePredictions",
     "SaveScores",
     "SaveSplit",
@@ -54,12 +58,15 @@ __all__ = [
     "check_geometry",
     "claim",
     "collate_images",
+    "describe_origin",
+    "describe_split",
     "find_images",
     "find_nodules",
     "find_series",
     "find_volumes",
     "initialise",
     "list_images",
+    "list_nodules",
     "list_volumes",
     "load_weights",
     "mix_seed",
@@ -71,5 +78,7 @@ __all__ = [
     "save_weights",
     "score_organs",
     "summarise",
+    "take_part",
+    "weigh_classes",
     "write_atomic",
 ]

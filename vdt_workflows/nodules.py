@@ -93,8 +93,7 @@ def find_nodules(
         parts = _read_published_split(Path(split), nodules, val_fraction, seed)
     else:
         raise ValueError(f"split must be 'patient', 'all', or the path of a .csv or .json file, got {str(split)!r}")
-    if Path(split).suffix != ".csv":  # which was read with a warning instead
-        _check_apart(parts, split)
+    _check_apart(parts, split)
     if task == "classification":
         parts = {name: _with_classes(name, part, label_rule) for name, part in parts.items()}
     else:
@@ -137,6 +136,41 @@ class SaveSplit:
         parts = {name: [n["nodule_id"] for n in part] for name, part in self.nodules.items()}
         content = {**self.notes, "counts": describe_split(self.nodules), **parts}
         write_atomic(self.path, json.dumps(content, indent=1, default=str).encode())
+
+
+def take_part(nodules: Parts, name: str) -> list[Nodule]:
+    """Give one part of a data set.
+
+    Raises:
+        ValueError: if there is no such part, or no nodule in it.
+    """
+    if name not in nodules:
+        raise ValueError(f"part must be one of {few(PARTS)}, got {name!r}")
+    if not nodules[name]:
+        raise ValueError(f"{name} has no nodules; give val_fraction, test_fraction or a split that puts some there")
+    return nodules[name]
+
+
+def weigh_classes(nodules: Sequence[Nodule], imbalance: str = "none") -> list[float]:
+    """Weight of benign and malignant in the loss: the same, or with "loss" so that both classes weigh the same in all.
+
+    Raises:
+        ValueError: if `imbalance` is none of "none", "loss" and "sampling".
+    """
+    if imbalance not in ("none", "loss", "sampling"):
+        raise ValueError(f"imbalance must be 'none', 'loss' or 'sampling', got {imbalance!r}")
+    if imbalance != "loss":
+        return [1.0] * len(CLASSES)
+    counts = Counter(n["label"] for n in nodules)
+    return [len(nodules) / (len(CLASSES) * counts[label]) for label in range(len(CLASSES))]
+
+
+def describe_origin(split: str | os.PathLike, **settings: Any) -> dict[str, Any]:
+    """Say how a division came about: a run's `split.json` says it itself, otherwise the settings that matter do."""
+    if Path(split).suffix == ".json":
+        content = {"split": str(split), **_read_split_file(Path(split))}
+        return {name: value for name, value in content.items() if name not in (*PARTS, "counts")}
+    return {"split": str(split), **settings}
 
 
 # By patient --------------------------------------------------------------------------------------------------------
@@ -201,7 +235,18 @@ def _deal(counts: Mapping[str, np.ndarray], shares: Mapping[str, float], seed: i
 
 
 def _check_apart(parts: Mapping[str, Sequence[Nodule]], split: str | os.PathLike) -> None:
+    """Refuse a patient on two sides; the published lists, or a run that was trained on them, are only warned of."""
     patients = {name: {n["patient_id"] for n in part} for name, part in parts.items()}
+    if str(describe_origin(split)["split"]).endswith(".csv"):
+        known = patients["test"] & (patients["training"] | patients["validation"])
+        if known:
+            leaking = sum(n["patient_id"] in known for n in parts["test"])
+            logger.warning(
+                "split %s is by nodule: %d patients are on both sides, and %d of the %d test nodules come from patients"
+                " that are trained on; scores come out too high. split 'patient' has no patient on two sides",
+                *(split, len(known), leaking, len(parts["test"])),
+            )
+        return
     for i, a in enumerate(PARTS):
         for b in PARTS[i + 1 :]:
             if shared := sorted(patients[a] & patients[b]):
@@ -214,14 +259,19 @@ def _check_apart(parts: Mapping[str, Sequence[Nodule]], split: str | os.PathLike
 # By a list ---------------------------------------------------------------------------------------------------------
 
 
-def _read_own_split(path: Path, nodules: Sequence[Nodule]) -> Parts:
+def _read_split_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"split {path}: no such file")
     try:
         content = json.loads(path.read_text())
-        lists = {name: [str(n) for n in content[name]] for name in PARTS}
+        return {**content, **{name: [str(n) for n in content[name]] for name in PARTS}}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"split {path}: not the split.json of a run, which lists nodules as {few(PARTS)}") from error
+
+
+def _read_own_split(path: Path, nodules: Sequence[Nodule]) -> Parts:
+    content = _read_split_file(path)
+    lists = {name: content[name] for name in PARTS}
     twice = [name for name, times in Counter(n for names in lists.values() for n in names).items() if times > 1]
     if twice:
         raise ValueError(f"split {path}: {few(twice)} listed more than once")
@@ -242,14 +292,6 @@ def _read_published_split(path: Path, nodules: Sequence[Nodule], val_fraction: f
         entries[name] = Counter(cell.removesuffix(".npz") for cell in cells if cell)
     train, test = (_pick(entries[name], nodules, path) for name in ("train", "test"))
     sides = divide_patients(train, val_fraction=val_fraction, test_fraction=0.0, seed=seed)
-    shared = {n["patient_id"] for n in train} & {n["patient_id"] for n in test}
-    if shared:
-        leaking = sum(n["patient_id"] in shared for n in test)
-        logger.warning(
-            "split %s is by nodule: %d patients are on both sides, and %d of the %d test nodules come from patients"
-            " that are trained on; scores come out too high. split 'patient' has no patient on two sides",
-            *(path, len(shared), leaking, len(test)),
-        )
     for name, counted in entries.items():
         repeated = [f"{entry} ({times} times)" for entry, times in counted.items() if times > 1]
         if repeated:

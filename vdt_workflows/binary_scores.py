@@ -1,0 +1,172 @@
+"""How well scores tell two classes apart: figures with an interval by patient, the ROC curve and calibration."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+RESAMPLES = 2000
+BINS = 10
+
+
+def score_binary(
+    labels: Sequence[int],
+    scores: Sequence[float],
+    patients: Sequence[str],
+    *,
+    threshold: float = 0.5,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score probabilities of the class 1 against labels.
+
+    A figure that is undefined, such as the precision where nothing is called positive, is None.
+
+    Args:
+        labels: 0 or 1, both present.
+        scores: probability of 1, from 0 to 1.
+        patients: who each one is of. The interval of the AUC comes from drawing patients with replacement, since the
+            nodules of one patient are not independent.
+        threshold: scores from here on are called 1.
+        resamples: draws for the interval.
+        seed: seed of the draws.
+
+    Returns:
+        `auc` with `auc_interval_95`, `accuracy` with `majority_accuracy` (of always giving the more frequent class),
+        `balanced_accuracy`, `sensitivity`, `specificity`, `precision`, `f1`, `confusion_matrix`, `ece` (expected
+        calibration error of ten bins), and `threshold`, `count`, `positives` and `patients`.
+
+    Raises:
+        ValueError: if a class is missing, or a score is no probability.
+    """
+    y, p = np.asarray(labels, int), np.asarray(scores, float)
+    if not (0 < y.sum() < len(y)):
+        raise ValueError(f"scores need both classes, got {int(y.sum())} of class 1 among {len(y)}")
+    if not np.all((p >= 0) & (p <= 1)):
+        raise ValueError(f"scores must be probabilities from 0 to 1, got {p.min():g} to {p.max():g}")
+    called = p >= threshold
+    tp, fp = int((called & (y == 1)).sum()), int((called & (y == 0)).sum())
+    fn, tn = int(y.sum()) - tp, int((y == 0).sum()) - fp
+    sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
+    low, high = auc_interval(y, p, patients, resamples=resamples, seed=seed)
+    centres, rates, counts = calibration_bins(y, p)
+    return {
+        "auc": float(weighted_auc(y, p, np.ones((1, len(y))))[0]),
+        "auc_interval_95": [low, high],
+        "accuracy": (tp + tn) / len(y),
+        "majority_accuracy": float(max(y.mean(), 1 - y.mean())),
+        "balanced_accuracy": (sensitivity + specificity) / 2,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "precision": tp / (tp + fp) if tp + fp else None,
+        "f1": 2 * tp / (2 * tp + fp + fn),
+        "confusion_matrix": {"true_positive": tp, "false_positive": fp, "false_negative": fn, "true_negative": tn},
+        "ece": float(np.nansum(counts * np.abs(centres - rates)) / len(y)),
+        "threshold": threshold,
+        "count": len(y),
+        "positives": int(y.sum()),
+        "patients": len(set(patients)),
+    }
+
+
+def auc_interval(
+    labels: np.ndarray, scores: np.ndarray, patients: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of 95 % of the AUC, by drawing as many patients as there are, with replacement."""
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)
+    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+    drawn = weighted_auc(labels, scores, draws[:, owner])
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])  # a draw without one of the classes has none
+    return float(low), float(high)
+
+
+def weighted_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve for each row of weights (R, N), ties counted half; NaN where a class has no weight."""
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+    weights = weights[:, order]
+    positive = np.add.reduceat(weights * (labels[order] == 1), starts, axis=1)  # of each distinct score
+    negative = np.add.reduceat(weights * (labels[order] == 0), starts, axis=1)
+    below = np.cumsum(negative, axis=1) - negative / 2
+    pairs = positive.sum(1) * negative.sum(1)
+    return np.where(pairs > 0, (positive * below).sum(1) / np.where(pairs > 0, pairs, 1), np.nan)
+
+
+def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """False positive rate, true positive rate and threshold at each distinct score, from (0, 0) to (1, 1)."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # of each distinct score
+    true, false = np.cumsum(labels[order] == 1)[last], np.cumsum(labels[order] == 0)[last]
+    thresholds = np.concatenate(([np.inf], scores[order][last]))
+    return np.concatenate(([0], false / false[-1])), np.concatenate(([0], true / true[-1])), thresholds
+
+
+def calibration_bins(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean score, part of class 1 and number in each bin; the first two are NaN where a bin is empty."""
+    from monai.metrics import calibration_binning  # since 1.6; inference runs on older ones too
+
+    pair = (torch.as_tensor(np.asarray(values, np.float32))[None, None] for values in (scores, labels))
+    return tuple(bins[0, 0].double().numpy() for bins in calibration_binning(*pair, num_bins=BINS))
+
+
+def draw_roc(labels: np.ndarray, scores: np.ndarray, figures: Mapping[str, Any], title: str = "") -> bytes:
+    """Draw the ROC curve as a PNG, with some thresholds along it."""
+    figure, axes = _square(title)
+    false, true, thresholds = roc_curve(labels, scores)
+    low, high = figures["auc_interval_95"]
+    axes.plot(false, true, color="C0", label=f"AUC {figures['auc']:.3f} ({low:.3f} to {high:.3f})")
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", label="chance 0.500")
+    shown: list[tuple[float, float]] = []
+    for wanted in (figures["threshold"], 0.1, 0.3, 0.5, 0.7, 0.9):
+        at = int(np.flatnonzero(thresholds >= wanted)[-1])  # the lowest score that is still called 1
+        place = (float(false[at]), float(true[at]))
+        if any(np.hypot(place[0] - x, place[1] - y) < 0.05 for x, y in shown):
+            continue  # the labels would lie on each other
+        own = not shown
+        shown.append(place)
+        axes.plot(*place, "o", color="C1" if own else "C0", markersize=7 if own else 4)
+        axes.annotate(f"{wanted:g}", place, (7, -11), textcoords="offset points", fontsize="small")
+    own_point = f"threshold {figures['threshold']:g}: sensitivity {figures['sensitivity']:.3f}"
+    axes.plot([], [], "o", color="C1", label=f"{own_point},\nspecificity {figures['specificity']:.3f}")
+    axes.set_xlabel("1 - specificity")
+    axes.set_ylabel("sensitivity")
+    axes.legend(loc="lower right", fontsize="small", title="dots: thresholds of the score", title_fontsize="small")
+    return _png(figure)
+
+
+def draw_reliability(labels: np.ndarray, scores: np.ndarray, figures: Mapping[str, Any], title: str = "") -> bytes:
+    """Draw how often the class 1 is true for each bin of scores, as a PNG."""
+    figure, axes = _square(title)
+    centres, rates, counts = calibration_bins(labels, scores)
+    used = counts > 0
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", label="calibrated")
+    axes.plot(centres[used], rates[used], "o-", color="C0", label=f"expected calibration error {figures['ece']:.3f}")
+    for x, y, count in zip(centres[used], rates[used], counts[used], strict=True):
+        axes.annotate(f"{int(count)}", (x, y), (6, -11), textcoords="offset points", fontsize="small")
+    axes.set_xlabel("mean score of the bin")
+    axes.set_ylabel("part that is malignant")
+    axes.legend(loc="upper left", fontsize="small", title="numbers: nodules in the bin", title_fontsize="small")
+    return _png(figure)
+
+
+def _square(title: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that only a run that draws pays
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), aspect="equal")
+    axes.grid(alpha=0.3)
+    axes.set_title(title, fontsize="small", parse_math=False)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    png = io.BytesIO()
+    figure.canvas.print_png(png)
+    return png.getvalue()
