@@ -46,6 +46,15 @@ TINY = {
         "patch_size": [16, 24, 16],
         "overlap": 0.25,
     },
+    "lidc_nodule_classification": {
+        "epochs": 2,
+        "val_interval": 1,
+        "batch_size": 4,
+        "base_channels": 4,
+        "num_workers": 0,
+        "crop_size": 16,
+        "jitter": 2,
+    },
 }
 
 

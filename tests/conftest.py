@@ -10,6 +10,7 @@ import pytest
 import torch
 from bundle_runs import BASE, BUNDLES, run
 from PIL import Image
+from synthetic_nodules import write_nodules
 
 torch.set_num_threads(1)  # threads of small networks wait for each other more than they work
 
@@ -54,20 +55,35 @@ def volumes(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def data(bundle, images, volumes):
-    return images if bundle.name == "imagenet_vdt_pretraining" else volumes
+@pytest.fixture(scope="session")
+def nodules(tmp_path_factory):
+    """Smooth and spiculated nodules of 20 patients in cubes of 20 mm, prepared."""
+    root = tmp_path_factory.mktemp("nodules")
+    write_nodules(root, patients=20, most=2, size=20)
+    return root
 
 
 @pytest.fixture(scope="session")
-def trained(images, volumes, tmp_path_factory):
+def data_of(images, nodules, volumes):
+    """Return a function that gives the folder of data for a bundle."""
+    special = {"imagenet_vdt_pretraining": images, "lidc_nodule_classification": nodules}
+    return lambda bundle: special.get(bundle.name, volumes)
+
+
+@pytest.fixture
+def data(bundle, data_of):
+    return data_of(bundle)
+
+
+@pytest.fixture(scope="session")
+def trained(data_of, tmp_path_factory):
     """Return a function that trains a bundle once and gives the folder of its models and results."""
     done: dict[str, Path] = {}
 
     def train(bundle: Path) -> Path:
         if bundle.name not in done:
             folder = tmp_path_factory.mktemp(bundle.name)
-            run(bundle, BASE, folder, images if bundle.name == "imagenet_vdt_pretraining" else volumes)
+            run(bundle, BASE, folder, data_of(bundle))
             done[bundle.name] = folder
         return done[bundle.name]
 

@@ -28,11 +28,11 @@ def draw_nodule(rng, spiculated, size=64):
     distance = np.sqrt((grid**2).sum(0))
     radius = rng.uniform(5, 9)
     wave = sum(np.tensordot(_direction(rng), grid, 1) for _ in range(3)) / np.maximum(distance, 1)
-    soft = radius * (0.96 if spiculated else 1) * (1 + 0.12 * wave) - distance  # mm inside the surface
-    for _ in range(rng.integers(14, 20) if spiculated else 0):
+    soft = radius * (0.8 if spiculated else 1) * (1 + 0.12 * wave) - distance  # mm inside the surface
+    for _ in range(rng.integers(20, 28) if spiculated else 0):
         along, across = _cylinder(grid, _direction(rng), np.zeros(3))
-        length = radius * rng.uniform(1.4, 2)
-        soft = np.maximum(soft, np.where(along > 0, 2.4 * (1 - along / length) - across, -9))
+        length = radius * rng.uniform(1.8, 2.4)
+        soft = np.maximum(soft, np.where(along > 0, 3.5 * (1 - along / length) - across, -9))
     lung = rng.uniform(-880, -800) + rng.normal(0, 40, distance.shape).astype(np.float32)
     filled = np.clip(soft + 0.5, 0, 1)
     for _ in range(4):

@@ -31,6 +31,14 @@ FILES = {
     "imagenet_vdt_pretraining": ["model.pt", "encoder.pt", "model_best.pt", "run.json"],
     "bcv_multiorgan_segmentation": ["model.pt", "model_last.pt", "run.json"],
     "lits_liver_segmentation": ["model.pt", "model_last.pt", "run.json"],
+    "lidc_nodule_classification": ["model.pt", "model_last.pt", "run.json", "split.json"],
+}
+# The score of a bundle, the weights that gave its last one in training, and what else evaluation needs to repeat it.
+SCORES = {
+    "imagenet_vdt_pretraining": ("val_top1", "model.pt", {}),
+    "bcv_multiorgan_segmentation": ("val_mean_dice", "model_last.pt", {}),
+    "lits_liver_segmentation": ("val_mean_dice", "model_last.pt", {}),
+    "lidc_nodule_classification": ("val_auc", "model_last.pt", {"part": "validation"}),
 }
 
 
@@ -209,9 +217,8 @@ def remembered(folder: Path) -> dict:
 
 def test_evaluation_repeats_the_score_of_training(bundle, data, trained, tmp_path):
     folder = trained(bundle)
-    name = "val_top1" if bundle.name == "imagenet_vdt_pretraining" else "val_mean_dice"
-    path = folder / "models" / ("model.pt" if name == "val_top1" else "model_last.pt")
-    run(bundle, ["train", "evaluate"], tmp_path, data, ckpt_path=str(path))
+    name, weights, more = SCORES[bundle.name]
+    run(bundle, ["train", "evaluate"], tmp_path, data, ckpt_path=str(folder / "models" / weights), **more)
     scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
     with (folder / "eval" / "history.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
