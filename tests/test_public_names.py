@@ -13,11 +13,11 @@ PUBLIC = {
         DepthFirst LoadReport NoduleFCN ResNet3D ResNet3DClassifier ResUNet3D load_pretrained read_checkpoint
     """,
     "vdt_transforms": """
-        MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd FlipLeftRight
-        ForegroundSlices ForegroundSlicesd ImageDecodeError ImageToVolume ImageToVolumed LoadNaturalImage
+        MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd CropNodule CropNoduled
+        FlipLeftRight ForegroundSlices ForegroundSlicesd ImageDecodeError ImageToVolume ImageToVolumed LoadNaturalImage
         LoadNaturalImaged NoduleReader RandFlipLeftRight RandFlipLeftRightd RandResizedCropImage RandResizedCropImaged
         RandRotateCube RandRotateCubed RandSlab RandSlabd RandSliceShuffle RandSliceShuffled ResizeCenterCropImage
-        ResizeCenterCropImaged RestoreGrid RestoreGridd Spacing Spacingd VolumeToImage VolumeToImaged
+        ResizeCenterCropImaged RestoreGrid RestoreGridd SeriesReader Spacing Spacingd VolumeToImage VolumeToImaged
     """,
     "vdt_workflows": """
         INITIALISATIONS Attach CaseScores DicomFolder DicomSeries ImageList LoadWeights OrganScore RememberRun

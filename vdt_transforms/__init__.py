@@ -11,6 +11,7 @@ Conventions, for every transform of this package:
 """
 
 from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd, CheckOverflow, CheckOverflowd
+from vdt_transforms.dicom import SeriesReader
 from vdt_transforms.grids import RestoreGrid, RestoreGridd
 from vdt_transforms.natural_images import (
     ImageDecodeError,
@@ -19,7 +20,7 @@ from vdt_transforms.natural_images import (
     ResizeCenterCropImage,
 )
 from vdt_transforms.natural_images_dictionary import LoadNaturalImaged, RandResizedCropImaged, ResizeCenterCropImaged
-from vdt_transforms.nodules import NoduleReader, RandRotateCube, RandRotateCubed
+from vdt_transforms.nodules import CropNodule, CropNoduled, NoduleReader, RandRotateCube, RandRotateCubed
 from vdt_transforms.sides import FlipLeftRight, RandFlipLeftRight, RandFlipLeftRightd
 from vdt_transforms.slabs import ForegroundSlices, ForegroundSlicesd, RandSlab, RandSlabd
 from vdt_transforms.spacing import Spacing, Spacingd
@@ -43,6 +44,8 @@ __all__ = [
     "CheckLabelsd",
     "CheckOverflow",
     "CheckOverflowd",
+    "CropNodule",
+    "CropNoduled",
     "FlipLeftRight",
     "ForegroundSlices",
     "ForegroundSlicesd",
@@ -66,6 +69,7 @@ __all__ = [
     "ResizeCenterCropImaged",
     "RestoreGrid",
     "RestoreGridd",
+    "SeriesReader",
     "Spacing",
     "Spacingd",
     "VolumeToImage",

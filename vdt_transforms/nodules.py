@@ -1,12 +1,12 @@
-"""Nodule cubes: a reader for the published files, and the rotations of a cube.
+"""Nodules: a reader of their files, a crop around a place in the world, and the rotations of a cube.
 
-What else a nodule's crop needs is MONAI's. A crop around the centre that is jittered by whole voxels from -5 to 5, and
-padded with air where the cube is too small, is `ResizeWithPadOrCropd` to the crop and twice the jitter (`value=-1024`
-for the image, 0 for a mask; it is deterministic, so it is cached), then `RandSpatialCropd` to the crop.
+A jittered crop is MONAI's `RandSpatialCropd` to the crop, after `CropNoduled` to the crop and twice the jitter: shifted
+by whole voxels up to the jitter, each as often as the others.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -16,19 +16,28 @@ import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor, PathLike
 from monai.data import MetaTensor, NibabelReader
-from monai.transforms import InvertibleTransform, MapTransform, Randomizable
-from monai.utils import TraceKeys, TransformBackends, ensure_tuple
+from monai.transforms import InvertibleTransform, MapTransform, Randomizable, SpatialResample, Transform
+from monai.utils import TraceKeys, TransformBackends, ensure_tuple, ensure_tuple_rep
+from nibabel.affines import apply_affine
+from torch.nn.functional import pad
+
+from vdt_transforms.dicom import SeriesReader
+
+logger = logging.getLogger(__name__)
 
 WINDOW = (-1024.0, 400.0)  # HU, that the published files map linearly to 0..255
+AIR = -1024.0  # HU
+NEAR = 1e-3  # voxels, or parts of a voxel size, that count as nothing
 PLANES = ((0, 1), (0, 2), (1, 2))  # of the three quarter turns, in the order they are applied
 
 
 class NoduleReader(NibabelReader):
-    """MONAI reader of nodule cubes: the published `.npz` files as CT volumes, and NIfTI as MONAI reads it.
+    """MONAI reader of nodules: published `.npz` files, and scans or crops in NIfTI or as DICOM folders.
 
     A published file has arrays (z, y, x) of 1 mm: `voxel`, uint8 for the window of -1024 to 400 HU, and masks
     `answer1`, ... They come out as (X, Y, Z), `voxel` in HU. Columns run to the patient's left and rows to the back, so
-    the affine is diag(-1, -1, 1, 1); the files do not tell where in the scan a cube was.
+    the affine is diag(-1, -1, 1, 1); the files do not tell where in the scan a cube was. NIfTI is read by
+    `NibabelReader`, a folder by `SeriesReader`.
 
     Give it to `LoadImaged(reader="vdt_transforms.NoduleReader")`, with `array="answer1"` for the masks.
 
@@ -45,15 +54,18 @@ class NoduleReader(NibabelReader):
         self.array = array
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
-        """Say whether all files are npz or NIfTI."""
-        return all(str(name).endswith((".npz", ".nii", ".nii.gz")) for name in ensure_tuple(filename))
+        """Say whether all files are npz, NIfTI or folders."""
+        names = [str(name) for name in ensure_tuple(filename)]
+        return all(name.endswith((".npz", ".nii", ".nii.gz")) or os.path.isdir(name) for name in names)
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[str]:
         """Keep the paths: `LoadImage` hides what goes wrong here behind the next reader's failure."""
         return [os.fspath(path) for path in ensure_tuple(data)]
 
     def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Read one file (X, Y, Z), or several as channels, with their metadata."""
+        """Read one file or folder (X, Y, Z), or several files as channels, with their metadata."""
+        if len(img) == 1 and os.path.isdir(img[0]):
+            return SeriesReader().get_data(img)
         images = []
         for path in img:
             try:
@@ -62,7 +74,7 @@ class NoduleReader(NibabelReader):
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{path}: no such file") from error
             except Exception as error:  # a damaged archive raises whatever its decompressor stumbles over
-                raise ValueError(f"{path}: not a readable nodule ({error})") from error
+                raise ValueError(f"{path}: not a readable nodule or scan ({error})") from error
         self.filenames = list(img)  # which `read` of the last file left as that alone
         return super().get_data(images)
 
@@ -77,6 +89,140 @@ class NoduleReader(NibabelReader):
             low, high = WINDOW
             values = values.astype(np.float32) * np.float32((high - low) / 255) + np.float32(low)
         return nib.Nifti1Image(values.astype(np.float32).transpose(), np.diag([-1.0, -1.0, 1.0, 1.0]))
+
+
+class CropNodule(Transform):
+    """Cut a cube around a place in the world, resampled to a voxel size. (C, X, Y, Z) -> (C, size, size, size).
+
+    Only the cube is resampled, trilinear, along the volume's own axes; where it leaves the volume it is filled. Where
+    the voxel size is that of the volume and the place is on its grid, voxels are taken as they are. Without a position
+    the cube lies around the volume's centre, as `CenterSpatialCrop` cuts it.
+
+    Args:
+        size: voxels along each axis.
+        spacing: voxel size in mm.
+        mode: "bilinear" (trilinear), or "nearest" for masks.
+        fill: value outside the volume; the default is air in HU.
+
+    Raises:
+        ValueError: naming the volume, the position and the volume's extent, if the position is outside.
+    """
+
+    def __init__(self, size: int, spacing: float = 1.0, mode: str = "bilinear", fill: float = AIR) -> None:
+        if size < 1 or spacing <= 0:
+            raise ValueError(f"size and spacing must be positive, got {size} and {spacing}")
+        self.size = size
+        self.spacing = spacing
+        self.mode = mode
+        self.fill = fill
+
+    def __call__(self, img: torch.Tensor, position: Sequence[float] | None = None) -> MetaTensor:
+        """Cut around `position`, in mm of the volume's world (RAS)."""
+        volume = img if isinstance(img, MetaTensor) else MetaTensor(img)
+        affine = volume.affine.double().numpy()
+        shape = np.array(volume.shape[1:])
+        pixdim = np.linalg.norm(affine[:3, :3], axis=0)
+        step = self.spacing / pixdim  # of the cube, in the volume's voxels
+        as_it_is = bool(np.all(np.abs(step - 1) < NEAR))
+        if position is None:
+            corner = shape // 2 - self.size // 2 if as_it_is else (shape - 1) / 2 - step * (self.size - 1) / 2
+        else:
+            centre = np.linalg.solve(affine, [*position, 1.0])[:3]
+            self._check_inside(volume, position, centre)
+            corner = centre - step * (self.size - 1) / 2
+        low, high = np.floor(corner + NEAR).astype(int), np.ceil(corner + step * (self.size - 1) - NEAR).astype(int) + 1
+        cube = volume.as_tensor()[(slice(None), *(slice(max(a, 0), max(b, 0)) for a, b in zip(low, high, strict=True)))]
+        outside = [(max(-a, 0), max(b - n, 0)) for a, b, n in zip(low, high, shape, strict=True)]
+        cube = pad(cube.float(), [n for pair in reversed(outside) for n in pair], value=self.fill)
+        if position is not None and any(n for pair in outside for n in pair):
+            logger.warning("%s: the crop at %s mm leaves the scan; outside is taken as air", _name(img), _mm(position))
+        cube = _with_affine(cube, _moved(affine, low, 1.0), volume)
+        new_affine = _moved(affine, corner, step)
+        if not (as_it_is and np.all(np.abs(corner - low) < 2 * NEAR)):
+            resample = SpatialResample(mode=self.mode, padding_mode="border", align_corners=True, dtype=torch.float32)
+            cube = resample(cube, dst_affine=torch.as_tensor(new_affine), spatial_size=[self.size] * 3)
+        return _with_affine(cube.as_tensor(), new_affine, volume)
+
+    def _check_inside(self, volume: MetaTensor, position: Sequence[float], centre: np.ndarray) -> None:
+        shape = np.array(volume.shape[1:])
+        if np.any(centre < -0.5) or np.any(centre > shape - 0.5):
+            corners = apply_affine(volume.affine.numpy(), [[0, 0, 0], shape - 1])
+            low, high = corners.min(0), corners.max(0)
+            raise ValueError(
+                f"{_name(volume)}: the position {_mm(position)} mm is outside the volume, which reaches from {_mm(low)}"
+                f" to {_mm(high)} mm (RAS)"
+            )
+
+
+def _moved(affine: np.ndarray, corner: np.ndarray, step: np.ndarray | float) -> np.ndarray:
+    """Affine of a grid that begins at a voxel of another one and has so many of its voxels as a step."""
+    moved = affine.copy()
+    moved[:3, :3] = affine[:3, :3] * step
+    moved[:3, 3] = affine[:3, :3] @ corner + affine[:3, 3]
+    return moved
+
+
+def _with_affine(values: torch.Tensor, affine: np.ndarray, volume: MetaTensor) -> MetaTensor:
+    meta = {name: value for name, value in volume.meta.items() if name != "affine"}
+    return MetaTensor(values, affine=torch.as_tensor(affine), meta=meta)
+
+
+def _name(img: Any) -> str:
+    return str(getattr(img, "meta", {}).get("filename_or_obj", "volume"))
+
+
+def _mm(position: Sequence[float] | np.ndarray) -> str:
+    return "(" + ", ".join(f"{x:.1f}" for x in position) + ")"
+
+
+class CropNoduled(MapTransform):
+    """Dictionary twin of `CropNodule`, which makes an item of each nodule of a scan.
+
+    `nodules` of the dictionary lists places: dictionaries with a `position` in mm (RAS), or a `voxel` of the file (it
+    may lie between voxels), and whatever else belongs to the nodule. The result is a list of dictionaries, each with
+    what was listed for one nodule and its crop under the keys. Without `nodules` the result is one dictionary with the
+    crop around the volume's centre. Each has its `position`.
+
+    Args:
+        keys: the volumes to crop.
+        size: see `CropNodule`, and so for the others.
+        spacing: voxel size in mm.
+        mode: one for all keys, or one each.
+        fill: one for all keys, or one each.
+        allow_missing_keys: whether a key may be missing.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        size: int,
+        spacing: float = 1.0,
+        mode: str | Sequence[str] = "bilinear",
+        fill: float | Sequence[float] = AIR,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        modes, fills = (ensure_tuple_rep(value, len(self.keys)) for value in (mode, fill))
+        self.transforms = [CropNodule(size, spacing, m, f) for m, f in zip(modes, fills, strict=True)]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any] | list[dict[Hashable, Any]]:
+        """Crop the volumes under `keys`."""
+        d = dict(data)
+        nodules = d.pop("nodules", None)
+        if nodules is None:
+            return self._crop(d, {})
+        return [self._crop(d, nodule) for nodule in nodules]
+
+    def _crop(self, d: Mapping[Hashable, Any], nodule: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item: dict[Hashable, Any] = {**d, **nodule}
+        position = nodule.get("position")
+        for key, transform in self.key_iterator(item, self.transforms):
+            if position is None and "voxel" in nodule:
+                position = apply_affine(np.asarray(item[key].meta["original_affine"]), nodule["voxel"])
+            item[key] = transform(item[key], position)
+            middle = [(transform.size - 1) / 2] * 3
+            item["position"] = apply_affine(item[key].affine.numpy(), middle)
+        return item
 
 
 class RandRotateCube(Randomizable, InvertibleTransform):
