@@ -111,6 +111,34 @@ def test_the_length_is_the_number_of_keys(samples, world_size, even):
         assert len(SeededSampler(range(10), **options)) == len(epoch_of(0, 10, **options))
 
 
+@pytest.mark.parametrize("counts", [(8, 8), (3, 10), (11, 4), (5, 2, 9)])
+def test_with_classes_each_is_drawn_equally_often_and_no_key_twice(counts):
+    classes = np.repeat(range(len(counts)), counts)
+    sampler = SeededSampler(range(len(classes)), classes=classes.tolist())
+    keys = []
+    for epoch in range(12):
+        sampler.set_epoch(epoch)
+        drawn = list(sampler)
+        assert len(set(Counter(classes[index] for _, index in drawn).values())) == 1
+        keys += drawn
+    assert len(set(keys)) == len(keys)
+    for label, count in enumerate(counts):
+        times = Counter(index for _, index in keys if classes[index] == label)
+        assert len(times) == count
+        assert max(times.values()) - min(times.values()) <= 1
+
+
+def test_with_classes_the_processes_share_one_mixed_order():
+    classes = [0] * 3 + [1] * 9
+    one, two = (
+        [list(SeededSampler(range(12), classes=classes, rank=rank, num_replicas=n)) for rank in range(n)]
+        for n in (1, 2)
+    )
+    assert [key for pair in zip(*two, strict=True) for key in pair] == one[0]
+    assert {classes[index] for _, index in two[0]} == {0, 1}
+    assert one[0] != list(SeededSampler(range(12), classes=classes, seed=1))
+
+
 def test_nothing_to_sample_is_an_error():
     with pytest.raises(ValueError, match="data is empty; expected at least one sample"):
         SeededSampler([])

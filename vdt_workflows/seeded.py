@@ -32,6 +32,10 @@ class SeededSampler(Sampler[Key]):
     Consecutive epochs continue one endless shuffled stream, so that no sample comes twice before all came once. Of the
     stream, each process takes every `num_replicas`-th key: the processes' batches together are those of one process.
 
+    With `classes`, each class is drawn equally often: each has an endless shuffled stream of its own, and a pass over
+    the data mixes equal parts of the streams. The keys then carry the passes of the class, so that a sample that comes
+    often is drawn anew each time.
+
     Args:
         data: what is sampled; only its length is used.
         shuffle: False keeps the order of `data`.
@@ -42,6 +46,7 @@ class SeededSampler(Sampler[Key]):
         even: repeat keys at the end of an epoch so that all processes get the same number (training). False never
             repeats one (evaluation); but if there are fewer than processes, each process takes all of them, since a
             process without any would leave the others waiting for its metrics, and no mean changes.
+        classes: class of each sample, to draw all classes equally often.
 
     Raises:
         ValueError: if there is nothing to sample.
@@ -57,10 +62,16 @@ class SeededSampler(Sampler[Key]):
         rank: int = 0,
         num_replicas: int = 1,
         even: bool = True,
+        classes: Sequence[int] | None = None,
     ) -> None:
         if not len(data):
             raise ValueError("data is empty; expected at least one sample")
         self.size = len(data)
+        self.members = (
+            None if classes is None else [np.flatnonzero(np.asarray(classes) == c) for c in np.unique(classes)]
+        )
+        if self.members is not None:
+            self.size = -(-self.size // len(self.members)) * len(self.members)  # each class as often as the others
         self.shuffle = shuffle
         self.samples = self.size if samples is None else samples
         self.seed = seed
@@ -78,17 +89,31 @@ class SeededSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         start = self.epoch * self.samples
-        orders: dict[int, np.ndarray] = {}
+        passes: dict[int, np.ndarray] = {}
         for position in range(start + self.rank, start + self.total, self.num_replicas):
             number, place = divmod(position, self.size)
-            if number not in orders:
-                orders = {number: self._order(number)}
-            yield number, int(orders[number][place])
+            if number not in passes:
+                passes = {number: self._keys(number)}
+            yield tuple(passes[number][place].tolist())
 
-    def _order(self, number: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.size)
-        return np.random.default_rng(mix_seed(self.seed, number)).permutation(self.size)
+    def _keys(self, number: int) -> np.ndarray:
+        """Give the keys of one pass over the data, in their order."""
+        if self.members is None:
+            order = self._permutation(self.size, number) if self.shuffle else np.arange(self.size)
+            return np.stack((np.full(self.size, number), order), axis=1)
+        each = self.size // len(self.members)
+        keys = []
+        for label, members in enumerate(self.members):
+            places = np.arange(number * each, (number + 1) * each)  # of the class's stream
+            for turn in np.unique(places // len(members)):
+                within = places[places // len(members) == turn] % len(members)
+                order = members[self._permutation(len(members), int(turn), label)]
+                keys.append(np.stack((np.full(len(within), turn), order[within]), axis=1))
+        mixed = np.concatenate(keys)
+        return mixed[self._permutation(self.size, number)] if self.shuffle else mixed
+
+    def _permutation(self, size: int, *numbers: int) -> np.ndarray:
+        return np.random.default_rng(mix_seed(self.seed, *numbers)).permutation(size)
 
 
 class SharedState:
