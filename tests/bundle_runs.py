@@ -46,6 +46,16 @@ TINY = {
         "patch_size": [16, 24, 16],
         "overlap": 0.25,
     },
+    "lidc_nodule_segmentation": {
+        "epochs": 2,
+        "steps_per_epoch": 2,
+        "val_interval": 1,
+        "batch_size": 2,
+        "base_channels": 4,
+        "num_workers": 0,
+        "patch_size": [16, 16, 16],
+        "jitter": 2,
+    },
     "lidc_nodule_classification": {
         "epochs": 2,
         "val_interval": 1,

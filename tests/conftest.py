@@ -66,8 +66,8 @@ def nodules(tmp_path_factory):
 @pytest.fixture(scope="session")
 def data_of(images, nodules, volumes):
     """Return a function that gives the folder of data for a bundle."""
-    special = {"imagenet_vdt_pretraining": images, "lidc_nodule_classification": nodules}
-    return lambda bundle: special.get(bundle.name, volumes)
+    special = {"imagenet": images, "lidc": nodules}
+    return lambda bundle: special.get(bundle.name.partition("_")[0], volumes)
 
 
 @pytest.fixture

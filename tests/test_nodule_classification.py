@@ -183,7 +183,7 @@ def test_each_way_of_balancing_classes_changes_what_is_learnt(imbalance, tmp_pat
         run(BUNDLE, BASE, tmp_path / name, tmp_path / "data", imbalance=name, epochs=1)
     a, b = (weights(tmp_path / name, "model_last.pt") for name in ("none", imbalance))
     assert not torch.equal(a[DEEPEST], b[DEEPEST])
-    parser = parsed(BASE, dataset_dir=str(tmp_path / "data"), imbalance=imbalance, cache_rate=0.0, num_workers=0)
+    parser = parsed(BASE, dataset_dir=str(tmp_path / "data"), imbalance=imbalance, cache="none", num_workers=0)
     labels = parser.get_parsed_content("labels")
     weight = parser.get_parsed_content("loss").weight
     keys = list(parser.get_parsed_content("train::sampler"))
