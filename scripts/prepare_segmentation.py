@@ -296,7 +296,10 @@ def _finish(root: Path, plan: Plan, records: Sequence[Mapping[str, Any]]) -> dic
     good = {record["case"]: record for record in records if "fault" not in record}
     lists = {part: [case for case in cases if case in good] for part, cases in plan.lists.items()}
     for part in [part for part, cases in plan.lists.items() if cases and not lists[part]]:
-        raise ValueError(f"{root}: none of the {len(plan.lists[part])} {part} cases can be used, see above")
+        sentence = f"{root}: none of the {len(plan.lists[part])} {part} cases can be used, see above"
+        if part == "training":
+            raise ValueError(sentence)
+        logger.warning(sentence)
     highest = max((int(value) for record in good.values() for value in record["ml"]), default=0)
     names = plan.names or ["background", *(f"label {value}" for value in range(1, highest + 1))]
     datalist = _write_list(

@@ -461,6 +461,16 @@ def test_a_bad_case_is_named_in_a_sentence_or_left_out_while_the_others_go_on(ow
     find_volumes(tmp_path / "out")
 
 
+def test_a_part_of_which_nothing_is_left_is_said_and_the_others_are_listed(own, tmp_path, caplog):
+    entries = [{"image": f"imagesTr/c_{n}_0000.nii.gz", "label": f"labelsTr/c_{n}.nii.gz"} for n in range(5)]
+    listed = {"training": entries[:3], "validation": entries[3:4], "test": entries[4:]}
+    (own / "list.json").write_text(json.dumps(listed))
+    (own / "labelsTr" / "c_4.nii.gz").unlink()
+    told = prepare(own / "list.json", tmp_path / "out", on_error="skip")
+    assert [told[part] for part in PARTS] == [3, 1, 0]
+    assert "none of the 1 test cases can be used" in caplog.text
+
+
 def test_a_bad_case_in_an_archive_is_named_by_its_member(tmp_path):
     write_case(tmp_path / "img0001.nii.gz", tmp_path / "label0001.nii.gz", (1, 14))
     with zipfile.ZipFile(tmp_path / "RawData.zip", "w") as archive:
