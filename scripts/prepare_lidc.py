@@ -107,17 +107,19 @@ def prepare_lidc(
     if not isinstance(size, int) or not 16 <= size <= 256:
         raise ValueError(f"size must be a whole number from 16 to 256 (mm), got {size}")
     root = Path(str(output_dir))  # fire reads a folder called 2024 as a number
-    settings = {"size": size, "spacing_mm": 1.0, "npz": bool(npz), "irregular": irregular}
+    settings = {"size": size, "spacing_mm": 1.0, "npz": bool(npz)}
     finished = _claim(root, settings)
     store = read_annotations(str(annotations))
     folder = find_series(str(dicom_dir), index_file=root / "dicom_index.json.gz", workers=workers)
-    scans, errors = _plan(store, folder, str(dicom_dir), irregular=irregular == "accept")
+    scans, errors = _match(store, folder, str(dicom_dir))
+    todo = [scan for scan in scans if not _is_prepared(root, scan)]
+    logger.info("%d annotated scans, %d of them prepared already", len(scans), len(scans) - len(todo))
+    errors |= {scan.name: problem for scan in todo if (problem := _find_problem(scan, irregular == "accept"))}
     _report_errors(errors, on_error)
 
-    todo = [scan for scan in scans if not _is_prepared(root, scan)]
+    todo = [scan for scan in todo if scan.name not in errors]
     if todo and finished:
         _write_json(root / "prepare.json", {"finished": False, "settings": settings})
-    logger.info("%d annotated scans, %d of them prepared already", len(scans), len(scans) - len(todo))
     for name, error in run_parallel(partial(_try_scan, root, settings), todo, workers=workers, label="scans"):
         if error:
             errors[name] = error
@@ -128,6 +130,7 @@ def prepare_lidc(
     if todo or not finished:
         draw_sheets(root, rows, workers)
     write_atomic(root / "nodules.csv", _to_csv(rows))
+    absent = len(store.scans.keys() - {series.uid for series in folder.series})
     result = {
         "nodules": len(rows),
         "patients": len({row["patient_id"] for row in rows}),
@@ -135,30 +138,29 @@ def prepare_lidc(
         "skipped": len(errors),
         "table": str(root / "nodules.csv"),
     }
-    absent = store.scans.keys() - {series.uid for series in folder.series}
-    _write_json(
-        root / "prepare.json",
-        {
-            "finished": True,
-            "settings": settings,
-            "coordinates": "x_mm, y_mm and z_mm are RAS as in NIfTI; slice 0 is the lowest in z",
-            **{name: count for name, count in result.items() if name != "table"},
-            "skipped_scans": errors,
-            "damaged_files_of_no_series": folder.damaged,
-            "other_files": folder.skipped,
-            "annotated_scans_not_found": len(absent),
-            "series_without_annotations": [s.uid for s in folder.series if s.uid not in store.scans],
-            "scan_records": {
-                name: {key: value for key, value in record.items() if key not in ("rows", "files", "fingerprint")}
-                for name, record in records.items()
-            },
+    report = {
+        "finished": True,
+        "settings": settings,
+        "coordinates": "x_mm, y_mm and z_mm are RAS as in NIfTI; slice 0 is the lowest in z",
+        **{name: count for name, count in result.items() if name != "table"},
+        "median_seconds": _median_seconds(records),
+        "skipped_scans": errors,
+        "damaged_files_of_no_series": folder.damaged,
+        "other_files": folder.skipped,
+        "annotated_scans_not_found": absent,
+        "series_without_annotations": [series.uid for series in folder.series if series.uid not in store.scans],
+        "scan_records": {
+            name: {key: value for key, value in record.items() if key not in ("rows", "files", "fingerprint")}
+            for name, record in records.items()
         },
-    )
+    }
+    _write_json(root / "prepare.json", report)
     logger.info(
-        "%d nodules of %d patients in %d scans; %d scans left out, %d annotated scans not below %s, other files: %s",
-        *(result["nodules"], result["patients"], result["scans"], result["skipped"], len(absent), dicom_dir),
+        "%d nodules of %d patients in %d scans; %d scans left out, %d annotated scans not below %s; other files: %s",
+        *(result["nodules"], result["patients"], result["scans"], result["skipped"], absent, dicom_dir),
         ", ".join(f"{count} {kind}" for kind, count in folder.skipped.items()) or "none",
     )
+    logger.info("seconds a scan with nodules, median: %s", report["median_seconds"])
     return result
 
 
@@ -169,13 +171,16 @@ def _claim(root: Path, settings: dict[str, Any]) -> bool:
     """Make the folder ours, or find that it is ours and of the same settings; true if a call came to its end in it."""
     record = root / "prepare.json"
     if record.is_file():
-        for half in (file for folder in (".", *FOLDERS) for file in (root / folder).glob(".*.*")):
-            half.unlink()  # what a killed process had not written to the end
-        kept = json.loads(record.read_text())
-        was = kept["settings"]
+        try:
+            kept = json.loads(record.read_text())
+            was = kept["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileExistsError(f"{record}: not from this script; name a new folder") from error
         differ = [f"{name} {was.get(name)}, not {value}" for name, value in settings.items() if was.get(name) != value]
         if differ:
             raise ValueError(f"output_dir {root} was prepared with {' and '.join(differ)}; name a new folder")
+        for half in (file for folder in (".", *FOLDERS) for file in (root / folder).glob(".*.*")):
+            half.unlink()  # what a killed process had not written to the end
         return kept["finished"]
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"output_dir {root} has files that are not from this script; name a new folder")
@@ -183,10 +188,8 @@ def _claim(root: Path, settings: dict[str, Any]) -> bool:
     return False
 
 
-def _plan(
-    store: Annotations, folder: DicomFolder, dicom_dir: str, *, irregular: bool
-) -> tuple[list[Scan], dict[str, str]]:
-    """Match series with annotations; scans that can be prepared, and in one sentence each, those that cannot."""
+def _match(store: Annotations, folder: DicomFolder, dicom_dir: str) -> tuple[list[Scan], dict[str, str]]:
+    """Match series with annotations; the scans, and a sentence for each that lacks the one or the other."""
     found = {series.uid: series for series in folder.series}
     patients = {uid: store.patients.get(uid) or found[uid].patient_id for uid in store.scans if uid in found}
     patients |= store.patients
@@ -197,12 +200,7 @@ def _plan(
         number[patient] += 1
         name = f"{patient}_{number[patient]}"
         if uid in found:
-            scan = Scan(name, patient, found[uid], store.scans[uid])
-            try:
-                _check_series(scan.series, irregular=irregular)
-                scans.append(scan)
-            except ValueError as error:
-                errors[name] = str(error)
+            scans.append(Scan(name, patient, found[uid], store.scans[uid]))
         elif patient in here:
             errors[name] = (
                 f"{dicom_dir}: patient {patient} is there, but not the annotated series {uid};"
@@ -216,13 +214,19 @@ def _plan(
     return scans, errors
 
 
-def _check_series(series: DicomSeries, *, irregular: bool) -> None:
-    series.check(irregular=irregular)
-    if not series.is_axial:
-        directions = " and ".join(str(tuple(np.round(v, 3).tolist())) for v in series.orientation)
-        raise ValueError(
-            f"{series.folder}: series {series.uid} is not axial; its rows and columns run along {directions}"
-        )
+def _find_problem(scan: Scan, irregular: bool) -> str:
+    """Say in a sentence why a scan cannot be used, if so; one without nodules always can."""
+    series = scan.series
+    if not scan.annotations:
+        return ""
+    if series.errors:
+        return series.errors[0]
+    if series.irregularities and not irregular:
+        return f"{series.irregularities[0]}; --irregular accept takes its slices from where they are"
+    if series.is_axial:
+        return ""
+    directions = " and ".join(str(tuple(np.round(v, 3).tolist())) for v in series.orientation)
+    return f"{series.folder}: series {series.uid} is not axial; its rows and columns run along {directions}"
 
 
 def _report_errors(errors: dict[str, str], on_error: str) -> None:
@@ -259,6 +263,11 @@ def _read_record(file: Path) -> dict[str, Any] | None:
 def _read_records(root: Path) -> dict[str, dict[str, Any]]:
     files = sorted((root / "scans").glob("*.json"))
     return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+def _median_seconds(records: dict[str, dict[str, Any]]) -> dict[str, float]:
+    timed = [record["seconds"] for record in records.values() if record["nodules"]]
+    return {part: round(median(seconds[part] for seconds in timed), 3) for part in (timed[0] if timed else ())}
 
 
 # One scan ------------------------------------------------------------------------------------------------------------
@@ -303,7 +312,7 @@ def _prepare_scan(root: Path, settings: dict[str, Any], scan: Scan) -> None:
 
     with clock.count("resample"):
         nodules = find_nodules(series, scan.annotations)
-    rows, files, views, problems = [], [], {}, [*series.notes, *series.irregularities]
+    rows, files, views, problems = [], [], {}, [*series.notes, *series.irregularities, *series.errors]
     for number, nodule in enumerate(nodules, start=1):
         name = f"{scan.name}_{number:02d}"
         with clock.count("read"):

@@ -210,22 +210,23 @@ def add_nodule(session, ratings, lines):
 def make_archive(root, patients, *, seed=0, size=64, slices=24, spacing=(0.8, 0.8, 2.5)):
     """Make an archive of discs with one to three nodules a scan, and one to four readers a nodule.
 
-    Every tenth patient has two scans.
+    Every tenth patient has two scans. Each scan's `nodules` are their places (column, row, slice) and readers.
     """
     archive = Archive(root)
     for patient in range(1, patients + 1):
         for number in range(1 + (patient % 10 == 0)):
             rng = np.random.default_rng([seed, patient, number])
             hu = rng.normal(-850, 20, (size, size, slices))
-            readings = []
+            readings, nodules = [], []
             columns = np.linspace(0.2, 0.8, 3) * size
             for centre in columns[: rng.integers(1, 4)]:
                 at = np.array([centre, rng.uniform(0.3, 0.7) * size, rng.uniform(0.3, 0.7) * slices])
-                radius = rng.uniform(2.5, 6.0)  # mm
+                radius = rng.uniform(2.5, 4.5)  # mm, so that nodules do not touch
                 grid = np.indices(hu.shape) - at.reshape(3, 1, 1, 1)
                 hu[sum((g * s) ** 2 for g, s in zip(grid, spacing, strict=True)) < radius**2] = 30
                 malignancy = int(rng.integers(1, 6))
-                for _ in range(rng.integers(1, 5)):
+                nodules.append((at, int(rng.integers(1, 5))))
+                for _ in range(nodules[-1][1]):
                     lines = []
                     for k in range(slices):
                         height = abs(k - at[2]) * spacing[2]
@@ -234,7 +235,6 @@ def make_archive(root, patients, *, seed=0, size=64, slices=24, spacing=(0.8, 0.
                             lines.append((k, disc_line(at[0], at[1], r)))
                     score = int(np.clip(malignancy + rng.integers(-1, 2), 1, 5))
                     readings.append(((4, 1, 6, 4, 4, 2, 1, 5, score), lines))
-            archive.add_scan(
-                f"LIDC-IDRI-{patient:04d}", hu.round().astype(int), readings, name=f"s{number}", spacing=spacing
-            )
+            name, hu = f"LIDC-IDRI-{patient:04d}", hu.round().astype(int)
+            archive.add_scan(name, hu, readings, name=f"s{number}", spacing=spacing).nodules = nodules
     return archive

@@ -367,6 +367,15 @@ def test_what_is_in_the_index_is_not_opened_again_but_what_changed_is(tmp_path, 
     assert len(series.files) == 2
 
 
+def test_a_file_that_could_not_be_read_is_tried_again(tmp_path, reads):
+    files = write_series(tmp_path / "data", HU)
+    cut(100)(files[0])
+    assert only(tmp_path / "data", index_file=tmp_path / "index").errors
+    reads.clear()
+    assert only(tmp_path / "data", index_file=tmp_path / "index").errors
+    assert reads == [files[0].name]
+
+
 @pytest.mark.parametrize("content", [b"", b"no gzip", b"\x1f\x8b\x08\x00broken"])
 def test_a_broken_index_is_made_again(tmp_path, reads, content):
     (tmp_path / "index").write_bytes(content)

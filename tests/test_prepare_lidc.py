@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import inspect
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import prepare_lidc as script
 import pytest
+from bundle_runs import ROOT
 from dicom_maker import Archive, box_line, make_archive, uid, write_series, write_slice
 from PIL import Image
 from prepare_lidc import COLUMNS, prepare_lidc
@@ -145,12 +147,13 @@ def test_a_nodule_at_the_corner_of_its_scan_is_in_the_middle_of_a_cube_filled_up
 def test_what_was_found_in_each_scan_is_kept_beside(prepare):
     made = record(prepare())
     assert made["finished"]
-    assert made["settings"] == {"size": SIZE, "spacing_mm": 1.0, "npz": False, "irregular": "refuse"}
+    assert made["settings"] == {"size": SIZE, "spacing_mm": 1.0, "npz": False}
     assert (made["nodules"], made["patients"], made["scans"], made["skipped"]) == (3, 2, 3, 0)
     scan = made["scan_records"]["LIDC-IDRI-0001_1"]
     assert (scan["slices"], scan["slice_spacing_mm"], scan["annotations"], scan["nodules"]) == (20, 2, 6, 2)
     assert set(scan["seconds"]) == {"read", "resample", "crop"}
     assert min(scan["seconds"].values()) > 0
+    assert set(made["median_seconds"]) == set(scan["seconds"])
     assert made["scan_records"]["LIDC-IDRI-0003_1"]["slices_read"] == 0
     assert scan["problems"] == []
 
@@ -228,6 +231,16 @@ def test_nothing_of_a_patient_but_the_lidc_id_is_written(tmp_path, prepare, arch
         assert not [value for value in ("Doe", "19500102", "20010203") if value.encode() in data], name
 
 
+def test_every_option_and_column_is_documented():
+    text = (ROOT / "docs" / "lidc.md").read_text()
+    for option in list(inspect.signature(prepare_lidc).parameters.values())[2:]:
+        default = {"npz": "off", "workers": "all cores"}.get(option.name, f"`{option.default}`".replace("`80`", "80"))
+        assert f"| `{option.name}` | {default} |" in text
+    ratings = {column.rsplit("_", 1)[0] for column in COLUMNS if column.endswith("_votes")}
+    for name in [*ratings, *(column for column in COLUMNS if column.rsplit("_", 1)[0] not in ratings)]:
+        assert re.search(rf"\b{name}\b", text), name
+
+
 # Resuming
 
 
@@ -302,10 +315,10 @@ def test_a_kill_of_the_main_process_ends_its_workers_and_the_run_goes_on(tmp_pat
     archive = make_archive(tmp_path / "dicom", 6, slices=8)
     options = {"annotations": str(archive.write_database(tmp_path / "db")), "size": SIZE, "workers": 2}
     process = multiprocessing.get_context("fork").Process(
-        target=slowly, args=(tmp_path / "pids", str(archive.root), str(tmp_path / "killed")), kwargs=options
+        target=until_two, args=(tmp_path / "pids", str(archive.root), str(tmp_path / "killed")), kwargs=options
     )
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list(tmp_path.glob("killed/scans/*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
@@ -322,17 +335,18 @@ def test_a_kill_of_the_main_process_ends_its_workers_and_the_run_goes_on(tmp_pat
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def slowly(pids, *args, **kwargs):
-    """Prepare with a pause before each scan; workers leave their process ids."""
+def until_two(pids, *args, **kwargs):
+    """Prepare until there are two scans and then hang; workers leave their process ids."""
     pids.mkdir()
     work = script._prepare_scan
 
-    def pause(*task):
+    def hang(root, settings, scan):
         (pids / str(os.getpid())).touch()
-        time.sleep(0.3)
-        work(*task)
+        while len(list((root / "scans").glob("*.json"))) >= 2 or len(list(pids.iterdir())) < 2:
+            time.sleep(0.01)
+        work(root, settings, scan)
 
-    script._prepare_scan = pause
+    script._prepare_scan = hang
     prepare_lidc(*args, **kwargs)
 
 
@@ -342,6 +356,25 @@ def is_running(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.slow
+def test_every_nodule_of_200_patients_is_found_once_with_all_its_readers(tmp_path, monkeypatch):
+    archive = make_archive(tmp_path / "dicom", 200, slices=12)
+    monkeypatch.setattr(script, "draw_sheets", lambda *_: None)
+    options = {"annotations": str(archive.write_xml(tmp_path / "xml")), "size": SIZE, "workers": 2}
+    made = prepare_lidc(str(archive.root), str(tmp_path / "out"), **options)
+    rows = table(tmp_path / "out")
+    assert (made["patients"], made["scans"], made["skipped"]) == (200, 220, 0)
+    assert len({row["nodule_id"] for row in rows}) == len(rows) == made["nodules"]
+    for scan in archive.scans:
+        found = [row for row in rows if row["series_uid"] == scan.uid]
+        assert len(found) == len(scan.nodules)
+        for place, readers in scan.nodules:
+            near = [np.abs(np.subtract([float(row[k]) for k in ("column", "row", "slice")], place)) for row in found]
+            closest = int(np.argmin([off.max() for off in near]))
+            assert near[closest].max() < 1
+            assert (found[closest]["patient_id"], int(found[closest]["readers"])) == (scan.patient, readers)
 
 
 # What is wrong
@@ -371,6 +404,9 @@ def test_a_folder_of_other_settings_or_with_files_of_others_is_refused(prepare, 
     with pytest.raises(FileExistsError, match="mine has files that are not from this script; name a new folder"):
         prepare("mine")
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "mine" / "prepare.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"prepare\.json: not from this script; name a new folder"):
+        prepare("mine")
 
 
 def test_a_folder_without_any_annotated_scan_is_named(prepare, archive, tmp_path):
@@ -495,11 +531,22 @@ def test_irregular_slices_are_taken_from_where_they_are_when_accepted(archive, p
     archive.scans[0].readings[:4] = [reader(3, (10, 13), (12, 17), (13, 14))]  # away from the slice that is damaged
     archive.write_database(archive.database)
     message = damage(archive)
-    folder = prepare(irregular="accept")
+    prepare(on_error="skip")
+    folder = prepare(irregular="accept")  # in the same folder
     assert re.search(message, record(folder)["scan_records"]["LIDC-IDRI-0001_1"]["problems"][0])
     row = table(folder)[1]
     assert [float(row[k]) for k in ("x_mm", "y_mm", "z_mm")] == [8.5, -4.5, -100 + 2 * 13.5]
     assert table(folder)[0] == clean[0]
+
+
+def test_a_scan_without_nodules_is_never_refused(archive, prepare):
+    for file in archive.scans[2].files[1:]:
+        file.unlink()
+    scan = record(prepare())["scan_records"]["LIDC-IDRI-0003_1"]
+    assert scan["problems"] == [
+        f"{archive.scans[2].folder}: series {archive.scans[2].uid} has one slice; a volume needs two or more"
+    ]
+    assert (scan["nodules"], scan["slices"], scan["slice_spacing_mm"]) == (0, 1, 0)
 
 
 def test_two_series_in_a_folder_are_told_and_used(archive, prepare):

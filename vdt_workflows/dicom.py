@@ -52,8 +52,9 @@ class DicomSeries:
 
     @property
     def slice_spacing(self) -> float:
-        """Median distance between neighbouring slices in mm."""
-        return float(np.median(np.diff(_along_normal(self.positions, self.orientation))))
+        """Median distance between neighbouring slices in mm; 0 of a single slice."""
+        steps = np.diff(_along_normal(self.positions, self.orientation))
+        return float(np.median(steps)) if len(steps) else 0.0
 
     @property
     def affine(self) -> np.ndarray:

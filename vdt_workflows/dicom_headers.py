@@ -218,7 +218,8 @@ def _read_index(file: str | os.PathLike | None, root: Path) -> dict[str, tuple[l
         content = json.loads(gzip.decompress(Path(file).read_bytes()))
         if content["version"] != VERSION or content["root"] != str(root.resolve()):
             return {}
-        return {header[0]: (state, Header(*header)) for state, header in content["files"]}
+        known = [(state, Header(*header)) for state, header in content["files"]]
+        return {header.path: (state, header) for state, header in known if not header.damaged}  # it may be mended now
     except Exception as error:  # broken bytes raise whatever they lead to, and an index is never worth a stop
         logger.warning("%s cannot be read and is made again (%s)", file, error)
         return {}

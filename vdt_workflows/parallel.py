@@ -35,7 +35,7 @@ def run_parallel(
         OSError: if a process is killed from outside, as by a system that runs out of memory.
     """
     workers = min(workers or os.cpu_count() or 1, len(tasks))
-    bar: Any = tqdm(total=len(tasks), desc=label, disable=not label, dynamic_ncols=True)
+    bar: Any = tqdm(total=len(tasks), desc=label, disable=not (label and tasks), dynamic_ncols=True)
     with bar:
         if workers <= 1:
             for task in tasks:
