@@ -26,7 +26,7 @@ from synthetic import make_affine, write_volume
 
 from vdt_workflows import find_volumes
 from vdt_workflows.data_sets import BTCV
-from vdt_workflows.preparation import CaseRules, SourceCase, _map, prepare_cases
+from vdt_workflows.preparation import CaseRules, SourceCase, prepare_cases
 from vdt_workflows.stored_files import StoredFile
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_segmentation.py"
@@ -581,17 +581,6 @@ def state(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "Z"
-
-
-def die(_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_worker_that_the_system_kills_is_reported_with_what_helps():
-    with pytest.raises(
-        MemoryError, match="a worker process was killed, probably because memory ran out; fewer --workers"
-    ):
-        list(_map(die, [1, 2, 3], 2))
 
 
 def documented_commands():

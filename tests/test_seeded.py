@@ -4,6 +4,7 @@ import traceback
 from collections import Counter
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from augmented import RandCount, augmentation, images, loaded, same

@@ -8,7 +8,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.utils import optional_import
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 
@@ -110,9 +109,8 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_mask(path: Path) -> list[dict[str, Any]]:
-    ndimage, has_scipy = optional_import("scipy.ndimage")
-    if not has_scipy:
-        raise ValueError(f"positions {path}: a mask needs SciPy; install it with pip install 'vdt-bundles[lidc]'")
+    from scipy import ndimage  # only masks need it
+
     try:
         image = nib.load(path)
         mask = np.asarray(image.dataobj) > 0

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import os
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +14,10 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import obliquity
 from nibabel.spatialimages import SpatialImage
-from tqdm import tqdm
 
 from vdt_workflows.checkpoints import write_atomic
 from vdt_workflows.headers import check_same_grid, check_voxel_size, grid_difference, read_header, voxel_size
+from vdt_workflows.parallel import run_parallel
 from vdt_workflows.pictures import central_slices, draw_case
 from vdt_workflows.placing import label_bytes, place_file, with_affine
 from vdt_workflows.stored_files import StoredFile
@@ -91,57 +86,29 @@ def prepare_cases(
 
     Raises:
         ValueError: naming the file and what is wrong with it.
-        MemoryError: if a process was killed, as happens when memory runs out.
+        OSError: if a process was killed, as happens when memory runs out.
     """
     for kind in ("images", "labels", RECORDS):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         for unfinished in (folder / kind).glob(".*"):  # of a killed run
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    tasks = [(case, folder, rules, on_error) for case in cases]
-    records = []
-    with tqdm(total=len(tasks), unit="case", disable=None) as bar:
-        for record in _map(_prepare_or_tell, tasks, min(workers, len(tasks))):
-            records.append(record)
-            bar.update()
-            if "fault" in record:
-                logger.warning("%s; the case is left out", record["fault"])
-    return records
+    tasks = [(number, case, folder, rules, on_error) for number, case in enumerate(cases)]
+    records: dict[int, dict[str, Any]] = {}
+    for number, record in run_parallel(_prepare_or_tell, tasks, workers=workers, label="cases"):
+        records[number] = record
+        if "fault" in record:
+            logger.warning("%s; the case is left out", record["fault"])
+    return [records[number] for number in range(len(tasks))]
 
 
-def _map(function: Callable, tasks: Sequence[Any], workers: int) -> Iterator[Any]:
-    if workers <= 1:
-        yield from map(function, tasks)
-        return
-    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
-        try:
-            yield from pool.map(function, tasks)
-        except BrokenProcessPool as error:
-            raise MemoryError(
-                "a worker process was killed, probably because memory ran out; fewer --workers need less, and what is"
-                " finished is kept"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is killed: it would wait for its next task for ever."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]  # a worker has one
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _prepare_or_tell(task: tuple[SourceCase, Path, CaseRules, str]) -> dict[str, Any]:
-    case, folder, rules, on_error = task
+def _prepare_or_tell(task: tuple[int, SourceCase, Path, CaseRules, str]) -> tuple[int, dict[str, Any]]:
+    number, case, folder, rules, on_error = task
     try:
-        return prepare_case(case, folder, rules)
+        return number, prepare_case(case, folder, rules)
     except (ValueError, FileNotFoundError, PermissionError) as error:  # but not what is wrong with the disk
         if on_error == "raise":
             raise
-        return {"case": case.name, "fault": str(error)}
+        return number, {"case": case.name, "fault": str(error)}
 
 
 # One case ------------------------------------------------------------------------------------------------------------
