@@ -106,10 +106,12 @@ def prepare_lidc(
             raise ValueError(f"{name} must be {' or '.join(choices)}, got {value}")
     if not isinstance(size, int) or not 16 <= size <= 256:
         raise ValueError(f"size must be a whole number from 16 to 256 (mm), got {size}")
+    if not Path(str(dicom_dir)).is_dir():
+        raise FileNotFoundError(f"dicom_dir {dicom_dir}: no such folder; give the one that LIDC-IDRI is in")
     root = Path(str(output_dir))  # fire reads a folder called 2024 as a number
     settings = {"size": size, "spacing_mm": 1.0, "npz": bool(npz)}
-    finished = _claim(root, settings)
     store = read_annotations(str(annotations))
+    finished = _claim(root, settings)
     folder = find_series(str(dicom_dir), index_file=root / "dicom_index.json.gz", workers=workers)
     scans, errors = _match(store, folder, str(dicom_dir))
     todo = [scan for scan in scans if not _is_prepared(root, scan)]

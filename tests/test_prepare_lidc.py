@@ -395,6 +395,17 @@ def test_an_argument_out_of_range_is_named_before_anything_is_written(prepare, t
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_data_or_annotations_are_named_before_anything_is_written(archive, prepare, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^annotations none: no such file or folder$"):
+        prepare(annotations="none")
+    shutil.rmtree(archive.root)
+    with pytest.raises(
+        FileNotFoundError, match=r"^dicom_dir .*/dicom: no such folder; give the one that LIDC-IDRI is in$"
+    ):
+        prepare()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_other_settings_or_with_files_of_others_is_refused(prepare, tmp_path):
     prepare()
     with pytest.raises(ValueError, match=r"out was prepared with size 16, not 18 and npz False, not True; name a new"):
