@@ -301,9 +301,10 @@ def _try_scan(root: Path, settings: dict[str, Any], scan: Scan) -> tuple[str, st
 def _prepare_scan(root: Path, settings: dict[str, Any], scan: Scan) -> None:
     """Write the files of a scan's nodules, and at last its record, which says that all are there."""
     series, size, clock = scan.series, settings["size"], Clock()
-    old = _read_record(root / "scans" / f"{scan.name}.json")
-    for file in old["files"] if old else []:  # of other annotations, which may have had more nodules
-        (root / file).unlink(missing_ok=True)
+    file_of_record = root / "scans" / f"{scan.name}.json"
+    if old := _read_record(file_of_record):  # of other annotations, which may have had more nodules
+        for file in (*old["files"], file_of_record.relative_to(root)):
+            (root / file).unlink(missing_ok=True)
 
     slices: dict[int, np.ndarray] = {}
 
@@ -354,7 +355,7 @@ def _prepare_scan(root: Path, settings: dict[str, Any], scan: Scan) -> None:
         "files": files,
         "rows": rows,
     }
-    _write_json(root / "scans" / f"{scan.name}.json", record)
+    _write_json(file_of_record, record)
 
 
 def _row(scan: Scan, name: str, nodule: Nodule) -> Row:

@@ -273,6 +273,14 @@ def test_a_scan_whose_annotations_changed_is_made_anew_without_remains(archive, 
     ]
 
 
+def test_a_scan_whose_new_annotations_cannot_be_used_is_no_longer_in_the_table(archive, prepare):
+    folder = prepare()
+    a_contour_between_slices(archive)
+    prepare(on_error="skip")
+    assert [row["nodule_id"] for row in table(folder)] == ["LIDC-IDRI-0002_1_01"]
+    assert [file.name for file in (folder / "images").iterdir()] == ["LIDC-IDRI-0002_1_01.nii.gz"]
+
+
 def test_a_file_that_was_removed_is_made_again(prepare):
     folder = prepare()
     before = contents(folder)
