@@ -9,6 +9,9 @@ Conventions, for every network of this package:
 - Encoders return a list of maps, shallow to deep, with their channels in `.channels`.
 - State-dict names are the published ones inside the encoder (torchvision's ResNet names).
 
+- A stack of slices for P3D and the lesion detector is (N, D, H, W) or (N, 1, D, H, W), the key slice in the centre.
+- Boxes are (x1, y1, x2, y2) in pixels of the input, counted from 0: x along W, y along H.
+
 Names are imported when first used, so that `import networks` costs nothing.
 """
 
@@ -19,11 +22,13 @@ if TYPE_CHECKING:
     from networks.classifier import ResNet3DClassifier
     from networks.depth_first import DepthFirst
     from networks.nodule_fcn import NoduleFCN
+    from networks.p3d import P3D
     from networks.resnet3d import ResNet3D
     from networks.unet3d import ResUNet3D
     from networks.weights import LoadReport, load_pretrained, read_checkpoint
 
 _MODULES = {
+    "P3D": "p3d",
     "DepthFirst": "depth_first",
     "LoadReport": "weights",
     "NoduleFCN": "nodule_fcn",
@@ -34,6 +39,7 @@ _MODULES = {
     "read_checkpoint": "weights",
 }
 __all__ = [
+    "P3D",
     "DepthFirst",
     "LoadReport",
     "NoduleFCN",

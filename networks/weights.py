@@ -14,18 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from networks.p3d import centre_weights
+
 logger = logging.getLogger(__name__)
 
 CONTAINERS = ("state_dict", "model", "network")
 WRAPPERS = re.compile(r"^((module|_orig_mod|network)\.)+")  # DistributedDataParallel, torch.compile, DepthFirst
-ENCODER = re.compile(r"^(backbone\.)?(conv1|bn1|layer[1-4])\.")
+ENCODER = re.compile(r"^(backbone\.)?(conv1|bn1|conv1_custom|norm1|layer[1-4])\.")
+GROUP_TRANSFORMS = re.compile(r"^(backbone\.)?groupconv_[1-4]\.weight$")
 # The last layer depends on the task: another number of classes leaves it random instead of refusing the file.
-CLASSIFIERS = re.compile(r"(^|\.)(fc|conv_seg|seg_head\.3)\.(weight|bias)$")
+CLASSIFIERS = re.compile(r"(^|\.)(fc|conv_seg|seg_head\.3|cls_score|bbox_pred)\.(weight|bias)$")
 STATISTICS = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
 # Published names on the left; this package's on the right.
 PUBLISHED = (
     (re.compile(r"^neck\.decoder\.(\d)\.upsample\.interp_upsample\.1\."), r"neck.decoder.\1.reduce."),
     (re.compile(r"^neck\.decoder\.(\d)\.conv_block\.convs\."), r"neck.decoder.\1.fuse."),
+    (re.compile(r"^neck\.lateral_convs\.(\d)\.conv\."), r"neck.inner_blocks.\1.0."),
+    (re.compile(r"^neck\.fpn_convs\.(\d)\.conv\."), r"neck.layer_blocks.\1.0."),
+    (re.compile(r"^rpn_head\.rpn_conv\."), "rpn.head.conv.0.0."),
+    (re.compile(r"^rpn_head\.rpn_cls\."), "rpn.head.cls_logits."),
+    (re.compile(r"^rpn_head\.rpn_reg\."), "rpn.head.bbox_pred."),
+    (re.compile(r"^(roi_head\.)?bbox_head\.shared_fcs\.0\."), "roi_heads.box_head.fc6."),
+    (re.compile(r"^(roi_head\.)?bbox_head\.shared_fcs\.1\."), "roi_heads.box_head.fc7."),
+    (re.compile(r"^(roi_head\.)?bbox_head\.fc_cls\."), "roi_heads.box_predictor.cls_score."),
+    (re.compile(r"^(roi_head\.)?bbox_head\.fc_reg\."), "roi_heads.box_predictor.bbox_pred."),
 )
 
 
@@ -37,6 +49,7 @@ class LoadReport:
         path: the file.
         matched: loaded as they are (a cast from half precision included).
         folded: stems whose RGB kernels were folded into one channel.
+        centred: group transforms that the file does not have, and that were set to take the centre slice.
         skipped: tensors of the file that were not used, with the reason.
         left_random: tensors of the network that the file does not have; they keep their initial values.
     """
@@ -44,6 +57,7 @@ class LoadReport:
     path: str
     matched: list[str] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
+    centred: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     left_random: list[str] = field(default_factory=list)
 
@@ -51,6 +65,8 @@ class LoadReport:
         lines = [f"{self.path}: {len(self.matched)} tensors matched, {len(self.folded)} folded,"
                  f" {len(self.skipped)} skipped, {len(self.left_random)} left random"]  # fmt: skip
         lines += [f"  folded to one channel: {name}" for name in self.folded]
+        if self.centred:
+            lines.append(f"  not in the file, set to the centre slice: {_few(self.centred)}")
         for reason in dict.fromkeys(self.skipped.values()):
             lines.append(f"  skipped, {reason}: {_few([k for k, v in self.skipped.items() if v == reason])}")
         if self.left_random:
@@ -99,8 +115,10 @@ def load_pretrained(network: nn.Module, path: str | os.PathLike, *, stem: str = 
     """Start `network` from the weights in `path`, whatever of the usual ways they were saved in.
 
     Understands the published names, bare or behind `module.` and `backbone.`, half precision, classifier heads, stems
-    for RGB, and networks wrapped in `DepthFirst`, `DistributedDataParallel` or `torch.compile`. Strides may differ
-    between file and network, since they are not weights. The encoder must match as a whole.
+    for RGB, detectors of MMDetection 1.x and 2.x, and networks wrapped in `DepthFirst`, `DistributedDataParallel` or
+    `torch.compile`. Strides may differ between file and network, since they are not weights. The encoder must match as
+    a whole, but for the group transform of MP3D: where the file has none it is set to take the centre slice, which is
+    what the network without it does.
 
     Args:
         network: a network of this package; its tensors are overwritten in place, or not at all if an error is raised.
@@ -119,7 +137,7 @@ def load_pretrained(network: nn.Module, path: str | os.PathLike, *, stem: str = 
     if stem not in ("sum", "mean"):
         raise ValueError(f"stem must be 'sum' or 'mean', got {stem!r}")
     target = {WRAPPERS.sub("", name): tensor for name, tensor in network.state_dict(keep_vars=True).items()}
-    source = {_native_name(name, target): tensor for name, tensor in read_checkpoint(path).items()}
+    source = dict(_native(name, tensor, target) for name, tensor in read_checkpoint(path).items())
     report = LoadReport(os.fspath(path))
     new: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -141,6 +159,9 @@ def load_pretrained(network: nn.Module, path: str | os.PathLike, *, stem: str = 
             report.skipped[name] = f"shape {_shape(tensor)} for other classes, the network has {_shape(target[name])}"
         else:
             problems.append(f"{name} is {_shape(tensor)} in the file, {_shape(target[name])} in the network")
+    for name in [n for n in target if GROUP_TRANSFORMS.match(n) and n not in source]:
+        new[name] = centre_weights(*target[name].shape[:2])
+        report.centred.append(name)
     missing = [name for name in target if name not in new and not name.endswith("num_batches_tracked")]
     report.left_random.extend(name for name in missing if not ENCODER.match(name))
     problems += [f"{name} is in the network only" for name in missing if ENCODER.match(name) and name not in source]
@@ -156,14 +177,19 @@ def load_pretrained(network: nn.Module, path: str | os.PathLike, *, stem: str = 
     return report
 
 
-def _native_name(name: str, target: Mapping[str, Any]) -> str:
-    """Give a tensor of a file the name that the network has for it, if the network has it."""
+def _native(name: str, tensor: Tensor, target: Mapping[str, Any]) -> tuple[str, Tensor]:
+    """Give a tensor of a file the name, and the order of classes, that the network has for it, if it has it."""
     name = WRAPPERS.sub("", name)
+    if name.startswith("roi_head.bbox_head.fc_cls."):  # MMDetection 2.x has the background last
+        tensor = tensor.roll(1, 0)
+    elif name.startswith("roi_head.bbox_head.fc_reg."):  # and no boxes for it
+        tensor = torch.cat([torch.zeros_like(tensor[:4]), tensor])
     for pattern, replacement in PUBLISHED:
         name = pattern.sub(replacement, name)
-    if "conv1.weight" in target:  # the network is a bare encoder
-        return name.removeprefix("backbone.")
-    return f"backbone.{name}" if ENCODER.match(name) and not name.startswith("backbone.") else name
+    if "conv1.weight" in target or "conv1_custom.weight" in target:  # the network is a bare encoder
+        return name.removeprefix("backbone."), tensor
+    inside = ENCODER.match(name) or GROUP_TRANSFORMS.match(name)
+    return (f"backbone.{name}" if inside and not name.startswith("backbone.") else name), tensor
 
 
 def _is_rgb_stem(tensor: Tensor, wanted: Tensor) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden import TOLERANCE, deviation, published_input, published_weights, read_vector
 
-from networks import NoduleFCN, ResNet3D, ResNet3DClassifier, ResUNet3D, load_pretrained
+from networks import P3D, NoduleFCN, ResNet3D, ResNet3DClassifier, ResUNet3D, load_pretrained
 
 ALL_STAGES = (0, 1, 2, 3)
 NETWORKS = {
@@ -16,6 +16,8 @@ NETWORKS = {
     "vdt_classifier18": lambda: ResNet3DClassifier(18, 1000),
     "bcv_stdunet": lambda: ResUNet3D(14),
     "lidc_fcn": lambda: NoduleFCN(),
+    "p3d63": lambda: P3D(63),
+    "mp3d63_groupconv": lambda: P3D(63, conversion="group"),
 }
 # Tensors and parameters of published layers that nothing uses and that are not built here.
 DEAD = {"lidc_fcn": (4, 7_079_426)}
@@ -23,7 +25,7 @@ DEAD = {"lidc_fcn": (4, 7_079_426)}
 
 def _with_or_without_backbone(weights):
     """Put `backbone.` before an encoder's names, and take it from the names of a network that has it."""
-    if "conv1.weight" in weights:
+    if "conv1.weight" in weights or "conv1_custom.weight" in weights:
         return {f"backbone.{key}": tensor for key, tensor in weights.items()}
     return {key.removeprefix("backbone."): tensor for key, tensor in weights.items()}
 
@@ -58,7 +60,8 @@ def cases():
     """Every vector from every kind of file; the two largest networks from their plain file only, in the quick suite."""
     for name in NETWORKS:
         for file in FILES:
-            slow = name in ("bcv_stdunet", "lidc_fcn", "resnet3d50_vdt") and file != "bare"
+            small = name not in ("bcv_stdunet", "lidc_fcn", "resnet3d50_vdt", "p3d63", "mp3d63_groupconv")
+            slow = not small and file != "bare"
             yield pytest.param(name, file, marks=[pytest.mark.slow] if slow else [], id=f"{name}-{file}")
 
 
@@ -94,9 +97,10 @@ def test_half_precision_file_gives_the_numbers_of_its_rounded_weights(name, tmp_
     path.unlink()
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     encoder = getattr(loaded, "backbone", loaded)
-    stem = next(v for k, v in published_weights(name).items() if k.endswith("conv1.weight"))
-    assert torch.equal(encoder.conv1.weight, stem.half().float())
-    assert not torch.equal(encoder.conv1.weight, stem)
+    stem = next(v for k, v in published_weights(name).items() if v.shape[-2:] == (7, 7))
+    loaded_stem = getattr(encoder, "conv1", None) or encoder.conv1_custom
+    assert torch.equal(loaded_stem.weight, stem.half().float())
+    assert not torch.equal(loaded_stem.weight, stem)
     for got, want in zip(outputs_of(loaded, x), outputs_of(rounded, x), strict=True):
         assert got.isfinite().all()
         assert torch.equal(got, want)

@@ -10,7 +10,7 @@ import pytest
 
 PUBLIC = {
     "networks": """
-        DepthFirst LoadReport NoduleFCN ResNet3D ResNet3DClassifier ResUNet3D load_pretrained read_checkpoint
+        P3D DepthFirst LoadReport NoduleFCN ResNet3D ResNet3DClassifier ResUNet3D load_pretrained read_checkpoint
     """,
     "vdt_transforms": """
         MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd CropNodule CropNoduled
