@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from networks.classifier import ResNet3DClassifier
     from networks.depth_first import DepthFirst
+    from networks.detector import LesionDetector
     from networks.nodule_fcn import NoduleFCN
     from networks.p3d import P3D
     from networks.resnet3d import ResNet3D
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "P3D": "p3d",
     "DepthFirst": "depth_first",
+    "LesionDetector": "detector",
     "LoadReport": "weights",
     "NoduleFCN": "nodule_fcn",
     "ResNet3D": "resnet3d",
@@ -41,6 +43,7 @@ _MODULES = {
 __all__ = [
     "P3D",
     "DepthFirst",
+    "LesionDetector",
     "LoadReport",
     "NoduleFCN",
     "ResNet3D",
