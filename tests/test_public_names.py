@@ -21,12 +21,13 @@ PUBLIC = {
         ResizeCenterCropImaged RestoreGrid RestoreGridd SeriesReader Spacing Spacingd VolumeToImage VolumeToImaged
     """,
     "vdt_workflows": """
-        INITIALISATIONS Attach CaseScores DicomFolder DicomSeries ImageList LoadWeights OrganScore RememberRun
+        INITIALISATIONS Attach CaseScores DicomFolder DicomSeries ImageList KeySlice LoadWeights OrganScore RememberRun
         ReportNodules ResumeRun RunLog SaveMalignancy SavePredictions SaveScores SaveSplit SaveWeights SeedEpochs
         SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer check_command_line check_geometry claim
-        collate_images describe_origin describe_split find_images find_nodules find_series find_volumes initialise
-        list_images list_nodules list_volumes load_weights mix_seed polynomial_rate read_provenance run_parallel
-        run_script save_atomic save_weights score_organs summarise take_part weigh_classes write_atomic
+        collate_images describe_origin describe_split draw_froc find_images find_nodules find_series find_volumes froc
+        initialise list_images list_nodules list_volumes load_weights mix_seed polynomial_rate read_provenance
+        run_parallel run_script save_atomic save_weights score_detections score_organs summarise take_part weigh_classes
+        write_atomic
     """,
 }
 

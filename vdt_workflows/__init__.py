@@ -13,6 +13,7 @@ from vdt_workflows.checkpoints import (
     write_atomic,
 )
 from vdt_workflows.command_line import check_command_line
+from vdt_workflows.detection_scores import KeySlice, draw_froc, froc, score_detections
 from vdt_workflows.dicom import DicomFolder, DicomSeries, find_series
 from vdt_workflows.headers import check_geometry
 from vdt_workflows.image_folders import ImageList, collate_images, find_images
@@ -37,6 +38,7 @@ __all__ = [
     "DicomFolder",
     "DicomSeries",
     "ImageList",
+    "KeySlice",
     "LoadWeights",
     "OrganScore",
     "RememberRun",
@@ -60,10 +62,12 @@ __all__ = [
     "collate_images",
     "describe_origin",
     "describe_split",
+    "draw_froc",
     "find_images",
     "find_nodules",
     "find_series",
     "find_volumes",
+    "froc",
     "initialise",
     "list_images",
     "list_nodules",
@@ -76,6 +80,7 @@ __all__ = [
     "run_script",
     "save_atomic",
     "save_weights",
+    "score_detections",
     "score_organs",
     "summarise",
     "take_part",
