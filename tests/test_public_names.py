@@ -16,9 +16,10 @@ PUBLIC = {
     "vdt_transforms": """
         MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd CropNodule CropNoduled
         FlipLeftRight ForegroundSlices ForegroundSlicesd ImageDecodeError ImageToVolume ImageToVolumed LoadNaturalImage
-        LoadNaturalImaged NoduleReader RandFlipLeftRight RandFlipLeftRightd RandResizedCropImage RandResizedCropImaged
-        RandRotateCube RandRotateCubed RandSlab RandSlabd RandSliceShuffle RandSliceShuffled ResizeCenterCropImage
-        ResizeCenterCropImaged RestoreGrid RestoreGridd SeriesReader Spacing Spacingd VolumeToImage VolumeToImaged
+        LoadNaturalImaged NoduleReader RandFlipLeftRight RandFlipLeftRightd RandFlipSlices RandFlipSlicesd
+        RandResizeStack RandResizeStackd RandResizedCropImage RandResizedCropImaged RandRotateCube RandRotateCubed
+        RandSlab RandSlabd RandSliceShuffle RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
+        RestoreGridd SeriesReader SliceStackReader SliceStackReaderd Spacing Spacingd VolumeToImage VolumeToImaged
     """,
     "vdt_workflows": """
         INITIALISATIONS Attach CaseScores DicomFolder DicomSeries ImageList KeySlice LoadWeights OrganScore RememberRun

@@ -5,6 +5,8 @@ Conventions, for every transform of this package:
 - A natural image is (channels, rows, columns) = (3, H, W), RGB, 0..255, as Pillow shows it: MONAI's own Pillow reader
   transposes unless told `reverse_indexing=False`.
 - Read as a volume it is (1, 3, H, W), depth first: one channel, three slices, rows, columns.
+- A stack of slices is (slices, X, Y), from the head to the feet, X along the columns and Y down the rows of a slice;
+  its boxes are (x1, y1, x2, y2), as MONAI's box transforms take them.
 - A medical volume keeps MONAI's order (C, X, Y, Z); voxel sizes are in mm, CT values in HU.
 - The dictionary twin of a transform has its name and a `d`; all keys share one draw.
 - Inputs are never changed in place. Random transforms draw from `self.R` alone.
@@ -23,6 +25,8 @@ from vdt_transforms.natural_images_dictionary import LoadNaturalImaged, RandResi
 from vdt_transforms.nodules import CropNodule, CropNoduled, NoduleReader, RandRotateCube, RandRotateCubed
 from vdt_transforms.sides import FlipLeftRight, RandFlipLeftRight, RandFlipLeftRightd
 from vdt_transforms.slabs import ForegroundSlices, ForegroundSlicesd, RandSlab, RandSlabd
+from vdt_transforms.slice_stacks import RandFlipSlices, RandResizeStack, SliceStackReader
+from vdt_transforms.slice_stacks_dictionary import RandFlipSlicesd, RandResizeStackd, SliceStackReaderd
 from vdt_transforms.spacing import Spacing, Spacingd
 from vdt_transforms.vdt import (
     MEAN,
@@ -57,6 +61,10 @@ __all__ = [
     "NoduleReader",
     "RandFlipLeftRight",
     "RandFlipLeftRightd",
+    "RandFlipSlices",
+    "RandFlipSlicesd",
+    "RandResizeStack",
+    "RandResizeStackd",
     "RandResizedCropImage",
     "RandResizedCropImaged",
     "RandRotateCube",
@@ -70,6 +78,8 @@ __all__ = [
     "RestoreGrid",
     "RestoreGridd",
     "SeriesReader",
+    "SliceStackReader",
+    "SliceStackReaderd",
     "Spacing",
     "Spacingd",
     "VolumeToImage",

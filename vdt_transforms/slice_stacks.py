@@ -1,0 +1,244 @@
+"""Stacks of CT slices around a key slice, at a wanted distance in mm, and what is done to them before a 2D detector.
+
+A stack is (slices, X, Y): the slices are its channels, from the head to the feet, the key slice in the centre; X runs
+along the columns of the picture and Y down its rows. So MONAI's transforms of 2D images and of 2D boxes
+(x1, y1, x2, y2) act in the plane of the slices and fit each other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Container, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  (the field's name for it)
+from monai.apps.detection.transforms.box_ops import resize_boxes
+from monai.transforms import LoadImage, Orientation, RandomizableTransform, Transform
+from PIL import Image
+from torch import Tensor
+
+HU_OFFSET = 32768  # DeepLesion's 16-bit PNG files store HU + 32768
+ORIENTATION = "LPI"  # as radiologists see slices: x to the patient's left, y to the back, z to the feet
+SLICE_NAME = re.compile(r"^(\d+)\.png$", re.IGNORECASE)
+Mix = tuple[tuple[int, float], ...]  # offsets in slices from the key slice, and their weights
+
+
+@lru_cache(maxsize=4096)
+def slice_mixes(slices: int, distance: float, interval: float, reference: bool = False) -> tuple[Mix, ...]:
+    """Which neighbours make up each slice of a stack, by linear interpolation between slices `interval` mm apart.
+
+    Args:
+        slices: number of slices, odd.
+        distance: wanted between them, in mm.
+        interval: of the scan, in mm.
+        reference: weigh as the published code does, which takes the fraction of the first step for all steps: at an
+            interval of 2 mm its slices lie at 2.5, 4.5, 6.5 and 10 mm instead of 2.5, 5, 7.5 and 10.
+
+    Returns:
+        For each slice, from the lowest number up, one or two pairs of offset and weight.
+    """
+    step = distance / interval
+    above: list[Mix] = []
+    for k in range(1, slices // 2 + 1):
+        offset = k * step
+        low = math.floor(offset + 1e-6)  # 3 * (2.5 / 7.5) is meant to be 1
+        fraction = offset - low
+        if reference:
+            fraction = step - math.floor(step + 1e-6) if fraction > 1e-6 else 0.0
+        above.append(((low, 1.0),) if fraction <= 1e-6 else ((low, 1 - fraction), (low + 1, fraction)))
+    below = [tuple((-offset, weight) for offset, weight in mix) for mix in reversed(above)]
+    return (*below, ((0, 1.0),), *above)
+
+
+class SliceStackReader(Transform):
+    """Read the slices around a key slice as one stack in HU. file -> float32 (slices, X, Y).
+
+    A slice between two stored ones is interpolated. Where a neighbour is missing, at the end of the scan or in a gap,
+    the nearest stored slice towards the key slice takes its place. Each stored slice is read once.
+
+    A `.png` file is the key slice itself, in the folder of its series: files named by slice number (`109.png`), 16 bits
+    of one channel that hold HU + 32768, as DeepLesion has them. Everything else that MONAI reads is a volume; it is
+    turned to LPI (x to the patient's left, y to the back, z to the feet), to which key slice and boxes refer.
+
+    Source: arXiv 2012.08770, and 3DCE (arXiv 1806.09648) for the interpolation along z.
+
+    Args:
+        slices: number of slices, odd.
+        distance: between them, in mm; published are 2.5 (MP3D) and 2 (3DCE, MULAN).
+        reference: interpolate as the published code does (see `slice_mixes`).
+
+    Raises:
+        ValueError: if an argument is wrong, the interval is not a positive number, or a file is not such a slice.
+        FileNotFoundError: if the key slice does not exist.
+    """
+
+    def __init__(self, slices: int = 9, distance: float = 2.5, *, reference: bool = False) -> None:
+        if slices < 1 or slices % 2 == 0:
+            raise ValueError(f"slices must be an odd number, so that the key slice is in the centre; got {slices}")
+        if not distance > 0:
+            raise ValueError(f"distance must be a positive number of mm, got {distance}")
+        self.slices, self.distance, self.reference = slices, distance, reference
+        self._numbers: dict[str, dict[int, str]] = {}
+        self._volume: tuple[str, np.ndarray, float] | None = None
+
+    def __call__(self, file: str | Path, slice_interval: float | None = None, key_slice: int | None = None) -> Tensor:
+        """Read the stack around `file`, or around slice `key_slice` of the volume `file`.
+
+        Args:
+            file: the key slice's PNG file, or a volume.
+            slice_interval: mm between neighbouring slices; a volume knows its own.
+            key_slice: for a volume, the index along z.
+        """
+        path = Path(file)
+        if path.suffix.lower() == ".png":
+            return self._read_pictures(path, slice_interval)
+        return self._read_volume(path, slice_interval, key_slice)
+
+    def _read_pictures(self, path: Path, interval: float | None) -> Tensor:
+        named = SLICE_NAME.match(path.name)
+        if named is None:
+            raise ValueError(f"{path}: the key slice's file must be named by its number, such as 109.png")
+        numbers = self._listed(str(path.parent))
+        if int(named[1]) not in numbers:
+            self._numbers.pop(str(path.parent), None)  # it may be there the next time
+            raise FileNotFoundError(f"{path}: no such key slice; its folder has {len(numbers)} slices")
+        pictures = self._stack(
+            int(named[1]), self._mixes(path, interval), numbers, lambda n: read_slice(path.parent / numbers[n])
+        )
+        return torch.from_numpy(pictures).transpose(1, 2)
+
+    def _read_volume(self, path: Path, interval: float | None, key_slice: int | None) -> Tensor:
+        if self._volume is None or self._volume[0] != str(path):
+            image = LoadImage(ensure_channel_first=True)(path)
+            image = Orientation(ORIENTATION, labels=None)(image)
+            if image.shape[0] != 1:
+                raise ValueError(f"{path}: has {image.shape[0]} channels; expected a volume of one")
+            self._volume = (str(path), np.asarray(image[0]), float(image.pixdim[2]))
+        _, volume, own_interval = self._volume
+        if key_slice is None or not 0 <= key_slice < volume.shape[2]:
+            raise ValueError(f"{path}: key_slice must be from 0 to {volume.shape[2] - 1}, got {key_slice}")
+        mixes = self._mixes(path, own_interval if interval is None else interval)
+        slices = range(volume.shape[2])
+        return torch.from_numpy(self._stack(key_slice, mixes, slices, lambda n: volume[:, :, n].astype(np.float32)))
+
+    def _mixes(self, path: Path, interval: float | None) -> tuple[Mix, ...]:
+        if interval is None or not 0 < interval < math.inf:  # also NaN
+            raise ValueError(f"{path}: slice_interval must be a positive number of mm, got {interval}")
+        return slice_mixes(self.slices, self.distance, float(interval), self.reference)
+
+    def _stack(
+        self, key: int, mixes: tuple[Mix, ...], numbers: Container[int], read: Callable[[int], np.ndarray]
+    ) -> np.ndarray:
+        """Mix what `read` gives for the numbers of slices; each number is read once."""
+        seen: dict[int, np.ndarray] = {}
+        stack: np.ndarray | None = None
+        for i, mix in enumerate(mixes):
+            for offset, weight in mix:
+                number = towards_key(key, offset, numbers)
+                if number not in seen:
+                    seen[number] = read(number)
+                    if seen[number].shape != seen[next(iter(seen))].shape:
+                        raise ValueError(
+                            f"slice {number} has {seen[number].shape[::-1]} pixels, slice {next(iter(seen))} of the"
+                            f" same series {seen[next(iter(seen))].shape[::-1]}; expected slices of one size"
+                        )
+                if stack is None:
+                    stack = np.zeros((self.slices, *seen[number].shape), np.float32)
+                stack[i] += seen[number] if weight == 1 else seen[number] * np.float32(weight)
+        assert stack is not None  # there is a key slice
+        return stack
+
+    def _listed(self, folder: str) -> dict[int, str]:
+        """Names of the slices of a series by number; listed once, since a network drive answers slowly."""
+        if folder not in self._numbers:
+            names = [entry.name for entry in Path(folder).iterdir()] if Path(folder).is_dir() else []
+            self._numbers[folder] = {int(m[1]): name for name in names if (m := SLICE_NAME.match(name))}
+        return self._numbers[folder]
+
+
+def towards_key(key: int, offset: int, numbers: Container[int]) -> int:
+    """Choose the slice at `offset`, or where it is missing the nearest stored one towards the key slice."""
+    step = 1 if offset > 0 else -1
+    while offset and key + offset not in numbers:
+        offset -= step
+    return key + offset
+
+
+def read_slice(path: Path) -> np.ndarray:
+    """Read a 16-bit PNG file as HU, float32 (rows, columns).
+
+    Raises:
+        ValueError: if the file is damaged, or is no picture of one channel of 16 bits.
+    """
+    try:
+        with Image.open(path) as image:
+            mode, pixels = image.mode, np.asarray(image)
+    except (OSError, SyntaxError) as error:  # Pillow raises both on damaged PNG files
+        raise ValueError(f"{path}: cannot be read ({error}); copy or download it again") from error
+    if not mode.startswith("I"):
+        raise ValueError(f"{path}: is of Pillow's mode {mode}; expected one channel of 16 bits that holds HU + 32768")
+    return pixels.astype(np.float32) - HU_OFFSET
+
+
+class RandFlipSlices(RandomizableTransform):
+    """Reverse the order of the slices at random: head and feet change places. (slices, X, Y) -> the same.
+
+    Args:
+        prob: probability of the flip.
+    """
+
+    def __init__(self, prob: float = 0.5) -> None:
+        super().__init__(prob)
+
+    def __call__(self, img: Tensor | np.ndarray, randomize: bool = True) -> Tensor | np.ndarray:
+        """Flip `img`; `randomize=False` applies the last draw again."""
+        if randomize:
+            self.randomize(None)
+        if not self._do_transform:
+            return img
+        return img.flip(0) if isinstance(img, Tensor) else np.flip(img, 0)
+
+
+class RandResizeStack(RandomizableTransform):
+    """Resize a stack and its boxes so that the longer side is one of `sizes`, drawn at random.
+
+    (slices, X, Y) -> (slices, X', Y'); the aspect ratio is kept up to rounding, and boxes (L, 4) are multiplied by the
+    exact ratio of the sides. Bilinear without antialiasing, as published.
+
+    Args:
+        sizes: lengths of the longer side in pixels; one of them makes the resize fixed.
+    """
+
+    def __init__(self, sizes: Sequence[int] | int) -> None:
+        super().__init__(prob=1.0)
+        self.sizes = [sizes] if isinstance(sizes, int) else list(sizes)
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"sizes must be positive numbers of pixels, got {sizes}")
+        self.size = self.sizes[0]
+
+    def randomize(self, data: object = None) -> None:
+        """Draw `size`."""
+        self.size = self.sizes[self.R.randint(len(self.sizes))] if len(self.sizes) > 1 else self.sizes[0]
+
+    def __call__(self, img: Tensor | np.ndarray, randomize: bool = True) -> Tensor:
+        """Resize `img`; `randomize=False` applies the last draw again."""
+        if randomize:
+            self.randomize()
+        image = torch.as_tensor(img).as_subclass(Tensor)
+        sides = self.resized(tuple(image.shape[-2:]))
+        if sides == tuple(image.shape[-2:]):
+            return image
+        return F.interpolate(image[None], sides, mode="bilinear", align_corners=False)[0]
+
+    def resized(self, sides: tuple[int, ...]) -> tuple[int, int]:
+        """Give the sides (X', Y') that the last draw makes of `sides` (X, Y)."""
+        x, y = (int(side * self.size / max(sides) + 0.5) for side in sides)
+        return max(x, 1), max(y, 1)
+
+    def resize_boxes(self, boxes: np.ndarray | Tensor, sides: tuple[int, ...]) -> np.ndarray | Tensor:
+        """Move boxes (L, 4) of an image of `sides` (X, Y) with it."""
+        return resize_boxes(boxes, sides, self.resized(sides))
