@@ -57,9 +57,9 @@ def test_the_stem_option_reaches_the_loader(encoder, tmp_path, stem, part):
 
 
 def test_an_unknown_init_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"init must be one of \('scratch', 'vdt'\), got 'imagenet'"):
-        initialise(segmenter(), "imagenet")
-    assert INITIALISATIONS == ("scratch", "vdt")
+    with pytest.raises(ValueError, match=r"init must be one of \('scratch', 'vdt', 'imagenet', 'coco'\), got 'video'"):
+        initialise(segmenter(), "video")
+    assert INITIALISATIONS == ("scratch", "vdt", "imagenet", "coco")
 
 
 def test_weights_that_scratch_would_ignore_are_refused(encoder):

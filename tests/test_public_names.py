@@ -22,13 +22,14 @@ PUBLIC = {
         RestoreGridd SeriesReader SliceStackReader SliceStackReaderd Spacing Spacingd VolumeToImage VolumeToImaged
     """,
     "vdt_workflows": """
-        INITIALISATIONS Attach CaseScores DicomFolder DicomSeries ImageList KeySlice LoadWeights OrganScore RememberRun
-        ReportNodules ResumeRun RunLog SaveMalignancy SavePredictions SaveScores SaveSplit SaveWeights SeedEpochs
-        SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer check_command_line check_geometry claim
-        collate_images describe_origin describe_split draw_froc find_images find_nodules find_series find_volumes froc
-        initialise list_images list_nodules list_volumes load_weights mix_seed polynomial_rate read_provenance
-        run_parallel run_script save_atomic save_weights score_detections score_organs summarise take_part weigh_classes
-        write_atomic
+        INITIALISATIONS Attach CaseScores ClipGradients DetectionReport DetectionScores DicomFolder DicomSeries
+        ImageList KeySlice LoadWeights OrganScore RememberRun ReportNodules ResumeRun RunLog SaveMalignancy
+        SavePredictions SaveScores SaveSplit SaveWeights SeedEpochs SeededCacheDataset SeededDataset SeededSampler
+        SkippedImages SlabInferer StepSchedule add_losses check_command_line check_geometry claim collate_images
+        collate_key_slices describe_origin describe_split draw_froc find_images find_key_slices find_nodules find_series
+        find_volumes froc initialise list_images list_nodules list_volumes load_weights mix_seed polynomial_rate
+        prepare_key_slices read_provenance run_parallel run_script save_atomic save_weights score_detections
+        score_organs summarise take_part warm_up weigh_classes write_atomic
     """,
 }
 

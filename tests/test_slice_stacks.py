@@ -252,8 +252,9 @@ def test_resize_to_the_own_size_changes_nothing_and_rounds_as_published():
     out = RandResizeStackd("image", 47)({"image": image, "box": np.zeros((0, 4), np.float32)})
     assert out["box"].shape == (0, 4)
     np.testing.assert_allclose(out["scale"], [47 / 50, 31 / 33])
-    with pytest.raises(ValueError, match="sizes must be positive"):
-        RandResizeStack([0])
+    assert torch.equal(RandResizeStack(0)(image), image)
+    with pytest.raises(ValueError, match="sizes must be numbers of pixels, 0 or more, got"):
+        RandResizeStack([-1])
 
 
 def filled(boxes, sides):

@@ -210,14 +210,14 @@ class RandResizeStack(RandomizableTransform):
     exact ratio of the sides. Bilinear without antialiasing, as published.
 
     Args:
-        sizes: lengths of the longer side in pixels; one of them makes the resize fixed.
+        sizes: lengths of the longer side in pixels; one of them makes the resize fixed, 0 keeps the image's own.
     """
 
     def __init__(self, sizes: Sequence[int] | int) -> None:
         super().__init__(prob=1.0)
         self.sizes = [sizes] if isinstance(sizes, int) else list(sizes)
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"sizes must be positive numbers of pixels, got {sizes}")
+        if not self.sizes or min(self.sizes) < 0:
+            raise ValueError(f"sizes must be numbers of pixels, 0 or more, got {sizes}")
         self.size = self.sizes[0]
 
     def randomize(self, data: object = None) -> None:
@@ -236,7 +236,7 @@ class RandResizeStack(RandomizableTransform):
 
     def resized(self, sides: tuple[int, ...]) -> tuple[int, int]:
         """Give the sides (X', Y') that the last draw makes of `sides` (X, Y)."""
-        x, y = (int(side * self.size / max(sides) + 0.5) for side in sides)
+        x, y = (int(side * (self.size or max(sides)) / max(sides) + 0.5) for side in sides)
         return max(x, 1), max(y, 1)
 
     def resize_boxes(self, boxes: np.ndarray | Tensor, sides: tuple[int, ...]) -> np.ndarray | Tensor:

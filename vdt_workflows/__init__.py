@@ -13,15 +13,18 @@ from vdt_workflows.checkpoints import (
     write_atomic,
 )
 from vdt_workflows.command_line import check_command_line
+from vdt_workflows.detection_handlers import DetectionReport, DetectionScores
 from vdt_workflows.detection_scores import KeySlice, draw_froc, froc, score_detections
 from vdt_workflows.dicom import DicomFolder, DicomSeries, find_series
 from vdt_workflows.headers import check_geometry
 from vdt_workflows.image_folders import ImageList, collate_images, find_images
 from vdt_workflows.inferers import SlabInferer
 from vdt_workflows.initialisation import INITIALISATIONS, initialise
+from vdt_workflows.key_slices import add_losses, collate_key_slices, find_key_slices, prepare_key_slices
 from vdt_workflows.nodule_positions import list_nodules
 from vdt_workflows.nodule_reports import ReportNodules, SaveMalignancy
 from vdt_workflows.nodules import SaveSplit, describe_origin, describe_split, find_nodules, take_part, weigh_classes
+from vdt_workflows.optimisation import ClipGradients, StepSchedule, warm_up
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.predictions import SavePredictions, list_images
 from vdt_workflows.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages
@@ -35,6 +38,9 @@ __all__ = [
     "INITIALISATIONS",
     "Attach",
     "CaseScores",
+    "ClipGradients",
+    "DetectionReport",
+    "DetectionScores",
     "DicomFolder",
     "DicomSeries",
     "ImageList",
@@ -56,14 +62,18 @@ __all__ = [
     "SeededSampler",
     "SkippedImages",
     "SlabInferer",
+    "StepSchedule",
+    "add_losses",
     "check_command_line",
     "check_geometry",
     "claim",
     "collate_images",
+    "collate_key_slices",
     "describe_origin",
     "describe_split",
     "draw_froc",
     "find_images",
+    "find_key_slices",
     "find_nodules",
     "find_series",
     "find_volumes",
@@ -75,6 +85,7 @@ __all__ = [
     "load_weights",
     "mix_seed",
     "polynomial_rate",
+    "prepare_key_slices",
     "read_provenance",
     "run_parallel",
     "run_script",
@@ -84,6 +95,7 @@ __all__ = [
     "score_organs",
     "summarise",
     "take_part",
+    "warm_up",
     "weigh_classes",
     "write_atomic",
 ]

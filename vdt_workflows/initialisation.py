@@ -8,7 +8,7 @@ from torch import nn
 
 from networks import load_pretrained
 
-INITIALISATIONS = ("scratch", "vdt")
+INITIALISATIONS = ("scratch", "vdt", "imagenet", "coco")
 
 
 def initialise(
@@ -19,7 +19,8 @@ def initialise(
     Args:
         network: a network of `networks`, also inside `DepthFirst`.
         init: "scratch" keeps the random weights; "vdt" takes the encoder in `pretrained`, which pre-training writes as
-            `models/encoder.pt` (any file that `networks.load_pretrained` reads will do).
+            `models/encoder.pt` (any file that `networks.load_pretrained` reads will do); "imagenet" and "coco" load a
+            file in the same way, and say for the record what it was trained on.
         pretrained: path of the weights; needed by every `init` but "scratch".
         stem: how a stem for RGB is folded (see `networks.load_pretrained`).
 
