@@ -1,0 +1,85 @@
+"""A tiny data set of DeepLesion's layout: bright balls in noise, and one ball that goes on as a vessel."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import numpy as np
+from PIL import Image
+
+from vdt_transforms.slice_stacks import HU_OFFSET
+
+COLUMNS = (
+    *("File_name", "Patient_index", "Study_index", "Series_ID", "Key_slice_index", "Measurement_coordinates"),
+    *("Bounding_boxes", "Lesion_diameters_Pixel_", "Normalized_lesion_location", "Coarse_lesion_type"),
+    *("Possibly_noisy", "Slice_range", "Spacing_mm_px_", "Image_size", "DICOM_windows", "Patient_gender"),
+    *("Patient_age", "Train_Val_Test"),
+)
+
+
+def row(series="000001_01_01", number=109, box=(226.169, 90.0204, 241.252, 111.977), **more):
+    """A row of DL_info.csv; by default the first of the data set, whose numbers are known."""
+    patient, study, part = series.split("_")
+    values = {
+        "File_name": f"{series}_{number:03d}.png",
+        "Patient_index": int(patient),
+        "Study_index": int(study),
+        "Series_ID": int(part),
+        "Key_slice_index": number,
+        "Measurement_coordinates": "233.537, 95.0204, 234.057, 106.977, 231.169, 101.605, 236.252, 101.143",
+        "Bounding_boxes": ", ".join(map(str, box)),
+        "Lesion_diameters_Pixel_": "11.9677, 5.10387",
+        "Normalized_lesion_location": "0.44666, 0.283794, 0.434454",
+        "Coarse_lesion_type": 3,
+        "Possibly_noisy": 0,
+        "Slice_range": "103, 115",
+        "Spacing_mm_px_": "0.488281, 0.488281, 5",
+        "Image_size": "512, 512",
+        "DICOM_windows": "-175, 275",
+        "Patient_gender": "F",
+        "Patient_age": 62,
+        "Train_Val_Test": 3,
+    }
+    return values | more
+
+
+def write_csv(path, rows, columns=COLUMNS):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.getvalue())
+
+
+def write_series(folder, numbers, hu=None, size=(512, 512)):
+    """Write the slices of a series, rows by columns, and the same for all unless `hu` gives them by number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        pixels = np.zeros(size) if hu is None else hu[number]
+        Image.fromarray((np.rint(pixels) + HU_OFFSET).astype(np.uint16)).save(folder / f"{number:03d}.png")
+
+
+def make_deeplesion(root, patients=(4, 2, 2), size=(64, 80), seed=0, nested=True):
+    """Write balls of 60 HU in noise around 0 HU: for each patient one series of 11 slices with two key slices."""
+    random = np.random.default_rng(seed)
+    rows = []
+    images = root / "Images_png" / "Images_png" if nested else root / "Images_png"
+    patient = 0
+    for split, count in enumerate(patients, 1):
+        for _ in range(count):
+            patient += 1
+            series = f"{patient:06d}_01_01"
+            z, y, x = np.indices((11, *size))
+            centre = np.array([5, random.uniform(20, size[0] - 20), random.uniform(20, size[1] - 20)])
+            distance = ((z - centre[0]) * 2.5) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2
+            volume = random.normal(0, 20, (11, *size)) + 400 * (distance < 8**2)
+            write_series(images / series, range(1, 12), {n + 1: volume[n] for n in range(11)}, size)
+            for number in (6, 7):
+                box = (centre[2] - 8 + 1, centre[1] - 8 + 1, centre[2] + 9 + 1, centre[1] + 9 + 1)
+                rows.append(row(series, number, box, Image_size=f"{size[1]}, {size[0]}", Train_Val_Test=split,
+                                Spacing_mm_px_="0.8, 0.8, 2.5", Coarse_lesion_type=split if split > 1 else -1,
+                                Lesion_diameters_Pixel_="16, 15"))  # fmt: skip
+    write_csv(root / "DL_info.csv", rows)
+    return root
