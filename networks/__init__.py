@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from networks.p3d import P3D
     from networks.resnet3d import ResNet3D
     from networks.unet3d import ResUNet3D
+    from networks.volume_detector import VolumeLesionDetector
     from networks.weights import LoadReport, load_pretrained, read_checkpoint
 
 _MODULES = {
@@ -37,6 +38,7 @@ _MODULES = {
     "ResNet3D": "resnet3d",
     "ResNet3DClassifier": "classifier",
     "ResUNet3D": "unet3d",
+    "VolumeLesionDetector": "volume_detector",
     "load_pretrained": "weights",
     "read_checkpoint": "weights",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "ResNet3D",
     "ResNet3DClassifier",
     "ResUNet3D",
+    "VolumeLesionDetector",
     "load_pretrained",
     "read_checkpoint",
 ]

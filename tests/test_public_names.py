@@ -10,8 +10,8 @@ import pytest
 
 PUBLIC = {
     "networks": """
-        P3D DepthFirst LesionDetector LoadReport NoduleFCN ResNet3D ResNet3DClassifier ResUNet3D load_pretrained
-        read_checkpoint
+        P3D DepthFirst LesionDetector LoadReport NoduleFCN ResNet3D ResNet3DClassifier ResUNet3D VolumeLesionDetector
+        load_pretrained read_checkpoint
     """,
     "vdt_transforms": """
         MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd CropNodule CropNoduled
@@ -19,17 +19,18 @@ PUBLIC = {
         LoadNaturalImaged NoduleReader RandFlipLeftRight RandFlipLeftRightd RandFlipSlices RandFlipSlicesd
         RandResizeStack RandResizeStackd RandResizedCropImage RandResizedCropImaged RandRotateCube RandRotateCubed
         RandSlab RandSlabd RandSliceShuffle RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
-        RestoreGridd SeriesReader SliceStackReader SliceStackReaderd Spacing Spacingd VolumeToImage VolumeToImaged
+        RestoreGridd SeriesReader SliceFolderReader SliceStackReader SliceStackReaderd Spacing Spacingd VolumeToImage
+        VolumeToImaged
     """,
     "vdt_workflows": """
         INITIALISATIONS Attach CaseScores ClipGradients DetectionReport DetectionScores DicomFolder DicomSeries
-        ImageList KeySlice LoadWeights OrganScore RememberRun ReportNodules ResumeRun RunLog SaveMalignancy
+        ImageList KeySlice LoadWeights OrganScore RememberRun ReportNodules ResumeRun RunLog SaveLesions SaveMalignancy
         SavePredictions SaveScores SaveSplit SaveWeights SeedEpochs SeededCacheDataset SeededDataset SeededSampler
         SkippedImages SlabInferer StepSchedule add_losses check_command_line check_geometry claim collate_images
         collate_key_slices describe_origin describe_split draw_froc find_images find_key_slices find_nodules find_series
-        find_volumes froc initialise list_images list_nodules list_volumes load_weights mix_seed polynomial_rate
-        prepare_key_slices read_provenance run_parallel run_script save_atomic save_weights score_detections
-        score_organs summarise take_part warm_up weigh_classes write_atomic
+        find_volumes froc initialise list_images list_nodules list_scans list_volumes load_weights mix_seed
+        polynomial_rate prepare_key_slices read_provenance run_parallel run_script save_atomic save_weights
+        score_detections score_organs summarise take_part unbatch_lesions warm_up weigh_classes write_atomic
     """,
 }
 
@@ -47,12 +48,12 @@ def test_unknown_name_is_an_attribute_error():
         importlib.import_module("networks").ResNet2D  # noqa: B018  (the access is the test)
 
 
-def test_networks_import_nothing_and_their_names_only_torch_but_for_the_detector():
+def test_networks_import_nothing_and_their_names_only_torch_but_for_the_detectors():
     code = """
 import sys
 import networks
 assert "torch" not in sys.modules
-for name in set(networks.__all__) - {"LesionDetector"}:
+for name in set(networks.__all__) - {"LesionDetector", "VolumeLesionDetector"}:
     getattr(networks, name)
 heavy = {"torchvision", "monai", "ignite"} & set(sys.modules)
 assert "torch" in sys.modules and not heavy, heavy

@@ -25,6 +25,7 @@ from vdt_transforms.natural_images_dictionary import LoadNaturalImaged, RandResi
 from vdt_transforms.nodules import CropNodule, CropNoduled, NoduleReader, RandRotateCube, RandRotateCubed
 from vdt_transforms.sides import FlipLeftRight, RandFlipLeftRight, RandFlipLeftRightd
 from vdt_transforms.slabs import ForegroundSlices, ForegroundSlicesd, RandSlab, RandSlabd
+from vdt_transforms.slice_folders import SliceFolderReader
 from vdt_transforms.slice_stacks import RandFlipSlices, RandResizeStack, SliceStackReader
 from vdt_transforms.slice_stacks_dictionary import RandFlipSlicesd, RandResizeStackd, SliceStackReaderd
 from vdt_transforms.spacing import Spacing, Spacingd
@@ -78,6 +79,7 @@ __all__ = [
     "RestoreGrid",
     "RestoreGridd",
     "SeriesReader",
+    "SliceFolderReader",
     "SliceStackReader",
     "SliceStackReaderd",
     "Spacing",

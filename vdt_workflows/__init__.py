@@ -21,6 +21,7 @@ from vdt_workflows.image_folders import ImageList, collate_images, find_images
 from vdt_workflows.inferers import SlabInferer
 from vdt_workflows.initialisation import INITIALISATIONS, initialise
 from vdt_workflows.key_slices import add_losses, collate_key_slices, find_key_slices, prepare_key_slices
+from vdt_workflows.lesions import SaveLesions, list_scans, unbatch_lesions
 from vdt_workflows.nodule_positions import list_nodules
 from vdt_workflows.nodule_reports import ReportNodules, SaveMalignancy
 from vdt_workflows.nodules import SaveSplit, describe_origin, describe_split, find_nodules, take_part, weigh_classes
@@ -51,6 +52,7 @@ __all__ = [
     "ReportNodules",
     "ResumeRun",
     "RunLog",
+    "SaveLesions",
     "SaveMalignancy",
     "SavePredictions",
     "SaveScores",
@@ -81,6 +83,7 @@ __all__ = [
     "initialise",
     "list_images",
     "list_nodules",
+    "list_scans",
     "list_volumes",
     "load_weights",
     "mix_seed",
@@ -95,6 +98,7 @@ __all__ = [
     "score_organs",
     "summarise",
     "take_part",
+    "unbatch_lesions",
     "warm_up",
     "weigh_classes",
     "write_atomic",
