@@ -65,6 +65,18 @@ TINY = {
         "crop_size": 16,
         "jitter": 2,
     },
+    "deeplesion_lesion_detection": {
+        "epochs": 2,
+        "batch_size": 2,
+        "micro_batch": 1,
+        "depth": "18ba",
+        "base_channels": 4,
+        "pyramid_channels": 16,
+        "head_channels": 32,
+        "sizes": [64, 80],
+        "size": 80,
+        "num_workers": 0,
+    },
 }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundle_runs import BASE, BUNDLES, run
+from bundle_runs import BASE, BUNDLES, ROOT, run
+from deeplesion import make_deeplesion
 from PIL import Image
 from synthetic_nodules import write_nodules
 
@@ -64,9 +66,18 @@ def nodules(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def data_of(images, nodules, volumes):
+def key_slices(tmp_path_factory):
+    """Four training, two validation and two test patients with a ball in 11 slices, prepared."""
+    root = make_deeplesion(tmp_path_factory.mktemp("key_slices"))
+    prepare = runpy.run_path(str(ROOT / "scripts" / "prepare_deeplesion.py"))["prepare_deeplesion"]
+    prepare(str(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def data_of(images, nodules, key_slices, volumes):
     """Return a function that gives the folder of data for a bundle."""
-    special = {"imagenet": images, "lidc": nodules}
+    special = {"imagenet": images, "lidc": nodules, "deeplesion": key_slices}
     return lambda bundle: special.get(bundle.name.partition("_")[0], volumes)
 
 

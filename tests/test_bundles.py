@@ -27,12 +27,14 @@ SCHEMA = ROOT / "tests" / "data" / "metadata_schema.json"
 
 # Ids that an overlay may add to its base.
 ADDED = {"ckpt_path", "part", "surfaces", "sync_bn", "local_rank", "initialised", "finalize", "pretrained", "+imports"}
+ADDED |= {"intervals", "pictures", "scores"}
 FILES = {
     "imagenet_vdt_pretraining": ["model.pt", "encoder.pt", "model_best.pt", "run.json"],
     "bcv_multiorgan_segmentation": ["model.pt", "model_last.pt", "run.json"],
     "lits_liver_segmentation": ["model.pt", "model_last.pt", "run.json"],
     "lidc_nodule_classification": ["model.pt", "model_last.pt", "run.json", "split.json"],
     "lidc_nodule_segmentation": ["model.pt", "model_last.pt", "run.json", "split.json"],
+    "deeplesion_lesion_detection": ["model.pt", "model_last.pt", "run.json"],
 }
 # The score of a bundle, the weights that gave its last one in training, and what else evaluation needs to repeat it.
 SCORES = {
@@ -41,6 +43,7 @@ SCORES = {
     "lits_liver_segmentation": ("val_mean_dice", "model_last.pt", {}),
     "lidc_nodule_classification": ("val_auc", "model_last.pt", {"part": "validation"}),
     "lidc_nodule_segmentation": ("val_mean_dice", "model_last.pt", {"part": "validation"}),
+    "deeplesion_lesion_detection": ("val_froc_at_16", "model_last.pt", {"part": "validation"}),
 }
 
 
@@ -89,6 +92,8 @@ def test_training_and_inference_share_what_is_marked_shared(bundle):
 
 
 def test_training_and_inference_prepare_images_alike(bundle):
+    if bundle.name == "deeplesion_lesion_detection":
+        pytest.skip("slices in training, whole volumes in inference: tests/test_volume_detector.py compares them")
     train, inference = (ConfigParser.load_config_file(config_files(bundle, [n])[0]) for n in ("train", "inference"))
     prepared = [train["validate"]["preprocessing"]["transforms"]]
     prepared += [train["train"]["deterministic_transforms"]] if "deterministic_transforms" in train["train"] else []
@@ -196,8 +201,9 @@ def test_a_run_killed_twice_at_random_moments_ends_with_the_same_weights(images,
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
-def test_properties_are_all_there(bundle, data, trained):
+def test_properties_are_all_there(bundle, data, volumes, trained):
     folder = trained(bundle)
+    searched = volumes / "images" if bundle.name == "deeplesion_lesion_detection" else data
     for names, kind in ((BASE, "train"), (["inference"], "inference")):
         settings = TINY[bundle.name] if kind == "train" else remembered(folder)
         workflow = ConfigWorkflow(
@@ -206,7 +212,7 @@ def test_properties_are_all_there(bundle, data, trained):
             logging_file=False,
             workflow_type=kind,
             bundle_root=str(bundle),
-            dataset_dir=str(data),
+            dataset_dir=str(data if kind == "train" else searched),
             **settings,
             **places(bundle, folder, names),
         )
@@ -253,6 +259,49 @@ def test_inference_of_segmentation_keeps_the_grid_of_the_input(volumes, trained,
     assert written.shape == source.shape
     assert written.get_data_dtype() == np.uint8
     np.testing.assert_allclose(written.affine, source.affine, atol=1e-5)
+
+
+def test_inference_of_detection_writes_boxes_of_whole_volumes(volumes, trained, tmp_path):
+    bundle = ROOT / "bundles" / "deeplesion_lesion_detection"
+    folder = trained(bundle)
+    shutil.copytree(folder / "models", tmp_path / "models")
+    image = volumes / "images" / "case0.nii.gz"
+    run(bundle, ["inference"], tmp_path, image, args_file=str(folder / "models" / "run.json"), least_score=0.01)
+    found = json.loads((tmp_path / "eval" / "case0_lesions.json").read_text())
+    assert found["lesions"]
+    markups = json.loads((tmp_path / "eval" / "case0_lesions.mrk.json").read_text())["markups"]
+    assert [m["center"] for m in markups] == [lesion["center_lps_mm"] for lesion in found["lesions"]]
+
+
+def test_detection_is_called_as_monai_label_calls_it(volumes, trained):
+    bundle = ROOT / "bundles" / "deeplesion_lesion_detection"
+    parser = ConfigParser(ConfigParser.load_config_file(config_files(bundle, ["inference"])[0]))
+    parser.update({**remembered(trained(bundle)), "bundle_root": str(bundle), "least_score": 0.01, "device": "cpu"})
+    data = parser.get_parsed_content("preprocessing")({"image": str(volumes / "images" / "case0.nii.gz")})
+    detector = parser.get_parsed_content("detector")
+    parser.get_parsed_content("detector_ops")
+    detector.network = parser.get_parsed_content("network_def").eval()
+    with torch.no_grad():
+        outputs = detector(data["image"][None].to("cpu"), use_inferer=True)
+    data.update(outputs[0])
+    voxels = data["box"].clone()
+    data = parser.get_parsed_content("postprocessing")(data)
+    assert len(voxels)
+    assert data["label"].tolist() == [0] * len(voxels)
+    spacing = torch.tensor([1.0, 1.0, 2.0])  # of the volumes, whose first axis points left already
+    torch.testing.assert_close(data["box"][:, 3:].float(), (voxels[:, 3:] - voxels[:, :3]) * spacing)
+    world = (voxels[:, :3] + voxels[:, 3:]) / 2  # in LPI; the file is LAS with its origin at the first voxel
+    lps = torch.stack([world[:, 0], world[:, 1] - 21, (14 - world[:, 2]) * 2], 1)
+    torch.testing.assert_close(data["box"][:, :3].float(), lps, atol=1e-3, rtol=0)
+
+
+def test_the_paper_protocol_is_remembered_and_changes_what_it_names(key_slices, tmp_path):
+    bundle = ROOT / "bundles" / "deeplesion_lesion_detection"
+    run(bundle, ["train", "paper"], tmp_path, key_slices, epochs=1)
+    record = json.loads((tmp_path / "models" / "run.json").read_text())
+    assert record["pad_value"] == 0
+    noted = {name: record["_run_"][name] for name in ("protocol", "noisy", "reference")}
+    assert noted == {"protocol": "paper", "noisy": "keep", "reference": True}
 
 
 def test_a_segmentation_learns_its_two_balls(volumes, tmp_path):
@@ -305,7 +354,8 @@ def test_the_exported_network_answers_as_the_trained_one(bundle, trained, tmp_pa
     parser.update(remembered(folder))
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(folder / "models" / "model.pt", weights_only=True))
-    x = torch.randn(2, 1, 3, 40, 33) if bundle.name == "imagenet_vdt_pretraining" else torch.randn(1, 1, 19, 33, 21)
+    special = {"imagenet_vdt_pretraining": (2, 1, 3, 40, 33), "deeplesion_lesion_detection": (1, 9, 64, 70)}
+    x = torch.randn(special.get(bundle.name, (1, 1, 19, 33, 21)))
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(exported)(x), network(x))
 
@@ -358,7 +408,9 @@ def documented_commands() -> list:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bundle", "documented"), documented_commands())
-def test_every_command_of_the_documents_runs(bundle, documented, images, volumes, nodules, trained, tmp_path):
+def test_every_command_of_the_documents_runs(
+    bundle, documented, images, volumes, nodules, key_slices, trained, tmp_path
+):
     folder = tmp_path / bundle.name
     shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("models", "eval"))
     shutil.copytree(trained(bundle) / "models", folder / "models")
@@ -370,6 +422,9 @@ def test_every_command_of_the_documents_runs(bundle, documented, images, volumes
         "VOLUME_OR_FOLDER": str(volumes),
         "CUBE_OR_FOLDER": str(nodules),
         "ENCODER": str(tmp_path / "pretrained" / "encoder.pt"),
+        "DEEPLESION": str(key_slices),
+        "DETECTOR": str(folder / "models" / "model_last.pt"),
+        "CT": str(volumes / "images" / "case0.nii.gz"),
         "python": sys.executable,
     }
     words = [given.get(word, word) for word in shlex.split(documented)]
