@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from bundle_runs import BASE, BUNDLES, ROOT, TINY, command, config_files, places, run
+from dicom_maker import write_series
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.engines import SupervisedTrainer
 from PIL import Image
@@ -302,6 +303,46 @@ def test_the_paper_protocol_is_remembered_and_changes_what_it_names(key_slices, 
     assert record["pad_value"] == 0
     noted = {name: record["_run_"][name] for name in ("protocol", "noisy", "reference")}
     assert noted == {"protocol": "paper", "noisy": "keep", "reference": True}
+
+
+def test_inference_of_segmentation_reads_a_dicom_folder(trained, tmp_path):
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    folder = trained(bundle)
+    hu = np.random.default_rng(0).integers(-400, 400, (20, 22, 15))
+    write_series(tmp_path / "scans" / "ct", hu, spacing=(0.8, 0.7, 2.5), origin=(-20.0, -10.0, -100.0))
+    shutil.copytree(folder / "models", tmp_path / "models")
+    run(bundle, ["inference"], tmp_path, tmp_path / "scans", args_file=str(folder / "models" / "run.json"))
+    written = nib.load(tmp_path / "eval" / "ct_seg.nii.gz")
+    assert written.shape == (20, 22, 15)
+    # DICOM's world runs to the left and the back, NIfTI's to the right and the front.
+    np.testing.assert_allclose(np.abs(np.linalg.norm(written.affine[:3, :3], axis=0)), [0.8, 0.7, 2.5], atol=1e-5)
+    np.testing.assert_allclose(written.affine @ [0, 0, 0, 1], [20, 10, -100, 1], atol=1e-4)
+    record = json.loads((tmp_path / "eval" / "inference.json").read_text())
+    assert record["volumes"] == [str(tmp_path / "scans" / "ct")]
+
+
+def test_inference_goes_on_without_a_bad_volume_when_asked(volumes, trained, tmp_path, caplog):
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    folder = trained(bundle)
+    shutil.copytree(volumes / "images", tmp_path / "images")
+    bad = nib.load(tmp_path / "images" / "case1.nii.gz")
+    spoilt = np.where(np.arange(bad.shape[0])[:, None, None] == 3, np.nan, bad.get_fdata()).astype(np.float32)
+    nib.save(nib.Nifti1Image(spoilt, bad.affine), tmp_path / "images" / "case1.nii.gz")
+    shutil.copytree(folder / "models", tmp_path / "models")
+    settings = {"args_file": str(folder / "models" / "run.json"), "on_error": "skip"}
+    run(bundle, ["inference"], tmp_path, tmp_path / "images", **settings)
+    written = sorted(path.name for path in (tmp_path / "eval").glob("*_seg.nii.gz"))
+    assert written == [f"case{i}_seg.nii.gz" for i in (0, 2, 3, 4, 5)]
+    assert "case1.nii.gz: 330 voxels are NaN or infinite" in caplog.text
+
+
+def test_tumours_are_liver_or_a_class_of_their_own(volumes, trained, tmp_path):
+    bundle = ROOT / "bundles" / "lits_liver_segmentation"
+    run(bundle, BASE, tmp_path, volumes, epochs=1, label_names=["background", "liver", "tumour"])
+    state = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    merged = torch.load(trained(bundle) / "models" / "model.pt", weights_only=True)
+    last = "network.decode_head.conv_seg.weight"
+    assert (len(state[last]), len(merged[last])) == (3, 2)
 
 
 def test_a_segmentation_learns_its_two_balls(volumes, tmp_path):
