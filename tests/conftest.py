@@ -61,7 +61,7 @@ def volumes(tmp_path_factory):
 def nodules(tmp_path_factory):
     """Smooth and spiculated nodules of 20 patients in cubes of 20 mm, prepared."""
     root = tmp_path_factory.mktemp("nodules")
-    write_nodules(root, patients=20, most=2, size=20)
+    write_nodules(root, patients=23, most=2, size=20)
     return root
 
 

@@ -23,6 +23,7 @@ from dicom_maker import write_series
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.engines import SupervisedTrainer
 from PIL import Image
+from synthetic_nodules import write_published, write_published_split
 
 SCHEMA = ROOT / "tests" / "data" / "metadata_schema.json"
 
@@ -456,12 +457,22 @@ def test_every_command_of_the_documents_runs(
     shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("models", "eval"))
     shutil.copytree(trained(bundle) / "models", folder / "models")
     shutil.copytree(trained(ROOT / "bundles" / "imagenet_vdt_pretraining") / "models", tmp_path / "pretrained")
+    write_published(tmp_path / "published", patients=20, most=2, size=20)
+    names = sorted(path.name for path in (tmp_path / "published").glob("*.npz"))
+    write_published_split(tmp_path / "split.csv", names[len(names) // 3 :], names[: len(names) // 3])
+    (tmp_path / "positions.csv").write_text("column,row,slice\n10,11,7\n")
     given = {
         "IMAGES": str(images),
         "IMAGE_OR_FOLDER": str(images / "val"),
         "VOLUMES": str(volumes),
         "VOLUME_OR_FOLDER": str(volumes),
+        "NODULES": str(nodules),
         "CUBE_OR_FOLDER": str(nodules),
+        "CROP": str(nodules),
+        "SCAN": str(volumes / "images" / "case0.nii.gz"),
+        "POSITIONS": str(tmp_path / "positions.csv"),
+        "PUBLISHED": str(tmp_path / "published"),
+        "SPLIT_CSV": str(tmp_path / "split.csv"),
         "ENCODER": str(tmp_path / "pretrained" / "encoder.pt"),
         "DEEPLESION": str(key_slices),
         "DETECTOR": str(folder / "models" / "model_last.pt"),

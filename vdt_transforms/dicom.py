@@ -40,7 +40,7 @@ class SeriesReader(PydicomReader):
         """Read one folder (X, Y, Z), with its metadata."""
         (folder,) = data
         if not has_pydicom:
-            raise ValueError(f"{folder}: DICOM needs pydicom; install it with pip install 'vdt-bundles[lidc]'")
+            raise ValueError(f"{folder}: DICOM needs pydicom; install it with: pip install pydicom")
         slices = _in_order(folder, _read_slices(folder))
         for number, dataset in enumerate(slices, 1):
             dataset.InstanceNumber = number  # what the original sorts by
