@@ -76,8 +76,8 @@ class ReportNodules:
         engine_scores = {name: torch.as_tensor(value).tolist() for name, value in engine.state.metrics.items()}
         content = {**engine_scores, **figures, "_run_": self.notes}
         write_atomic(self.folder / "scores.json", json.dumps(content, indent=2, default=str).encode())
-        rows = [[name, *found[name][:2], f"{found[name][2]:.6f}"] for name in names]
-        rows = [[*row, int(score >= self.threshold)] for row, score in zip(rows, scores, strict=True)]
+        called = [int(score >= self.threshold) for score in scores]
+        rows = list(zip(names, patients, labels, [f"{score:.6f}" for score in scores], called, strict=True))
         _write_csv(self.folder / "predictions.csv", ["nodule_id", "patient_id", "label", "score", "called"], rows)
         y, p = np.array(labels), np.array(scores)
         write_atomic(self.folder / "roc.png", draw_roc(y, p, figures, self.title))
