@@ -59,7 +59,7 @@ def volumes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def nodules(tmp_path_factory):
-    """Smooth and spiculated nodules of 20 patients in cubes of 20 mm, prepared."""
+    """Smooth and spiculated nodules of 23 patients in cubes of 20 mm, prepared."""
     root = tmp_path_factory.mktemp("nodules")
     write_nodules(root, patients=23, most=2, size=20)
     return root
