@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -84,46 +84,37 @@ class CheckOverflow(Transform):
         return img
 
 
-class CheckFinited(MapTransform):
+class _Checkd(MapTransform):
+    """What the dictionary versions share: check the volumes under `keys`."""
+
+    def __init__(self, keys: KeysCollection, check: Callable, allow_missing_keys: bool) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = check
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check the volumes under `keys`."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.transform(d[key])
+        return d
+
+
+class CheckFinited(_Checkd):
     """Dictionary version of `CheckFinite`."""
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.transform = CheckFinite()
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Check the volumes under `keys`."""
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.transform(d[key])
-        return d
+        super().__init__(keys, CheckFinite(), allow_missing_keys)
 
 
-class CheckLabelsd(MapTransform):
+class CheckLabelsd(_Checkd):
     """Dictionary version of `CheckLabels`."""
 
     def __init__(self, keys: KeysCollection, num_classes: int, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.transform = CheckLabels(num_classes)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Check the label volumes under `keys`."""
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.transform(d[key])
-        return d
+        super().__init__(keys, CheckLabels(num_classes), allow_missing_keys)
 
 
-class CheckOverflowd(MapTransform):
+class CheckOverflowd(_Checkd):
     """Dictionary version of `CheckOverflow`."""
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.transform = CheckOverflow()
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Check the volumes under `keys`."""
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.transform(d[key])
-        return d
+        super().__init__(keys, CheckOverflow(), allow_missing_keys)
