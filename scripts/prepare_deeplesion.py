@@ -25,15 +25,12 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fire
 import numpy as np
 from monai.transforms import LoadImage, Orientation
 from PIL import Image
@@ -41,7 +38,7 @@ from skimage.measure import label as connected_components
 from tqdm import tqdm
 
 from vdt_transforms.slice_stacks import HU_OFFSET, ORIENTATION, SLICE_NAME
-from vdt_workflows import write_atomic
+from vdt_workflows import run_parallel, run_script, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -370,10 +367,8 @@ def convert_volumes(
     split = {int(place): 1 + int(np.searchsorted(bounds, rank + 0.5)) for rank, place in enumerate(order)}
     tasks = [(i + 1, split[i], image, mask) for i, (image, mask) in enumerate(pairs)]
     write = partial(_write_volume, root / "Images_png", key_slices)
-    rows: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, len(tasks))) as pool:
-        for found in tqdm(pool.map(write, tasks), total=len(tasks), desc="volumes", disable=None):
-            rows += found
+    rows = [row for found in run_parallel(write, tasks, workers=workers, label="volumes") for row in found]
+    rows.sort(key=lambda row: row["Patient_index"])  # they come as they are done
     if not rows:
         raise ValueError(f"{volumes}: no mask has a lesion")
     text = io.StringIO()
@@ -469,8 +464,4 @@ def _axes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    try:
-        fire.Fire(prepare_deeplesion, serialize=json.dumps)
-    except (ValueError, OSError) as error:
-        sys.exit(f"prepare_deeplesion: {error}")
+    run_script(prepare_deeplesion)
