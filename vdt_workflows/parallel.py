@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 Task = TypeVar("Task")
@@ -42,7 +43,7 @@ def run_parallel(
                 yield function(task)
                 bar.update()
             return
-        pool = ProcessPoolExecutor(workers, initializer=_follow, initargs=(os.getpid(),))
+        pool = ProcessPoolExecutor(workers, initializer=_follow, initargs=(os.getpid(), workers))
         try:
             for future in as_completed([pool.submit(function, task) for task in tasks]):
                 yield future.result()
@@ -55,8 +56,9 @@ def run_parallel(
             pool.shutdown(cancel_futures=True)
 
 
-def _follow(parent: int) -> None:
-    """Let the main process alone answer Ctrl-C, and end with it: a killed process cannot tell its workers."""
+def _follow(parent: int, workers: int) -> None:
+    """Share the cores out, let the main process alone answer Ctrl-C, and end with it: killed, it cannot tell."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
