@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
-from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from monai.metrics.utils import get_edge_surface_distance
 
 from vdt_transforms import RestoreGrid
 from vdt_workflows.checkpoints import write_atomic
@@ -110,11 +110,14 @@ def _around(a: Sequence[slice], b: Sequence[slice], shape: Sequence[int]) -> tup
 
 
 def _distances(masks: Sequence[np.ndarray], spacing: Sequence[float]) -> tuple[float, float]:
-    one_hot = [torch.as_tensor(mask)[None, None] for mask in masks]
-    options: dict[str, Any] = {"include_background": True, "spacing": [float(s) for s in spacing]}
-    hd95 = compute_hausdorff_distance(*one_hot, percentile=95, **options)
-    asd = compute_average_surface_distance(*one_hot, symmetric=True, **options)
-    return float(hd95), float(asd)
+    """The values of MONAI's `compute_hausdorff_distance` and `compute_average_surface_distance`, in half their time.
+
+    Each of the two would find the surfaces and the distances between them anew.
+    """
+    sides = [torch.as_tensor(mask) for mask in masks]
+    _, distances, _ = get_edge_surface_distance(*sides, spacing=tuple(map(float, spacing)), symmetric=True)
+    hd95 = max(float(torch.quantile(directed, 0.95)) for directed in distances)
+    return hd95, float(torch.cat(list(distances)).mean())
 
 
 def summarise(scores: Sequence[OrganScore], label_names: Sequence[str]) -> dict[str, Any]:
