@@ -152,3 +152,18 @@ def test_published_slabs_of_bcv_lie_within_the_organs(tmp_path):
 def test_half_of_the_published_lits_slabs_are_centred_anywhere(tmp_path):
     empty = sum(not (patch["label"] > 0).any(0).any(0).any(0).all() for patch in training_patches(LITS, tmp_path, 60))
     assert 20 < empty < 55
+
+
+def test_the_short_protocol_is_batch_dice_and_cross_entropy_that_counts_the_background_less():
+    parser = ConfigParser(ConfigParser.load_config_files(config_files(BCV, ["train", "short"])))
+    parser.update({"device": "cpu"})
+    logits, labels = logits_and_labels(14)
+    p, g = logits.softmax(1).double(), torch.nn.functional.one_hot(labels[:, 0], 14).movedim(-1, 1).double()
+    weight = torch.tensor([0.3] + 13 * [1.0], dtype=torch.float64)
+    common, sizes = (p * g).sum((0, 2, 3, 4))[1:], (p + g).sum((0, 2, 3, 4))[1:]
+    dice = (1 - (2 * common + 1e-5) / (sizes + 1e-5)).mean()
+    shares = (g * weight.view(1, 14, 1, 1, 1)).sum(1)
+    entropy = -(shares * (g * p.log()).sum(1)).sum() / shares.sum()
+    loss = parser.get_parsed_content("loss")(logits, labels)
+    assert loss.item() == pytest.approx((dice + 3 * entropy).item(), abs=1e-5)
+    assert parser.get_parsed_content("recipe::class_weights") == weight.tolist()  # a resumed run must share them
