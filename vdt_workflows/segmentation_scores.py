@@ -271,9 +271,15 @@ def _as_table(summary: Mapping[str, Any]) -> str:
     rows = [(name, *(organ[c] for c in columns), organ["missed"]) for name, organ in summary["organs"].items()]
     rows.append(("mean", *(summary[f"mean_{c}"] for c in columns), sum(row[-1] for row in rows)))
     for name, dice, pooled, hd95, asd, missed in rows:
-        cells = [f"{v['mean']:.{p}f} ± {v['sd']:.{p}f}" for v, p in ((dice, 3), (hd95, 1), (asd, 2))]
+        cells = [_with_spread(v, p) for v, p in ((dice, 3), (hd95, 1), (asd, 2))]
         lines.append(f"{name:{width}}{cells[0]:>14}{pooled:>9.3f}{cells[1]:>15}{cells[2]:>14}{missed:>8}")
     return "\n".join(lines)
+
+
+def _with_spread(value: Mapping[str, float], digits: int) -> str:
+    """A mean, with its standard deviation where there are several cases."""
+    spread = f" ± {value['sd']:.{digits}f}" if math.isfinite(value["sd"]) else ""
+    return f"{value['mean']:.{digits}f}{spread}"
 
 
 def _central_planes(
@@ -347,7 +353,9 @@ def draw_examples(shown: Sequence[_Shown], scores: Sequence[OrganScore], label_n
     means = case_means(scores)
     ranked = sorted(shown, key=lambda s: -1.0 if math.isnan(means[s.case]) else means[s.case])
     ranks = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
-    chosen = {case.case: (rank, case) for rank, case in ranks.items()}  # of one or two cases each comes once
+    if len(shown) == 1:
+        ranks = {"the only case": shown[0]}
+    chosen = {case.case: (rank, case) for rank, case in ranks.items()}  # of two cases each comes once
     colours = colormaps["tab20" if len(label_names) > 11 else "tab10"].colors  # type: ignore[attr-defined]
     figure = Figure(figsize=(12, 4.1 * len(chosen) + 0.8), layout="constrained")
     grid = figure.subplots(len(chosen), len(PLANES), squeeze=False)
