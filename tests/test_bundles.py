@@ -25,6 +25,9 @@ from monai.engines import SupervisedTrainer
 from PIL import Image
 from synthetic_nodules import write_published, write_published_split
 
+from networks import ResNet2D, ResNet3D, load_pretrained
+from networks.conversion import to_2d, to_3d
+
 SCHEMA = ROOT / "tests" / "data" / "metadata_schema.json"
 
 # Ids that an overlay may add to its base.
@@ -157,16 +160,21 @@ def test_training_again_gives_the_same_weights(bundle, data, trained, tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a), path.name
 
 
-def test_a_run_that_breaks_goes_on_and_ends_with_the_same_weights(bundle, data, trained, tmp_path, monkeypatch):
-    first, iteration = trained(bundle), SupervisedTrainer._iteration
+def break_in_epoch_two(patch: pytest.MonkeyPatch) -> None:
+    iteration = SupervisedTrainer._iteration
 
     def breaking(self, engine, batch):
         if engine.state.epoch == 2:
             raise KeyboardInterrupt
         return iteration(self, engine, batch)
 
+    patch.setattr(SupervisedTrainer, "_iteration", breaking)
+
+
+def test_a_run_that_breaks_goes_on_and_ends_with_the_same_weights(bundle, data, trained, tmp_path, monkeypatch):
+    first = trained(bundle)
     with monkeypatch.context() as patch:
-        patch.setattr(SupervisedTrainer, "_iteration", breaking)
+        break_in_epoch_two(patch)
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
             run(bundle, BASE, tmp_path, data)
     assert (tmp_path / "eval" / "resume.pt").is_file()
@@ -362,6 +370,38 @@ def test_the_encoder_of_pretraining_starts_a_segmentation(volumes, trained, tmp_
         run(bundle, BASE, tmp_path, volumes, init="vdt", pretrained=str(encoder), epochs=1)
     assert "120 tensors matched, 0 folded, 0 skipped" in caplog.text
     assert json.loads((tmp_path / "models" / "run.json").read_text())["_run_"]["init"] == "vdt"
+
+
+@pytest.mark.parametrize("init", ["acs", "2.5d"])
+def test_flat_kernels_are_trained_through_a_break_and_saved_native(volumes, tmp_path, monkeypatch, init):
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    torch.manual_seed(0)
+    torch.save(ResNet2D(18, base_channels=4).state_dict(), tmp_path / "image.pt")
+    settings = {"init": init, "pretrained": str(tmp_path / "image.pt"), "steps_per_epoch": 1}
+    run(bundle, BASE, tmp_path / "whole", volumes, **settings)
+    with monkeypatch.context() as patch:
+        break_in_epoch_two(patch)
+        with pytest.raises((KeyboardInterrupt, RuntimeError)):
+            run(bundle, BASE, tmp_path / "broken", volumes, **settings)
+    run(bundle, BASE, tmp_path / "broken", volumes, **settings)
+    first, second = (
+        torch.load(tmp_path / folder / "models" / "model_last.pt", weights_only=True) for folder in ("whole", "broken")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    start = load_image(tmp_path / "image.pt", init)
+    kernel = first["network.backbone.layer2.0.conv1.weight"]
+    assert kernel.shape[2:] == (3, 3, 3)
+    assert torch.equal(to_3d(to_2d(kernel, init), init), kernel)  # nothing outside the planes
+    assert not torch.equal(kernel, start["layer2.0.conv1.weight"])  # and trained
+    args = str(tmp_path / "whole" / "models" / "run.json")
+    run(bundle, ["inference"], tmp_path / "whole", volumes / "images" / "case0.nii.gz", args_file=args)
+    assert (tmp_path / "whole" / "eval" / "case0_seg.nii.gz").is_file()
+
+
+def load_image(path: Path, init: str) -> dict:
+    network = ResNet3D(18, base_channels=4)
+    load_pretrained(network, path, conversion=init)
+    return network.state_dict()
 
 
 def test_finetuning_starts_from_the_encoder(images, trained, tmp_path, caplog):
