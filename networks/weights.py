@@ -78,7 +78,7 @@ class LoadReport:
                  f" {len(self.skipped)} skipped, {len(self.left_random)} left random"]  # fmt: skip
         lines += [f"  folded to one channel: {name}" for name in self.folded]
         if self.inflated:
-            lines.append(f"  made 3D: {_few(self.inflated)}")
+            lines.append(f"  made 3D ({len(self.inflated)}): {_few(self.inflated)}")
         lines += [f"  {what}: {name}" for name, what in self.adapted.items()]
         if self.centred:
             lines.append(f"  not in the file, set to the centre slice: {_few(self.centred)}")

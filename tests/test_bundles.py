@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torchvision
 from bundle_runs import BASE, BUNDLES, ROOT, TINY, command, config_files, places, run
 from dicom_maker import write_series
 from monai.bundle import ConfigParser, ConfigWorkflow
@@ -27,6 +28,7 @@ from synthetic_nodules import write_published, write_published_split
 
 from networks import ResNet2D, ResNet3D, load_pretrained
 from networks.conversion import to_2d, to_3d
+from vdt_workflows import initialise
 
 SCHEMA = ROOT / "tests" / "data" / "metadata_schema.json"
 
@@ -370,6 +372,49 @@ def test_the_encoder_of_pretraining_starts_a_segmentation(volumes, trained, tmp_
         run(bundle, BASE, tmp_path, volumes, init="vdt", pretrained=str(encoder), epochs=1)
     assert "120 tensors matched, 0 folded, 0 skipped" in caplog.text
     assert json.loads((tmp_path / "models" / "run.json").read_text())["_run_"]["init"] == "vdt"
+
+
+def test_the_2d_twin_is_pretrained_on_the_same_images_and_starts_other_bundles(images, tmp_path, caplog):
+    bundle, pair = ROOT / "bundles" / "imagenet_vdt_pretraining", ["train", "two_dimensional"]
+    run(bundle, pair, tmp_path, images, epochs=1, channels_last=True)
+    encoder = tmp_path / "models" / "encoder.pt"
+    tensors = torch.load(encoder, weights_only=True)
+    assert {name: tuple(tensors[name].shape) for name in ("conv1.weight", "layer2.0.downsample.0.weight")} == {
+        "conv1.weight": (4, 3, 7, 7), "layer2.0.downsample.0.weight": (8, 4, 1, 1),
+    }  # fmt: skip
+    assert set(tensors) == {name for name in torchvision.models.resnet18().state_dict() if not name.startswith("fc.")}
+    args = {"args_file": str(tmp_path / "models" / "run.json")}
+    run(bundle, [*pair, "evaluate"], tmp_path, images, ckpt_path=str(tmp_path / "models" / "model.pt"), **args)
+    with (tmp_path / "eval" / "history.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
+    assert scores["val_top1"] == pytest.approx(float(last["val_top1"]), abs=1e-6)
+    run(bundle, ["inference", "two_dimensional"], tmp_path, images / "val" / "red", **args)
+    assert len(json.loads((tmp_path / "eval" / "predictions.json").read_text())) == 3
+    with caplog.at_level("INFO", logger="networks.weights"):
+        initialise(ResNet3D(18, base_channels=4), "i3d", encoder)
+    assert "100 tensors matched, 1 folded, 0 skipped, 0 left random" in caplog.text
+    assert "made 3D (20): conv1.weight" in caplog.text
+
+
+def test_the_controls_of_pretraining_change_what_they_name(images, trained, tmp_path):
+    bundle = ROOT / "bundles" / "imagenet_vdt_pretraining"
+    run(bundle, BASE, tmp_path, images, epochs=1, grey=True, shuffle_labels=True)
+    record = json.loads((tmp_path / "models" / "run.json").read_text())
+    assert record["grey"] is True
+    assert (record["_run_"]["shuffle_labels"], record["_run_"]["shuffle_slices"]) == (True, True)
+    parser = ConfigParser(ConfigParser.load_config_file(config_files(bundle, BASE)[0]))
+    parser.update({**TINY[bundle.name], "bundle_root": str(bundle), "dataset_dir": str(images), "grey": True})
+    sample = parser.get_parsed_content("train::dataset")[0]["image"]
+    assert torch.equal(sample[:, 0], sample[:, 1])
+    assert torch.equal(sample[:, 0], sample[:, 2])
+    parser = ConfigParser(ConfigParser.load_config_file(config_files(bundle, BASE)[0]))
+    parser.update({**TINY[bundle.name], "bundle_root": str(bundle), "dataset_dir": str(images)})
+    parser.update({"shuffle_slices": False})
+    samples = parser.get_parsed_content("train::dataset")
+    brightest = [int(samples[i]["image"].float().mean((0, 2, 3)).argmax()) for i in range(len(samples))]
+    labels = [["red", "green", "blue"][i] for i in brightest]
+    assert labels == [samples.data.classes[samples.data[i]["label"]] for i in range(len(samples))]
 
 
 @pytest.mark.parametrize("init", ["acs", "2.5d"])
