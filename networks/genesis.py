@@ -22,18 +22,29 @@ class _ConvBlock(nn.Module):
         return F.relu(self.bn1(self.conv1(x)))
 
 
-class _Level(nn.Module):
-    """Two convolutions; on the way up, behind the doubling of the size and the skip."""
+class _Down(nn.Module):
+    """Two convolutions."""
 
-    def __init__(self, widths: tuple[int, int, int], up_channels: int = 0) -> None:
+    def __init__(self, in_channels: int, middle: int, out_channels: int) -> None:
         super().__init__()
-        if up_channels:
-            self.up_conv = nn.ConvTranspose3d(up_channels, up_channels, 2, stride=2)
-        self.ops = nn.Sequential(_ConvBlock(widths[0], widths[1]), _ConvBlock(widths[1], widths[2]))
+        self.ops = nn.Sequential(_ConvBlock(in_channels, middle), _ConvBlock(middle, out_channels))
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(N, C, D, H, W), and the skip of twice the size on the way up -> (N, C', D', H', W')."""
-        return self.ops(x if skip is None else torch.cat([self.up_conv(x), skip], 1))
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) -> (N, C', D, H, W)."""
+        return self.ops(x)
+
+
+class _Up(nn.Module):
+    """Double the size, put the skip beside it, two convolutions."""
+
+    def __init__(self, deep: int, skip: int) -> None:
+        super().__init__()
+        self.up_conv = nn.ConvTranspose3d(deep, deep, 2, stride=2)
+        self.ops = nn.Sequential(_ConvBlock(deep + skip, skip), _ConvBlock(skip, skip))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """(N, C, D, H, W) and (N, C', 2 D, 2 H, 2 W) -> (N, C', 2 D, 2 H, 2 W)."""
+        return self.ops(torch.cat([self.up_conv(x), skip], 1))
 
 
 class GenesisUNet3D(nn.Module):
@@ -61,21 +72,21 @@ class GenesisUNet3D(nn.Module):
         if base_channels < 2 or base_channels % 2:
             raise ValueError(f"base_channels must be even, got {base_channels}")
         a, b, c, d = (base_channels * level // LEVELS[0] for level in LEVELS)
-        self.down_tr64 = _Level((1, a // 2, a))
-        self.down_tr128 = _Level((a, a, b))
-        self.down_tr256 = _Level((b, b, c))
-        self.down_tr512 = _Level((c, c, d))
-        self.up_tr256 = _Level((d + c, c, c), up_channels=d)
-        self.up_tr128 = _Level((c + b, b, b), up_channels=c)
-        self.up_tr64 = _Level((b + a, a, a), up_channels=b)
+        self.down_tr64 = _Down(1, a // 2, a)
+        self.down_tr128 = _Down(a, a, b)
+        self.down_tr256 = _Down(b, b, c)
+        self.down_tr512 = _Down(c, c, d)
+        self.up_tr256 = _Up(d, c)
+        self.up_tr128 = _Up(c, b)
+        self.up_tr64 = _Up(b, a)
         self.out_tr = nn.ModuleDict({"final_conv": nn.Conv3d(a, num_classes, 1)})
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, D, H, W) -> logits (N, num_classes, D, H, W)."""
         size = x.shape[2:]
-        missing = [-length % 8 for length in size]
-        if any(missing):
-            x = F.pad(x, [0, missing[2], 0, missing[1], 0, missing[0]], mode="replicate")
+        d, h, w = [(8 - length % 8) % 8 for length in size]
+        if d + h + w > 0:
+            x = F.pad(x, [0, w, 0, h, 0, d], mode="replicate")
         first = self.down_tr64(x)
         second = self.down_tr128(F.max_pool3d(first, 2))
         third = self.down_tr256(F.max_pool3d(second, 2))
