@@ -26,7 +26,7 @@ from monai.engines import SupervisedTrainer
 from PIL import Image
 from synthetic_nodules import write_published, write_published_split
 
-from networks import ResNet2D, ResNet3D, load_pretrained
+from networks import GenesisUNet3D, ResNet2D, ResNet3D, load_pretrained
 from networks.conversion import to_2d, to_3d
 from vdt_workflows import initialise
 
@@ -34,7 +34,7 @@ SCHEMA = ROOT / "tests" / "data" / "metadata_schema.json"
 
 # Ids that an overlay may add to its base.
 ADDED = {"ckpt_path", "part", "surfaces", "sync_bn", "local_rank", "initialised", "finalize", "pretrained", "+imports"}
-ADDED |= {"intervals", "pictures", "scores"}
+ADDED |= {"intervals", "pictures", "scores", "network_def::network::shortcut", "network_def::network"}
 FILES = {
     "imagenet_vdt_pretraining": ["model.pt", "encoder.pt", "model_best.pt", "run.json"],
     "bcv_multiorgan_segmentation": ["model.pt", "model_last.pt", "run.json"],
@@ -415,6 +415,47 @@ def test_the_controls_of_pretraining_change_what_they_name(images, trained, tmp_
     brightest = [int(samples[i]["image"].float().mean((0, 2, 3)).argmax()) for i in range(len(samples))]
     labels = [["red", "green", "blue"][i] for i in brightest]
     assert labels == [samples.data.classes[samples.data[i]["label"]] for i in range(len(samples))]
+
+
+OTHERS = {"medicalnet": ResNet3D, "genesis": GenesisUNet3D}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_overlays_of_other_networks_are_the_same_in_every_bundle_and_serve_inference(name):
+    paths = sorted((ROOT / "bundles").glob(f"*/configs/{name}.yaml"))
+    assert len(paths) == {"medicalnet": 4, "genesis": 3}[name]
+    assert len({path.read_text() for path in paths}) == 1
+    for path in paths:
+        for base in ("train", "inference"):
+            parser = ConfigParser()
+            parser.read_config(config_files(path.parent.parent, [base, name]))
+            parser.update({"base_channels": 4, "num_classes": 2})
+            network = parser.get_parsed_content("network_def")
+            (inner,) = (m for m in network.modules() if isinstance(m, OTHERS[name]))
+            if name == "medicalnet":
+                assert inner.architecture["shortcut"] == "A"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_segmentation_starts_from_another_medical_network(name, volumes, tmp_path, caplog):
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    source = ResNet3D(18, base_channels=4, shortcut="A") if name == "medicalnet" else GenesisUNet3D(5, base_channels=4)
+    state = {"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}
+    torch.save(state, tmp_path / "theirs.pt")
+    given = {"init": name, "pretrained": str(tmp_path / "theirs.pt"), "steps_per_epoch": 1, "epochs": 1}
+    with pytest.raises(RuntimeError) as caught:
+        run(bundle, BASE, tmp_path, volumes, **given)
+    assert f"configs/{name}.yaml" in str(root_cause(caught.value))
+    with caplog.at_level("INFO", logger="networks.weights"):
+        run(bundle, [*BASE, name], tmp_path, volumes, **given)
+    assert f"{len(state['state_dict']) - 2 * (name == 'genesis')} tensors matched" in caplog.text
+    image, args = volumes / "images" / "case0.nii.gz", {"args_file": str(tmp_path / "models" / "run.json")}
+    run(bundle, ["inference", name], tmp_path, image, **args)
+    assert (tmp_path / "eval" / "case0_seg.nii.gz").is_file()
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        run(bundle, ["inference"], tmp_path, image, **args)
+    told = {"medicalnet": "shortcut='A' (here 'B')", "genesis": "made by another architecture"}[name]
+    assert told in str(root_cause(caught.value))
 
 
 @pytest.mark.parametrize("init", ["acs", "2.5d"])
