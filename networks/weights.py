@@ -243,6 +243,11 @@ def describe_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def native_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the tensors of a file the names they have in a bare `ResNet3D`, those of its encoder at least."""
+    return dict(_native(name, tensor, {BARE[0]: None}) for name, tensor in tensors.items())
+
+
 def _told(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
     """Say which ResNet the file is, where it is another one than the network."""
     theirs, ours = describe_encoder(source), describe_encoder(target)
