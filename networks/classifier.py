@@ -10,7 +10,7 @@ from networks.resnet3d import ResNet3D
 
 
 class LinearHead(nn.Module):
-    """Global average pool over depth, height and width, then one linear layer."""
+    """Global average pool over all places, then one linear layer."""
 
     def __init__(self, in_channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -18,8 +18,8 @@ class LinearHead(nn.Module):
         self.fc = nn.Linear(in_channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, D, H, W) -> (N, num_classes)."""
-        return self.fc(self.dropout(x.mean(dim=[2, 3, 4])))
+        """(N, C, D, H, W), or (N, C, H, W) -> (N, num_classes)."""
+        return self.fc(self.dropout(x.mean(dim=list(range(2, x.dim())))))
 
 
 class ResNet3DClassifier(nn.Module):

@@ -85,7 +85,7 @@ def config_files(bundle: Path, names: list[str]) -> list[str]:
 
 
 def places(bundle: Path, folder: Path, names: list[str]) -> dict[str, str]:
-    if names == ["inference"]:
+    if "inference" in names:
         return {"output_dir": str(folder / "eval"), "ckpt_path": str(folder / "models" / "model.pt")}
     return {"output_dir": str(folder / "eval"), "ckpt_dir": str(folder / "models")}
 

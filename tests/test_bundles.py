@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torchvision
 from bundle_runs import BASE, BUNDLES, ROOT, TINY, command, config_files, places, run
 from dicom_maker import write_series
 from monai.bundle import ConfigParser, ConfigWorkflow
@@ -25,11 +26,15 @@ from monai.engines import SupervisedTrainer
 from PIL import Image
 from synthetic_nodules import write_published, write_published_split
 
+from networks import GenesisUNet3D, ResNet2D, ResNet3D, load_pretrained
+from networks.conversion import to_2d, to_3d
+from vdt_workflows import initialise
+
 SCHEMA = ROOT / "tests" / "data" / "metadata_schema.json"
 
 # Ids that an overlay may add to its base.
 ADDED = {"ckpt_path", "part", "surfaces", "sync_bn", "local_rank", "initialised", "finalize", "pretrained", "+imports"}
-ADDED |= {"intervals", "pictures", "scores"}
+ADDED |= {"intervals", "pictures", "scores", "network_def::network::shortcut", "network_def::network"}
 FILES = {
     "imagenet_vdt_pretraining": ["model.pt", "encoder.pt", "model_best.pt", "run.json"],
     "bcv_multiorgan_segmentation": ["model.pt", "model_last.pt", "run.json"],
@@ -157,16 +162,21 @@ def test_training_again_gives_the_same_weights(bundle, data, trained, tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a), path.name
 
 
-def test_a_run_that_breaks_goes_on_and_ends_with_the_same_weights(bundle, data, trained, tmp_path, monkeypatch):
-    first, iteration = trained(bundle), SupervisedTrainer._iteration
+def break_in_epoch_two(patch: pytest.MonkeyPatch) -> None:
+    iteration = SupervisedTrainer._iteration
 
     def breaking(self, engine, batch):
         if engine.state.epoch == 2:
             raise KeyboardInterrupt
         return iteration(self, engine, batch)
 
+    patch.setattr(SupervisedTrainer, "_iteration", breaking)
+
+
+def test_a_run_that_breaks_goes_on_and_ends_with_the_same_weights(bundle, data, trained, tmp_path, monkeypatch):
+    first = trained(bundle)
     with monkeypatch.context() as patch:
-        patch.setattr(SupervisedTrainer, "_iteration", breaking)
+        break_in_epoch_two(patch)
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
             run(bundle, BASE, tmp_path, data)
     assert (tmp_path / "eval" / "resume.pt").is_file()
@@ -362,6 +372,122 @@ def test_the_encoder_of_pretraining_starts_a_segmentation(volumes, trained, tmp_
         run(bundle, BASE, tmp_path, volumes, init="vdt", pretrained=str(encoder), epochs=1)
     assert "120 tensors matched, 0 folded, 0 skipped" in caplog.text
     assert json.loads((tmp_path / "models" / "run.json").read_text())["_run_"]["init"] == "vdt"
+
+
+def test_the_2d_twin_is_pretrained_on_the_same_images_and_starts_other_bundles(images, tmp_path, caplog):
+    bundle, pair = ROOT / "bundles" / "imagenet_vdt_pretraining", ["train", "two_dimensional"]
+    run(bundle, pair, tmp_path, images, epochs=1, channels_last=True)
+    encoder = tmp_path / "models" / "encoder.pt"
+    tensors = torch.load(encoder, weights_only=True)
+    assert {name: tuple(tensors[name].shape) for name in ("conv1.weight", "layer2.0.downsample.0.weight")} == {
+        "conv1.weight": (4, 3, 7, 7), "layer2.0.downsample.0.weight": (8, 4, 1, 1),
+    }  # fmt: skip
+    assert set(tensors) == {name for name in torchvision.models.resnet18().state_dict() if not name.startswith("fc.")}
+    args = {"args_file": str(tmp_path / "models" / "run.json")}
+    run(bundle, [*pair, "evaluate"], tmp_path, images, ckpt_path=str(tmp_path / "models" / "model.pt"), **args)
+    with (tmp_path / "eval" / "history.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
+    assert scores["val_top1"] == pytest.approx(float(last["val_top1"]), abs=1e-6)
+    run(bundle, ["inference", "two_dimensional"], tmp_path, images / "val" / "red", **args)
+    assert len(json.loads((tmp_path / "eval" / "predictions.json").read_text())) == 3
+    with caplog.at_level("INFO", logger="networks.weights"):
+        initialise(ResNet3D(18, base_channels=4), "i3d", encoder)
+    assert "100 tensors matched, 1 folded, 0 skipped, 0 left random" in caplog.text
+    assert "made 3D (20): conv1.weight" in caplog.text
+
+
+def test_the_controls_of_pretraining_change_what_they_name(images, trained, tmp_path):
+    bundle = ROOT / "bundles" / "imagenet_vdt_pretraining"
+    run(bundle, BASE, tmp_path, images, epochs=1, grey=True, shuffle_labels=True)
+    record = json.loads((tmp_path / "models" / "run.json").read_text())
+    assert record["grey"] is True
+    assert (record["_run_"]["shuffle_labels"], record["_run_"]["shuffle_slices"]) == (True, True)
+    parser = ConfigParser(ConfigParser.load_config_file(config_files(bundle, BASE)[0]))
+    parser.update({**TINY[bundle.name], "bundle_root": str(bundle), "dataset_dir": str(images), "grey": True})
+    sample = parser.get_parsed_content("train::dataset")[0]["image"]
+    assert torch.equal(sample[:, 0], sample[:, 1])
+    assert torch.equal(sample[:, 0], sample[:, 2])
+    parser = ConfigParser(ConfigParser.load_config_file(config_files(bundle, BASE)[0]))
+    parser.update({**TINY[bundle.name], "bundle_root": str(bundle), "dataset_dir": str(images)})
+    parser.update({"shuffle_slices": False})
+    samples = parser.get_parsed_content("train::dataset")
+    brightest = [int(samples[i]["image"].float().mean((0, 2, 3)).argmax()) for i in range(len(samples))]
+    labels = [["red", "green", "blue"][i] for i in brightest]
+    assert labels == [samples.data.classes[samples.data[i]["label"]] for i in range(len(samples))]
+
+
+OTHERS = {"medicalnet": ResNet3D, "genesis": GenesisUNet3D}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_overlays_of_other_networks_are_the_same_in_every_bundle_and_serve_inference(name):
+    paths = sorted((ROOT / "bundles").glob(f"*/configs/{name}.yaml"))
+    assert len(paths) == {"medicalnet": 4, "genesis": 3}[name]
+    assert len({path.read_text() for path in paths}) == 1
+    for path in paths:
+        for base in ("train", "inference"):
+            parser = ConfigParser()
+            parser.read_config(config_files(path.parent.parent, [base, name]))
+            parser.update({"base_channels": 4, "num_classes": 2})
+            network = parser.get_parsed_content("network_def")
+            (inner,) = (m for m in network.modules() if isinstance(m, OTHERS[name]))
+            if name == "medicalnet":
+                assert inner.architecture["shortcut"] == "A"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_segmentation_starts_from_another_medical_network(name, volumes, tmp_path, caplog):
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    source = ResNet3D(18, base_channels=4, shortcut="A") if name == "medicalnet" else GenesisUNet3D(5, base_channels=4)
+    state = {"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}
+    torch.save(state, tmp_path / "theirs.pt")
+    given = {"init": name, "pretrained": str(tmp_path / "theirs.pt"), "steps_per_epoch": 1, "epochs": 1}
+    with pytest.raises(RuntimeError) as caught:
+        run(bundle, BASE, tmp_path, volumes, **given)
+    assert f"configs/{name}.yaml" in str(root_cause(caught.value))
+    with caplog.at_level("INFO", logger="networks.weights"):
+        run(bundle, [*BASE, name], tmp_path, volumes, **given)
+    assert f"{len(state['state_dict']) - 2 * (name == 'genesis')} tensors matched" in caplog.text
+    image, args = volumes / "images" / "case0.nii.gz", {"args_file": str(tmp_path / "models" / "run.json")}
+    run(bundle, ["inference", name], tmp_path, image, **args)
+    assert (tmp_path / "eval" / "case0_seg.nii.gz").is_file()
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        run(bundle, ["inference"], tmp_path, image, **args)
+    told = {"medicalnet": "shortcut='A' (here 'B')", "genesis": "made by another architecture"}[name]
+    assert told in str(root_cause(caught.value))
+
+
+@pytest.mark.parametrize("init", ["acs", "2.5d"])
+def test_flat_kernels_are_trained_through_a_break_and_saved_native(volumes, tmp_path, monkeypatch, init):
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    torch.manual_seed(0)
+    torch.save(ResNet2D(18, base_channels=4).state_dict(), tmp_path / "image.pt")
+    settings = {"init": init, "pretrained": str(tmp_path / "image.pt"), "steps_per_epoch": 1}
+    run(bundle, BASE, tmp_path / "whole", volumes, **settings)
+    with monkeypatch.context() as patch:
+        break_in_epoch_two(patch)
+        with pytest.raises((KeyboardInterrupt, RuntimeError)):
+            run(bundle, BASE, tmp_path / "broken", volumes, **settings)
+    run(bundle, BASE, tmp_path / "broken", volumes, **settings)
+    first, second = (
+        torch.load(tmp_path / folder / "models" / "model_last.pt", weights_only=True) for folder in ("whole", "broken")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    start = load_image(tmp_path / "image.pt", init)
+    kernel = first["network.backbone.layer2.0.conv1.weight"]
+    assert kernel.shape[2:] == (3, 3, 3)
+    assert torch.equal(to_3d(to_2d(kernel, init), init), kernel)  # nothing outside the planes
+    assert not torch.equal(kernel, start["layer2.0.conv1.weight"])  # and trained
+    args = str(tmp_path / "whole" / "models" / "run.json")
+    run(bundle, ["inference"], tmp_path / "whole", volumes / "images" / "case0.nii.gz", args_file=args)
+    assert (tmp_path / "whole" / "eval" / "case0_seg.nii.gz").is_file()
+
+
+def load_image(path: Path, init: str) -> dict:
+    network = ResNet3D(18, base_channels=4)
+    load_pretrained(network, path, conversion=init)
+    return network.state_dict()
 
 
 def test_finetuning_starts_from_the_encoder(images, trained, tmp_path, caplog):

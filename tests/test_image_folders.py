@@ -319,6 +319,17 @@ def test_validation_class_folders_are_found_under_their_usual_names(tmp_path, na
     assert (len(found["train"]), len(found["val"])) == (6, 3)
 
 
+def test_shuffled_labels_are_those_of_other_training_images(tmp_path):
+    root = make_classes(tmp_path / "data", **{"train/cat": 30, "train/dog": 10, "val/cat": 3, "val/dog": 2})
+    true, shuffled, again, other = (find_images(root, **a) for a in ({}, *[{"shuffle_labels": True}] * 2, {
+        "shuffle_labels": True, "seed": 1}))  # fmt: skip
+    assert [item["image"] for item in true["train"]] == [item["image"] for item in shuffled["train"]]
+    assert Counter(shuffled["train"].labels.tolist()) == {0: 30, 1: 10}
+    assert shuffled["train"].labels.tolist() != true["train"].labels.tolist()
+    assert shuffled["train"].labels.tolist() == again["train"].labels.tolist() != other["train"].labels.tolist()
+    assert shuffled["val"].labels.tolist() == true["val"].labels.tolist()
+
+
 def test_val_is_preferred_to_test(tmp_path):
     parts = {"train/cat": 3, "train/dog": 3, "val/cat": 1, "val/dog": 1, "test/cat": 2, "test/dog": 2}
     assert len(find_images(make_classes(tmp_path / "data", **parts))["val"]) == 2

@@ -96,6 +96,14 @@ def test_grey_is_repeated_for_the_three_colours(load, kind):
     assert torch.equal(loaded, by_pillow(data))
 
 
+def test_without_colours_an_image_is_its_brightness_thrice(load):
+    data = encoded(picture(), "PNG")
+    loaded = LoadNaturalImage(grey=True)(data)
+    assert torch.equal(loaded, torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("L"))).expand(3, -1, -1))
+    assert not torch.equal(loaded, load(data))
+    assert torch.equal(LoadNaturalImaged("image", grey=True)({"image": data})["image"], loaded)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_grey_is_divided_by_257(load, kind):
     grey = np.array([[0, 128, 129, 257, 65535]], np.uint16)

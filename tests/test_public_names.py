@@ -10,8 +10,9 @@ import pytest
 
 PUBLIC = {
     "networks": """
-        P3D DepthFirst LesionDetector LoadReport NoduleFCN ResNet3D ResNet3DClassifier ResUNet3D VolumeLesionDetector
-        load_pretrained read_checkpoint
+        P3D DepthFirst FlatConv3d GenesisUNet3D LesionDetector LoadReport NoduleFCN ResNet2D ResNet2DClassifier ResNet3D
+        ResNet3DClassifier ResUNet3D VolumeLesionDetector constrain convert describe_encoder expand load_pretrained
+        read_checkpoint
     """,
     "vdt_transforms": """
         MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd CropNodule CropNoduled
@@ -44,8 +45,8 @@ def test_public_names_are_the_listed_ones_and_importable(package):
 
 
 def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="module 'networks' has no attribute 'ResNet2D'"):
-        importlib.import_module("networks").ResNet2D  # noqa: B018  (the access is the test)
+    with pytest.raises(AttributeError, match="module 'networks' has no attribute 'ResNet4D'"):
+        importlib.import_module("networks").ResNet4D  # noqa: B018  (the access is the test)
 
 
 def test_networks_import_nothing_and_their_names_only_torch_but_for_the_detectors():

@@ -43,10 +43,16 @@ class LoadNaturalImage(Transform):
 
     An EXIF orientation is applied, whatever the format.
 
+    Args:
+        grey: take the colours out: all three are the brightness, 0.299 red + 0.587 green + 0.114 blue, rounded.
+
     Raises:
         ImageDecodeError: if the file is missing, empty, cut short, not a picture, too large to be one
             (`PIL.Image.MAX_IMAGE_PIXELS`), or holds values with no defined range (float, 32-bit integers above 65535).
     """
+
+    def __init__(self, grey: bool = False) -> None:
+        self.grey = grey
 
     def __call__(self, file: str | Path | bytes) -> Tensor:
         """Read `file`."""
@@ -54,10 +60,17 @@ class LoadNaturalImage(Transform):
             data = file if isinstance(file, bytes) else Path(file).read_bytes()
             if not data:
                 raise ImageDecodeError("it is empty (0 bytes); copy or download it again")
-            return torch.from_numpy(_decode(data)).permute(2, 0, 1)
+            image = torch.from_numpy(_decode(data)).permute(2, 0, 1)
+            return _brightness(image).repeat(3, 1, 1) if self.grey else image
         except Exception as error:  # on broken bytes Pillow's readers raise whatever they stumble over
             name = f"{len(file)} bytes in memory" if isinstance(file, bytes) else str(file)
             raise ImageDecodeError(f"cannot read the image {name}: {_reason(error)}") from error
+
+
+def _brightness(image: Tensor) -> Tensor:
+    """uint8 (3, H, W) -> uint8 (1, H, W), by the integers of Pillow's conversion."""
+    red, green, blue = image.int()
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[None]
 
 
 def _reason(error: Exception) -> str:

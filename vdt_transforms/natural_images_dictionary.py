@@ -15,9 +15,9 @@ from vdt_transforms.natural_images import LoadNaturalImage, RandResizedCropImage
 class LoadNaturalImaged(MapTransform):
     """Dictionary twin of `LoadNaturalImage`."""
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, grey: bool = False, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.load = LoadNaturalImage()
+        self.load = LoadNaturalImage(grey)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace each path by its image."""

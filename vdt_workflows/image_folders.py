@@ -179,6 +179,7 @@ def find_images(
     train_dir: str | Path | Sequence[str | Path] | None = None,
     val_dir: str | Path | Sequence[str | Path] | None = None,
     val_fraction: float = 0.1,
+    shuffle_labels: bool = False,
     seed: int = 0,
 ) -> dict[str, ImageList]:
     """Find the training and validation images of a data set, in any of the layouts people have.
@@ -192,7 +193,9 @@ def find_images(
         train_dir: the training folder or folders, in place of `train/`.
         val_dir: the validation folder or folders, in place of the names above.
         val_fraction: part of each class kept for validation where there is no validation folder.
-        seed: seed of that choice.
+        shuffle_labels: give each training image the label of another: a control in which there is nothing to learn but
+            by heart. Each class keeps its number of labels; validation labels stay true.
+        seed: seed of both choices.
 
     Returns:
         The lists "train" and "val"; classes are those of the (first) training folder.
@@ -215,6 +218,10 @@ def find_images(
     else:
         train, val = _split(train, val_fraction, seed)
         logger.info("no validation folder in %s: a part of %g of each class is kept for it", root, val_fraction)
+    if shuffle_labels:
+        shuffled = np.random.default_rng([seed, 1]).permutation(train.labels)
+        train = ImageList(train._paths, shuffled, train.classes, starts=train._starts)
+        logger.info("the training labels are shuffled")
     logger.info("%d training and %d validation images of %d classes", len(train), len(val), len(train.classes))
     return {"train": train, "val": val}
 
