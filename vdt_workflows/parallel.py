@@ -42,7 +42,7 @@ def run_parallel(
                 yield function(task)
                 bar.update()
             return
-        pool = ProcessPoolExecutor(workers, initializer=_follow, initargs=(os.getpid(),))
+        pool = ProcessPoolExecutor(workers, initializer=follow_parent, initargs=(os.getpid(),))
         try:
             for future in as_completed([pool.submit(function, task) for task in tasks]):
                 yield future.result()
@@ -55,8 +55,9 @@ def run_parallel(
             pool.shutdown(cancel_futures=True)
 
 
-def _follow(parent: int) -> None:
+def follow_parent(parent: int | None = None) -> None:
     """Let the main process alone answer Ctrl-C, and end with it: a killed process cannot tell its workers."""
+    parent = os.getppid() if parent is None else parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
