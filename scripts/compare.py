@@ -16,8 +16,9 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,18 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import yaml
+from comparison_results import collect, write_tables
 from tqdm import tqdm
 
-from vdt_workflows import INITIALISATIONS, check_command_line, claim, find_nodules, find_volumes, run_script, write_atomic
+from vdt_workflows import (
+    INITIALISATIONS,
+    check_command_line,
+    claim,
+    find_nodules,
+    find_volumes,
+    run_script,
+    write_atomic,
+)
 from vdt_workflows.cells import Cell, Stage, run_cells
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
@@ -141,7 +151,7 @@ def compare(
         training_cases: labelled cases of which the fractions are taken, at most; all by default.
         datalist: JSON list in place of what the folder says; its test cases are the held-out ones.
         reference: row that the others are compared with; "scratch" if there is one, or the first.
-        workers: cells at once on this machine; where there are CUDA devices, one for each of them in turn.
+        workers: cells at once on this machine, on its CUDA devices in turn; 0 only writes the report of what is there.
         threads: CPU threads of a cell.
         ray: address of a Ray cluster to run on instead ("auto", "ray://host:10001", or "local").
         ray_resources: what Ray reserves for a cell, such as "{'num_cpus': 4, 'num_gpus': 1}".
@@ -199,10 +209,13 @@ def compare(
     for cell in {key[:2]: cell for key, cell in cells.items()}.values():
         _check_settings(cell)
 
-    _run(list(cells.values()), workers, ray, ray_resources)
-    done = sum(cell.result() is not None for cell in cells.values())
-    failed = sum(cell.result() is None and cell.error() is not None for cell in cells.values())
-    return {"cells": len(cells), "finished": done, "failed": failed, "reference": base}
+    try:
+        _run(list(cells.values()), workers, ray, ray_resources)
+    finally:
+        results = collect(cells, counts, task.metric, base)
+        write_tables(root, results)
+    states = Counter(cell["state"] for cell in results["cells"])
+    return {"results": str(root / "results.csv"), "cells": len(cells), **states}
 
 
 # What is compared --------------------------------------------------------------------------------------------------
@@ -465,7 +478,7 @@ def _make_cell(
         shown = {"dataset_dir": example["image"], **own, **weights, "output_dir": str(folder / "example")}
         stages.append(Stage("example", ("configs/inference.yaml", *row.configs), shown))
     name = f"{prefix}{row.name}, {share:.0%} of the labels, seed {seed}"
-    return Cell(name, str(folder), str(BUNDLES / bundle), tuple(stages), threads)
+    return Cell(name, str(folder), str(BUNDLES / bundle), tuple(stages), str(models / task.weights), threads)
 
 
 def _check_settings(cell: Cell) -> None:
@@ -481,6 +494,8 @@ def _check_settings(cell: Cell) -> None:
 
 
 def _run(cells: Sequence[Cell], workers: int, ray: str | None, resources: Mapping[str, float] | None) -> None:
+    if workers == 0 and ray is None:
+        return
     import torch
 
     count = torch.cuda.device_count()

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 import traceback
@@ -21,6 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from networks import read_checkpoint
 from vdt_workflows.checkpoints import write_atomic
 from vdt_workflows.parallel import follow_parent
 
@@ -60,6 +62,7 @@ class Cell:
         folder: absolute; gets `result.json` when all is done, or `error.txt`, beside `log.txt` and `commands.txt`.
         bundle: the bundle's folder, absolute.
         stages: in their order; a finished one is not run again.
+        weights: the file of weights that the stages leave, for the record of its size.
         threads: of torch on the CPU; 0 leaves them as they are.
     """
 
@@ -67,6 +70,7 @@ class Cell:
     folder: str
     bundle: str
     stages: tuple[Stage, ...]
+    weights: str = ""
     threads: int = 0
 
     def result(self) -> dict[str, Any] | None:
@@ -232,7 +236,14 @@ def _describe(cell: Cell) -> dict[str, Any]:
 
     stages = Path(cell.folder) / "stages"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    root = Path(__file__).parent
+    code = subprocess.run(
+        ["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    state = read_checkpoint(cell.weights) if cell.weights else {}
     return {
+        "parameters": sum(value.numel() for value in state.values() if value.is_floating_point()),
+        "commit": code.stdout.strip() or None,
         "stages": {s.name: json.loads((stages / f"{s.name}.json").read_text()) for s in cell.stages},
         "machine": f"{platform.node()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device}",
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "monai": monai.__version__},
