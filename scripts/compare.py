@@ -17,8 +17,9 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import yaml
+from comparison_report import write_page
 from comparison_results import collect, write_tables
 from tqdm import tqdm
 
@@ -190,15 +192,12 @@ def compare(
         **{"bundle": bundle, "dataset_dir": str(Path(dataset_dir).resolve()), "settings": shared, "steps": steps},
         **{"points": points, "curve_cases": curve_cases, "held_out": split.held_out, "pool": split.pool},
     }
-    claim(root, common)
-    for row in plan:
-        claim(root / "cells" / row.folder, describe_row(row))
-
+    lists: dict[Path, dict[str, Any]] = {}
     cells: dict[tuple[str, str, float, int], Cell] = {}
     for seed in range(seeds):
         for share in shares:
             chosen = root / "data" / f"share{share:g}-seed{seed}.json"
-            write_atomic(chosen, json.dumps(split.draw(counts[share], seed), indent=1).encode())
+            lists[chosen] = split.draw(counts[share], seed)
             for name in names:
                 for row in plan:
                     example = split.example if task.example and (seed, share) == (0, shares[-1]) else None
@@ -208,14 +207,26 @@ def compare(
                     )  # fmt: skip
     for cell in {key[:2]: cell for key, cell in cells.items()}.values():
         _check_settings(cell)
+    claim(root, common)
+    for row in plan:
+        claim(root / "cells" / row.folder, describe_row(row))
+    for path, content in lists.items():
+        write_atomic(path, json.dumps(content, indent=1).encode())
 
     try:
         _run(list(cells.values()), workers, ray, ray_resources)
     finally:
         results = collect(cells, counts, task.metric, base)
+        results |= {
+            "title": f"{bundle}: {' against '.join(dict.fromkeys([base, *(row.name for row in plan)]))}",
+            **{"metric": task.title, "held_out": split.held_out.partition(",")[0], "steps": steps},
+            "curve_cases": min(curve_cases, len(split.scored)),
+            "provenance": _trace(root, common, plan, cells.values()),
+        }
         write_tables(root, results)
+        write_atomic(root / "report.html", write_page(results, split.example).encode())
     states = Counter(cell["state"] for cell in results["cells"])
-    return {"results": str(root / "results.csv"), "cells": len(cells), **states}
+    return {"report": str(root / "report.html"), "cells": len(cells), **states}
 
 
 # What is compared --------------------------------------------------------------------------------------------------
@@ -340,11 +351,11 @@ class VolumeSplit:
         self.source = (Path(dataset_dir), datalist)
         pool, scored = hold_out(find_volumes(dataset_dir, datalist=datalist), held_out)
         order = np.random.default_rng(0).permutation(len(pool))[:training_cases]
-        self._pool, self._scored = [_absolute(pool[i]) for i in sorted(order.tolist())], [_absolute(c) for c in scored]
-        self._curve = self._scored[:curve_cases]
+        self._pool, self.scored = [_absolute(pool[i]) for i in sorted(order.tolist())], [_absolute(c) for c in scored]
+        self._curve = self.scored[:curve_cases]
         self.size = len(self._pool)
-        self.pool, self.held_out = _describe_cases(self._pool), _describe_cases(self._scored)
-        self.example = self._scored[0]
+        self.pool, self.held_out = _describe_cases(self._pool), _describe_cases(self.scored)
+        self.example = self.scored[0]
 
     def draw(self, count: int, seed: int) -> dict[str, Any]:
         """Give the datalist of a cell: the labelled cases, those of the curve, and the held-out ones."""
@@ -352,7 +363,7 @@ class VolumeSplit:
         return {
             "training": [self._pool[i] for i in order.tolist()],
             "validation": self._curve,
-            "test": self._scored,
+            "test": self.scored,
             "shared_cases": "the curve is drawn from some of the held-out cases, and nothing is selected on them",
         }
 
@@ -397,7 +408,7 @@ class NoduleSplit:
         self.patients: dict[str, list[str]] = {}
         for nodule in parts["training"]:
             self.patients.setdefault(nodule["patient_id"], []).append(nodule["nodule_id"])
-        self._scored = [nodule["nodule_id"] for nodule in parts["test"]]
+        self.scored = [nodule["nodule_id"] for nodule in parts["test"]]
         self.size = min(len(parts["training"]), training_cases or len(parts["training"]))
         self.pool, self.held_out = _describe_cases(parts["training"]), _describe_cases(parts["test"])
 
@@ -409,7 +420,7 @@ class NoduleSplit:
             if len(chosen) >= count:
                 break
             chosen += self.patients[patient]
-        return {"split": "comparison", "training": chosen, "validation": [], "test": self._scored}
+        return {"split": "comparison", "training": chosen, "validation": [], "test": self.scored}
 
     def settings(self, path: str) -> dict[str, dict[str, Any]]:
         """Give the settings of training and scoring that take the split."""
@@ -508,6 +519,29 @@ def _run(cells: Sequence[Cell], workers: int, ray: str | None, resources: Mappin
             if cell.result() is None:
                 bar.write(f"failed: {cell.name}: {cell.error()}")
             bar.update()
+
+
+def _trace(root: Path, common: Mapping[str, Any], rows: Sequence[Row], cells: Iterable[Cell]) -> dict[str, Any]:
+    """Say what the results come from: settings, files by their hashes, versions, machines and durations."""
+    results = [result for cell in cells if (result := cell.result())]
+    configs = sorted((BUNDLES / common["bundle"] / "configs").glob("*.yaml"))
+
+    def all_of(name: str) -> list[Any]:
+        return sorted({json.dumps(result[name]) for result in results})
+
+    took = [stage for result in results for stage in result["stages"].values()]
+    return {
+        **common,
+        "rows": [{**describe_row(row), "pretrained": row.pretrained, "note": row.note} for row in rows],
+        "bundle_configs": {path.name: hash_file(path) for path in configs},
+        "splits": {path.name: hash_file(path) for path in sorted((root / "data").glob("*.json"))},
+        **{
+            name: [json.loads(value) for value in all_of(name)] for name in ("versions", "machine", "commit", "threads")
+        },
+        "hours": round(sum(stage["seconds"] for stage in took) / 3600, 3),
+        "cpu_hours": round(sum(stage["cpu_seconds"] for stage in took) / 3600, 3),
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
