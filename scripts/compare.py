@@ -218,7 +218,7 @@ def compare(
     finally:
         results = collect(cells, counts, task.metric, base)
         results |= {
-            "title": f"{bundle}: {' against '.join(dict.fromkeys([base, *(row.name for row in plan)]))}",
+            "title": f"{bundle}: {len(plan)} ways to start, against {base}",
             **{"metric": task.title, "held_out": split.held_out.partition(",")[0], "steps": steps},
             "curve_cases": min(curve_cases, len(split.scored)),
             "provenance": _trace(root, common, plan, cells.values()),

@@ -189,7 +189,9 @@ def _labels_needed(
     goal = entries[0]["target"]
     items = []
     for entry in entries:
-        if entry["labels"] is None:
+        if goal is None:
+            text = "no cell"
+        elif entry["labels"] is None:
             text = "not reached"
         else:
             bound = "at most " if entry["upper_bound"] else ""
@@ -222,9 +224,11 @@ def _curves(results: Mapping[str, Any], summary: Sequence[Mapping[str, Any]], ro
 
 
 def _troubles(results: Mapping[str, Any]) -> str:
-    bad = [c for c in results["cells"] if c["state"] != "finished"]
+    bad = [c for c in results["cells"] if c["state"] == "failed"]
+    waiting = sum(c["state"] == "not run" for c in results["cells"])
+    note = f"<p>{waiting} cells have not been run.</p>" if waiting else ""
     if not bad:
-        return ""
+        return f"<section><h2>Missing cells</h2>{note}</section>" if waiting else ""
     lines = "".join(
         f'<tr><th scope="row">{escape(c["row"])}</th><td{_N}>{c["share"]:.0%}</td><td{_N}>{c["seed"]}</td>'
         f"<td>{escape(c['protocol'])}</td><td>{c['state']}</td><td>{escape(_short(c['error'] or ''))}</td></tr>"
@@ -232,7 +236,7 @@ def _troubles(results: Mapping[str, Any]) -> str:
     )
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("row", "labels", "seed", "protocol", "state", "error"))
     caption = "The same command tries them again; each cell's log.txt says more."
-    return f"<section><h2>Missing cells</h2>{_wrap(caption, heads, f'<tbody>{lines}</tbody>')}</section>"
+    return f"<section><h2>Missing cells</h2>{note}{_wrap(caption, heads, f'<tbody>{lines}</tbody>')}</section>"
 
 
 def _method(results: Mapping[str, Any]) -> str:
