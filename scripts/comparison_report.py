@@ -107,7 +107,7 @@ def _head(results: Mapping[str, Any], rows: Sequence[str]) -> str:
     shares = len({c["share"] for c in cells})
     seeds = len({c["seed"] for c in cells})
     size = f"{len(rows)} rows, {shares} share{'s' * (shares > 1)} of the labels, {seeds} seed{'s' * (seeds > 1)}"
-    missing = "" if done == len(cells) else f" <strong>{len(cells) - done} cells are missing</strong> (listed below)."
+    missing = "" if done == len(cells) else f" <strong>Missing cells: {len(cells) - done}</strong>, see below."
     findings = "".join(f"<li>{line}</li>" for line in _findings(results))
     return (
         f'<header><h1>{escape(results["title"])}</h1><p class="lead">{size}; {done} of {len(cells)} cells finished.'
