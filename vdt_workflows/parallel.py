@@ -43,7 +43,7 @@ def run_parallel(
                 yield function(task)
                 bar.update()
             return
-        pool = ProcessPoolExecutor(workers, initializer=_follow, initargs=(os.getpid(), workers))
+        pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(os.getpid(), workers))
         try:
             for future in as_completed([pool.submit(function, task) for task in tasks]):
                 yield future.result()
@@ -56,9 +56,15 @@ def run_parallel(
             pool.shutdown(cancel_futures=True)
 
 
-def _follow(parent: int, workers: int) -> None:
-    """Share the cores out, let the main process alone answer Ctrl-C, and end with it: killed, it cannot tell."""
+def _begin(parent: int, workers: int) -> None:
+    """Take a worker's share of the cores, and follow the main process."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    follow_parent(parent)
+
+
+def follow_parent(parent: int | None = None) -> None:
+    """Let the main process alone answer Ctrl-C, and end with it: a killed process cannot tell its workers."""
+    parent = os.getppid() if parent is None else parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
