@@ -102,6 +102,15 @@ def test_a_lone_slice_is_its_own_neighbour(tmp_path):
 
 def test_each_slice_is_read_once(tmp_path, monkeypatch):
     write_series(tmp_path, range(1, 30))
+def test_distance_zero_repeats_the_key_slice_and_reads_no_other(tmp_path, monkeypatch):
+    write_series(tmp_path, range(1, 30))
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda path, read=Image.open: opened.append(path) or read(path))
+    for interval in (0.6, 2.5, 5.0):
+        assert depths(SliceStackReader(distance=0)(tmp_path / "015.png", interval)) == [15] * 9
+    assert {path.name for path in opened} == {"015.png"}
+
+
     opened = []
     monkeypatch.setattr(Image, "open", lambda path, opened=opened, read=Image.open: opened.append(path) or read(path))
     SliceStackReader()(tmp_path / "015.png", 5.0)
@@ -206,7 +215,7 @@ def test_key_slice_outside_the_volume_is_refused(tmp_path):
             SliceStackReader()(tmp_path / "ct.nii.gz", key_slice=key)
 
 
-@pytest.mark.parametrize("arguments", [{"slices": 8}, {"slices": 0}, {"distance": 0}, {"distance": float("nan")}])
+@pytest.mark.parametrize("arguments", [{"slices": 8}, {"slices": 0}, {"distance": -1}, {"distance": float("nan")}])
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be .* got"):
         SliceStackReader(**arguments)

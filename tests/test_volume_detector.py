@@ -83,8 +83,8 @@ def test_plain_tensor_is_refused_as_it_tells_no_distance():
         VolumeLesionDetector(Bright())(torch.zeros(1, 1, 8, 8, 5))
 
 
-@pytest.mark.parametrize("interval", [1.0, 2.0, 5.0])
-def test_stacks_of_a_volume_are_those_that_training_reads_from_slices(tmp_path, interval):
+@pytest.mark.parametrize(("interval", "distance"), [(1.0, 2.5), (2.0, 2.5), (5.0, 2.5), (2.0, 0)])
+def test_stacks_of_a_volume_are_those_that_training_reads_from_slices(tmp_path, interval, distance):
     random = np.random.default_rng(0)
     slices = {n: np.rint(random.normal(0, 800, (20, 28))) for n in range(1, 15)}
     write_series(tmp_path / "scan", slices, slices)
@@ -94,9 +94,11 @@ def test_stacks_of_a_volume_are_those_that_training_reads_from_slices(tmp_path, 
     training = Compose(
         [ScaleIntensityRange(-1024, 1050, -2.118, 2.249, clip=True), RandResizeStack(42)],
     )
-    found = list(VolumeLesionDetector(nn.Identity(), size=42).stacks(torch.as_tensor(scan), interval))
+    found = list(
+        VolumeLesionDetector(nn.Identity(), size=42, distance=distance).stacks(torch.as_tensor(scan), interval)
+    )
     for number in (1, 7, 14):
-        wanted = training(SliceStackReader()(tmp_path / "scan" / f"{number:03d}.png", interval))
+        wanted = training(SliceStackReader(distance=distance)(tmp_path / "scan" / f"{number:03d}.png", interval))
         torch.testing.assert_close(found[number - 1], torch.as_tensor(wanted), atol=1e-5, rtol=0)
 
 

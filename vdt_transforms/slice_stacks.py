@@ -33,7 +33,7 @@ def slice_mixes(slices: int, distance: float, interval: float, reference: bool =
 
     Args:
         slices: number of slices, odd.
-        distance: wanted between them, in mm.
+        distance: wanted between them, in mm; 0 takes the key slice for all.
         interval: of the scan, in mm.
         reference: weigh as the published code does, which takes the fraction of the first step for all steps: at an
             interval of 2 mm its slices lie at 2.5, 4.5, 6.5 and 10 mm instead of 2.5, 5, 7.5 and 10.
@@ -68,7 +68,8 @@ class SliceStackReader(Transform):
 
     Args:
         slices: number of slices, odd.
-        distance: between them, in mm; published are 2.5 (MP3D) and 2 (3DCE, MULAN).
+        distance: between them, in mm; published are 2.5 (MP3D) and 2 (3DCE, MULAN). 0 repeats the key slice: a stack
+            without context, to compare with.
         reference: interpolate as the published code does (see `slice_mixes`).
 
     Raises:
@@ -79,8 +80,8 @@ class SliceStackReader(Transform):
     def __init__(self, slices: int = 9, distance: float = 2.5, *, reference: bool = False) -> None:
         if slices < 1 or slices % 2 == 0:
             raise ValueError(f"slices must be an odd number, so that the key slice is in the centre; got {slices}")
-        if not distance > 0:
-            raise ValueError(f"distance must be a positive number of mm, got {distance}")
+        if not 0 <= distance < math.inf:  # also NaN
+            raise ValueError(f"distance must be a number of mm, 0 or more, got {distance}")
         self.slices, self.distance, self.reference = slices, distance, reference
         self._numbers: dict[str, dict[int, str]] = {}
         self._volume: tuple[str, np.ndarray, float] | None = None
