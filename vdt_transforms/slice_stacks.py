@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Container, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ class SliceStackReader(Transform):
     """Read the slices around a key slice as one stack in HU. file -> float32 (slices, X, Y).
 
     A slice between two stored ones is interpolated. Where a neighbour is missing, at the end of the scan or in a gap,
-    the nearest stored slice towards the key slice takes its place. Each stored slice is read once.
+    the nearest stored slice towards the key slice takes its place. Each stored slice is read once for a stack, and not
+    again for the next stack if that is of the same series: key slices that are read in order share their neighbours.
 
     A `.png` file is the key slice itself, in the folder of its series: files named by slice number (`109.png`), 16 bits
     of one channel that hold HU + 32768, as DeepLesion has them. Everything else that MONAI reads is a volume; it is
@@ -83,8 +85,20 @@ class SliceStackReader(Transform):
         if not 0 <= distance < math.inf:  # also NaN
             raise ValueError(f"distance must be a number of mm, 0 or more, got {distance}")
         self.slices, self.distance, self.reference = slices, distance, reference
+        self._forget()
+
+    def _forget(self) -> None:
         self._numbers: dict[str, dict[int, str]] = {}
         self._volume: tuple[str, np.ndarray, float] | None = None
+        self._last: tuple[str, dict[int, np.ndarray]] = ("", {})  # the slices of the last stack, of one series
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What makes the stacks, without what was read: for other processes, and for the name of a cache."""
+        return {"slices": self.slices, "distance": self.distance, "reference": self.reference}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def __call__(self, file: str | Path, slice_interval: float | None = None, key_slice: int | None = None) -> Tensor:
         """Read the stack around `file`, or around slice `key_slice` of the volume `file`.
@@ -103,23 +117,32 @@ class SliceStackReader(Transform):
         named = SLICE_NAME.match(path.name)
         if named is None:
             raise ValueError(f"{path}: the key slice's file must be named by its number, such as 109.png")
-        numbers = self._listed(str(path.parent))
+        folder = str(path.parent)
+        numbers = self._listed(folder)
         if int(named[1]) not in numbers:
-            self._numbers.pop(str(path.parent), None)  # it may be there the next time
+            self._numbers.pop(folder, None)  # it may be there the next time
             raise FileNotFoundError(f"{path}: no such key slice; its folder has {len(numbers)} slices")
-        pictures = self._stack(
-            int(named[1]), self._mixes(path, interval), numbers, lambda n: read_slice(path.parent / numbers[n])
-        )
+        last_folder, last = self._last
+        known = last if last_folder == folder else {}
+        used: dict[int, np.ndarray] = {}
+
+        def read(number: int) -> np.ndarray:
+            used[number] = known[number] if number in known else read_slice(path.parent / numbers[number])
+            return used[number]
+
+        pictures = self._stack(int(named[1]), self._mixes(path, interval), numbers, read)
+        self._last = (folder, used)
         return torch.from_numpy(pictures).transpose(1, 2)
 
     def _read_volume(self, path: Path, interval: float | None, key_slice: int | None) -> Tensor:
-        if self._volume is None or self._volume[0] != str(path):
+        kept = self._volume
+        if kept is None or kept[0] != str(path):
             image = LoadImage(ensure_channel_first=True)(path)
             image = Orientation(ORIENTATION, labels=None)(image)
             if image.shape[0] != 1:
                 raise ValueError(f"{path}: has {image.shape[0]} channels; expected a volume of one")
-            self._volume = (str(path), np.asarray(image[0]), float(image.pixdim[2]))
-        _, volume, own_interval = self._volume
+            kept = self._volume = (str(path), np.asarray(image[0]), float(image.pixdim[2]))
+        _, volume, own_interval = kept
         if key_slice is None or not 0 <= key_slice < volume.shape[2]:
             raise ValueError(f"{path}: key_slice must be from 0 to {volume.shape[2] - 1}, got {key_slice}")
         mixes = self._mixes(path, own_interval if interval is None else interval)
