@@ -36,7 +36,7 @@ def lesion_context(
     output_dir: str,
     seeds: int = 3,
     volumes: int = 200,
-    epochs: int = 8,
+    epochs: int = 4,
     batch_size: int = 4,
     learning_rate: float = 0.02,
     first_seed: int = 0,
