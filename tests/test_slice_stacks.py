@@ -133,6 +133,11 @@ def test_neighbouring_key_slices_share_what_was_read_of_their_series(tmp_path, m
         assert torch.equal(stack, SliceStackReader()(tmp_path / f"{place}.png", 5.0))
     alone = 5 * 5
     assert len(opened) - alone == 5 + 1 + 2 + 5 + 5  # of another series nothing is kept
+    opened.clear()
+    for number in range(11, 20):
+        reader(tmp_path / "b" / f"{number:03d}.png", 1.0)
+        assert len(reader._last[1]) <= 21  # 10 mm to either side
+    assert len(opened) == len(set(opened)) == 29
     assert not pickle.loads(pickle.dumps(reader))._last[1]
     assert pickle.dumps(reader) == pickle.dumps(SliceStackReader())
 

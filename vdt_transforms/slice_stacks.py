@@ -59,8 +59,8 @@ class SliceStackReader(Transform):
     """Read the slices around a key slice as one stack in HU. file -> float32 (slices, X, Y).
 
     A slice between two stored ones is interpolated. Where a neighbour is missing, at the end of the scan or in a gap,
-    the nearest stored slice towards the key slice takes its place. Each stored slice is read once for a stack, and not
-    again for the next stack if that is of the same series: key slices that are read in order share their neighbours.
+    the nearest stored slice towards the key slice takes its place. Each stored slice is read once for a stack, and kept
+    for the next ones of the same series that reach it: a series that is read in order is read once.
 
     A `.png` file is the key slice itself, in the folder of its series: files named by slice number (`109.png`), 16 bits
     of one channel that hold HU + 32768, as DeepLesion has them. Everything else that MONAI reads is a volume; it is
@@ -90,7 +90,7 @@ class SliceStackReader(Transform):
     def _forget(self) -> None:
         self._numbers: dict[str, dict[int, str]] = {}
         self._volume: tuple[str, np.ndarray, float] | None = None
-        self._last: tuple[str, dict[int, np.ndarray]] = ("", {})  # the slices of the last stack, of one series
+        self._last: tuple[str, dict[int, np.ndarray]] = ("", {})  # what was read between the ends of the last stack
 
     def __getstate__(self) -> dict[str, Any]:
         """What makes the stacks, without what was read: for other processes, and for the name of a cache."""
@@ -131,7 +131,8 @@ class SliceStackReader(Transform):
             return used[number]
 
         pictures = self._stack(int(named[1]), self._mixes(path, interval), numbers, read)
-        self._last = (folder, used)
+        near = range(min(used), max(used) + 1)
+        self._last = (folder, {number: pixels for number, pixels in (known | used).items() if number in near})
         return torch.from_numpy(pictures).transpose(1, 2)
 
     def _read_volume(self, path: Path, interval: float | None, key_slice: int | None) -> Tensor:
