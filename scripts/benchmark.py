@@ -4,6 +4,7 @@
     python scripts/benchmark.py network --json network.json        training step and memory, against MONAI's resnet18
     python scripts/benchmark.py inference --json inference.json    whole volumes, against MONAI's default inferer
     python scripts/benchmark.py volume_input --json volumes.json   training patches, against MONAI's data sets
+    python scripts/benchmark.py stack_input --json stacks.json     nine-slice stacks/s, against a plain loop over files
     python scripts/benchmark.py all --json all.json
 
 What is measured is stated with each number. Both sides run alternately in the same session, after a warm-up, with the
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 import fire
 import numpy as np
 import torch
+from benchmark_stacks import stack_passes, write_scans
 from benchmark_volumes import compare_inference, compare_volume_input, inference_side, volume_input_side
 from monai.networks.nets import resnet18
 from PIL import Image
@@ -123,6 +125,20 @@ def volume_input(
     _report({"volume_input": compare_volume_input(cases, shape, patches)}, json)
 
 
+def stack_input(
+    slices: int = 30, intervals: Sequence[float] = (1, 2, 5), repeats: int = 5, json: str | None = None
+) -> None:
+    """Compare the nine-slice stacks/s of one core, from 16-bit PNG files to HU, with a plain loop over the places.
+
+    Args:
+        slices: of each of two series to make (512 x 512, and as large as a CT's files).
+        intervals: mm between the slices.
+        repeats: timed passes of each side.
+        json: file for the result.
+    """
+    _report({"stack_input": _stack_input(slices, intervals, repeats)}, json)
+
+
 def all_benchmarks(json: str | None = None) -> None:
     """Run all with their default settings.
 
@@ -132,6 +148,7 @@ def all_benchmarks(json: str | None = None) -> None:
     results = {"input_pipeline": _input_pipeline(200, 5, 224, None), "network": _network(4, 96, 32, 5, 2, "cpu")}
     results["inference"] = compare_inference((150, 300, 600), 512, 14, "constant")
     results["volume_input"] = compare_volume_input(4, (400, 400, 120), 40)
+    results["stack_input"] = _stack_input(30, (1, 2, 5), 5)
     _report(results, json)
 
 
@@ -169,6 +186,33 @@ def _input_pipeline(images: int, repeats: int, size: int, folder: str | None) ->
             "mean_absolute_difference_of_255": round(float(np.mean(differences)), 3),
             "our_stages_ms": _stages(ours, len(chosen)),
         }
+
+
+def _stack_input(slices: int, intervals: Sequence[float], repeats: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as made:
+        kilobytes = write_scans(Path(made), slices)
+        result: dict[str, Any] = {"settings": {"slices": slices, "file_kB": round(kilobytes), "repeats": repeats}}
+        for interval in intervals:
+            passes = stack_passes(Path(made), slices, interval)
+            pairs = [zip(passes["plain loop"](), passes[side](), strict=True) for side in ("shuffled", "disk cache")]
+            difference = max(float(np.abs(a - b).max()) for pair in pairs for a, b in pair)
+            stacks = sum(1 for _ in passes["plain loop"]())
+            seconds = _alternate({side: partial(_exhaust, run) for side, run in passes.items()}, repeats)
+            rates = {side: [stacks / s for s in times] for side, times in seconds.items()}
+            result[f"stacks_per_second_at_{interval:g}_mm"] = {side: _quartiles(r) for side, r in rates.items()}
+            result[f"ratio_to_plain_loop_at_{interval:g}_mm"] = {
+                side: _quartiles([a / b for a, b in zip(r, rates["plain loop"], strict=True)])
+                for side, r in rates.items()
+                if side != "plain loop"
+            }
+            result[f"largest_difference_in_HU_at_{interval:g}_mm"] = round(difference, 5)
+        return result
+
+
+def _exhaust(stacks: Callable[[], Iterator[np.ndarray]]) -> None:
+    for _ in stacks():
+        pass
 
 
 class TorchvisionChain(Dataset):
@@ -349,4 +393,5 @@ def _commit() -> str:
 if __name__ == "__main__":
     commands = {"input_pipeline": input_pipeline, "network": network, "inference": inference}
     sides = {"network_side": network_side, "inference_side": inference_side, "volume_input_side": volume_input_side}
-    fire.Fire({**commands, "volume_input": volume_input, "all": all_benchmarks, **sides})
+    commands |= {"volume_input": volume_input, "stack_input": stack_input}
+    fire.Fire({**commands, "all": all_benchmarks, **sides})

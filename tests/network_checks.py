@@ -57,7 +57,7 @@ def assert_every_parameter_gets_a_gradient(network, x):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def _scripted_and_saved(network, x):
+def scripted_and_saved(network, x):
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates scripting, which MONAI's ckpt_export still does
@@ -69,7 +69,7 @@ def _scripted_and_saved(network, x):
 COPIES = {
     "pickled": lambda network, x: pickle.loads(pickle.dumps(network)),
     "deep-copied": lambda network, x: copy.deepcopy(network),
-    "scripted": _scripted_and_saved,
+    "scripted": scripted_and_saved,
     "exported": lambda network, x: torch.export.export(network, (x,)).module(),
 }
 

@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from bundle_runs import BASE, ROOT, TINY, config_files
 from ignite.engine import Events
+from monai.bundle import ConfigParser
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from PIL import Image
 from torch import nn
@@ -21,6 +23,9 @@ from vdt_workflows import (
     prepare_key_slices,
     warm_up,
 )
+from vdt_workflows.key_slices import as_key_slices
+
+BUNDLE = ROOT / "bundles" / "deeplesion_lesion_detection"
 
 
 def item(name, lesions, size=(24, 16), scale=(1.0, 1.0)):
@@ -176,3 +181,26 @@ def test_rate_rises_by_the_published_formula_and_drops_at_the_published_steps():
 def test_rate_falls_as_a_cosine_without_drops():
     found = rates(100, warmup_steps=0)
     np.testing.assert_allclose(found, [0.15 * (1 + math.cos(math.pi * i / 100)) for i in range(100)], atol=1e-9)
+
+
+# Data
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_cached_stacks_are_those_that_are_read_each_time(key_slices, tmp_path, cache):
+    def batches(cache):
+        parser = ConfigParser(ConfigParser.load_config_file(config_files(BUNDLE, BASE)[0]))
+        parser.update({**TINY[BUNDLE.name], "dataset_dir": str(key_slices), "cache": cache, "cache_dir": str(tmp_path)})
+        for part in ("train", "validate"):
+            dataset = parser.get_parsed_content(f"{part}::dataset")
+            yield from (collate_key_slices([dataset[epoch, 1], dataset[epoch, 0]]) for epoch in (0, 1, 0))
+
+    for found, wanted in zip(batches(cache), batches("none"), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found["image"], wanted["image"], strict=True))
+        for label, other in zip(found["label"], wanted["label"], strict=True):
+            assert torch.equal(label["boxes"], other["boxes"])
+            detections = torch.zeros(1, 100, 6)
+            (slice_,), (same,) = as_key_slices(detections, [label]), as_key_slices(detections, [other])
+            assert slice_.name == same.name
+            np.testing.assert_array_equal(slice_.lesions, same.lesions)
+    assert len(list(tmp_path.iterdir())) == (12 if cache == "disk" else 0)

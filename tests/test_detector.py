@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from network_checks import COPIES, assert_copy_answers_alike, assert_every_parameter_gets_a_gradient, randomise
+from network_checks import (
+    assert_copy_answers_alike,
+    assert_every_parameter_gets_a_gradient,
+    randomise,
+    scripted_and_saved,
+)
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
@@ -119,7 +124,7 @@ def test_training_gives_four_losses_and_every_parameter_learns():
     network = randomise(narrow())
 
     def losses(x):
-        return list(network(x, [target([60, 70, 120, 110], [30, 20, 44, 36]), target([10, 10, 180, 200])]).values())
+        return list(network(x, [target([60, 70, 120, 110], [30, 20, 44, 36]), target([10, 10, 120, 110])]).values())
 
     class Losses(nn.Module):
         def __init__(self):
@@ -130,7 +135,7 @@ def test_training_gives_four_losses_and_every_parameter_learns():
             return losses(x)
 
     assert set(network(torch.randn(1, 9, 64, 64), [target([10, 10, 30, 30])])) == LOSSES
-    assert_every_parameter_gets_a_gradient(Losses(), torch.randn(2, 9, 256, 288))
+    assert_every_parameter_gets_a_gradient(Losses(), torch.randn(2, 9, 128, 160))
 
 
 def test_image_without_lesions_trains_on_background_alone():
@@ -221,20 +226,32 @@ def test_convention_columns_first_turns_the_image_and_leaves_the_boxes():
     assert losses[0] == losses[1]
 
 
+ARGUMENTS = pytest.mark.parametrize(
+    "arguments", [{}, {"columns_first": True, "conversion": "center"}], ids=["mp3d", "p3d"]
+)
+
+
 # In float32, boxes of nearly equal score may change places; what is compared is exact in practice on one machine.
-@pytest.mark.parametrize("how", [how for how in COPIES if how != "exported"])
-@pytest.mark.parametrize("arguments", [{}, {"columns_first": True, "conversion": "center"}], ids=["mp3d", "p3d"])
-def test_copy_answers_as_the_network_does(arguments, how):  # torch.export stops inside torchvision's batched_nms
+@pytest.mark.parametrize("how", ["pickled", "deep-copied"])
+@ARGUMENTS
+def test_copy_answers_as_the_network_does(arguments, how):
     assert_copy_answers_alike(narrow(**arguments), torch.randn(1, 9, 64, 70), how)
 
 
-def test_scripted_detector_takes_other_sizes_and_a_channel_axis():
-    network = randomise(narrow()).eval()
-    scripted = torch.jit.script(network)
+@ARGUMENTS
+def test_scripted_copy_answers_as_the_network_does_at_any_size_and_with_a_channel_axis(arguments):
+    network = randomise(narrow(**arguments)).eval()
+    scripted = scripted_and_saved(network, None)
     with torch.no_grad():
-        for size in ((2, 9, 40, 64), (1, 1, 9, 96, 64)):
+        for size in ((1, 9, 64, 70), (2, 9, 40, 64), (1, 1, 9, 96, 64)):
             x = torch.randn(size)
             torch.testing.assert_close(scripted(x), network(x))
+
+
+@pytest.mark.slow
+def test_torch_export_stops_at_the_number_of_boxes():
+    with pytest.raises(RuntimeError, match="data-dependent"):  # once torchvision mends it, say so in the README
+        torch.export.export(narrow().eval(), (torch.randn(1, 9, 64, 64),))
 
 
 def test_number_of_classes_below_one_is_refused():

@@ -157,6 +157,7 @@ def test_copy_answers_as_the_network_does(conversion, how):
     assert_copy_answers_alike(narrow(conversion=conversion), torch.randn(1, 1, 9, 32, 48), how)
 
 
+@pytest.mark.slow
 def test_compiled_training_step_is_the_eager_one():
     assert_compiled_step_is_the_eager_step(narrow(18, conversion="group"), torch.randn(1, 1, 9, 32, 32))
 

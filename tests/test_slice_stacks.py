@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -100,6 +102,15 @@ def test_a_lone_slice_is_its_own_neighbour(tmp_path):
     assert depths(SliceStackReader()(tmp_path / "007.png", 1.0)) == [7] * 9
 
 
+def test_distance_zero_repeats_the_key_slice_and_reads_no_other(tmp_path, monkeypatch):
+    write_series(tmp_path, range(1, 30))
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda path, read=Image.open: opened.append(path) or read(path))
+    for interval in (0.6, 2.5, 5.0):
+        assert depths(SliceStackReader(distance=0)(tmp_path / "015.png", interval)) == [15] * 9
+    assert {path.name for path in opened} == {"015.png"}
+
+
 def test_each_slice_is_read_once(tmp_path, monkeypatch):
     write_series(tmp_path, range(1, 30))
     opened = []
@@ -109,6 +120,33 @@ def test_each_slice_is_read_once(tmp_path, monkeypatch):
     opened.clear()
     SliceStackReader()(tmp_path / "015.png", 1.0)
     assert len(opened) == len(set(opened)) == 13
+
+
+def test_neighbouring_key_slices_share_what_was_read_of_their_series(tmp_path, monkeypatch):
+    for name in "ab":
+        write_series(tmp_path / name, range(1, 30))
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda path, read=Image.open: opened.append(path) or read(path))
+    reader = SliceStackReader()
+    for place in ("a/015", "a/016", "a/018", "b/018", "a/018"):
+        stack = reader(tmp_path / f"{place}.png", 5.0)
+        assert torch.equal(stack, SliceStackReader()(tmp_path / f"{place}.png", 5.0))
+    alone = 5 * 5
+    assert len(opened) - alone == 5 + 1 + 2 + 5 + 5  # of another series nothing is kept
+    opened.clear()
+    for number in range(11, 20):
+        reader(tmp_path / "b" / f"{number:03d}.png", 1.0)
+        assert len(reader._last[1]) <= 21  # 10 mm to either side
+    assert len(opened) == len(set(opened)) == 29
+    assert not pickle.loads(pickle.dumps(reader))._last[1]
+    assert pickle.dumps(reader) == pickle.dumps(SliceStackReader())
+
+
+def test_what_is_done_to_a_stack_does_not_reach_the_next(tmp_path):
+    write_series(tmp_path, range(1, 30))
+    reader = SliceStackReader()
+    reader(tmp_path / "015.png", 2.5).add_(1)
+    assert depths(reader(tmp_path / "016.png", 2.5)) == list(range(12, 21))
 
 
 def test_numbers_above_999_and_other_files_in_the_folder_are_no_trouble(tmp_path):
@@ -206,7 +244,7 @@ def test_key_slice_outside_the_volume_is_refused(tmp_path):
             SliceStackReader()(tmp_path / "ct.nii.gz", key_slice=key)
 
 
-@pytest.mark.parametrize("arguments", [{"slices": 8}, {"slices": 0}, {"distance": 0}, {"distance": float("nan")}])
+@pytest.mark.parametrize("arguments", [{"slices": 8}, {"slices": 0}, {"distance": -1}, {"distance": float("nan")}])
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be .* got"):
         SliceStackReader(**arguments)

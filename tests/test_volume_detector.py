@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from bundle_runs import ROOT, config_files
 from deeplesion import write_series
-from monai.data import MetaTensor
+from dicom_maker import write_series as write_dicom
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor, decollate_batch
 from monai.transforms import Compose, LoadImage, ScaleIntensityRange
 from torch import nn
 
 from networks import VolumeLesionDetector
 from networks.volume_detector import link_boxes
 from vdt_transforms import RandResizeStack, SliceFolderReader, SliceStackReader
+from vdt_workflows import SaveLesions
 from vdt_workflows.lesions import list_scans
+
+BUNDLE = ROOT / "bundles" / "deeplesion_lesion_detection"
 
 
 class Bright(nn.Module):
@@ -83,8 +91,8 @@ def test_plain_tensor_is_refused_as_it_tells_no_distance():
         VolumeLesionDetector(Bright())(torch.zeros(1, 1, 8, 8, 5))
 
 
-@pytest.mark.parametrize("interval", [1.0, 2.0, 5.0])
-def test_stacks_of_a_volume_are_those_that_training_reads_from_slices(tmp_path, interval):
+@pytest.mark.parametrize(("interval", "distance"), [(1.0, 2.5), (2.0, 2.5), (5.0, 2.5), (2.0, 0)])
+def test_stacks_of_a_volume_are_those_that_training_reads_from_slices(tmp_path, interval, distance):
     random = np.random.default_rng(0)
     slices = {n: np.rint(random.normal(0, 800, (20, 28))) for n in range(1, 15)}
     write_series(tmp_path / "scan", slices, slices)
@@ -94,9 +102,11 @@ def test_stacks_of_a_volume_are_those_that_training_reads_from_slices(tmp_path, 
     training = Compose(
         [ScaleIntensityRange(-1024, 1050, -2.118, 2.249, clip=True), RandResizeStack(42)],
     )
-    found = list(VolumeLesionDetector(nn.Identity(), size=42).stacks(torch.as_tensor(scan), interval))
+    found = list(
+        VolumeLesionDetector(nn.Identity(), size=42, distance=distance).stacks(torch.as_tensor(scan), interval)
+    )
     for number in (1, 7, 14):
-        wanted = training(SliceStackReader()(tmp_path / "scan" / f"{number:03d}.png", interval))
+        wanted = training(SliceStackReader(distance=distance)(tmp_path / "scan" / f"{number:03d}.png", interval))
         torch.testing.assert_close(found[number - 1], torch.as_tensor(wanted), atol=1e-5, rtol=0)
 
 
@@ -152,15 +162,42 @@ def test_folder_of_slices_is_listed_read_and_its_faults_are_named(tmp_path):
     assert list_scans(tmp_path / "scan") == [{"image": str(tmp_path / "scan")}]
     reader = SliceFolderReader([1, 1, 5])
     assert reader.verify_suffix(tmp_path / "scan")
-    assert not reader.verify_suffix(tmp_path)
+    assert not reader.verify_suffix(tmp_path / "scan" / "003.png")
+    with pytest.raises(ValueError, match=r"003.png: not a folder of slices"):
+        reader.read(tmp_path / "scan" / "003.png")
     write_series(tmp_path / "scan", [7], size=(4, 6))
     with pytest.raises(ValueError, match=r"slice 6 is missing before 007.png"):
         list_scans(tmp_path / "scan")
     write_series(tmp_path / "scan", [6], size=(4, 7))
     with pytest.raises(ValueError, match=r"006.png: has \(7, 4\) pixels, the first slice \(6, 4\)"):
-        reader.read(tmp_path / "scan")
+        reader.get_data(reader.read(tmp_path / "scan"))
     with pytest.raises(ValueError, match="spacing must be three positive numbers of mm"):
         SliceFolderReader([1, 0, 1])
+
+
+@pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), (-1, 0, 0, 0, -1, 0)], ids=["supine", "turned"])
+def test_lesion_of_a_dicom_series_is_found_at_its_place_in_the_patient(tmp_path, orientation):
+    hu = np.full((40, 24, 9), -500)
+    hu[10:20, 5:12, 3:6] = 1000
+    spacing, origin = (0.8, 0.7, 2.5), np.array([-20.0, -10.0, -100.0])
+    write_dicom(tmp_path / "scan", hu, spacing=spacing, origin=origin, orientation=orientation)
+    parser = ConfigParser(ConfigParser.load_config_file(config_files(BUNDLE, ["inference"])[0]))
+    parser.update({"dataset_dir": str(tmp_path / "scan"), "bundle_root": str(BUNDLE), "size": 0})
+    parser.update({"network": Bright(), "dataloader::num_workers": 0, "output_dir": str(tmp_path), "device": "cpu"})
+    batch = next(iter(parser.get_parsed_content("dataloader")))
+    (found,) = parser.get_parsed_content("detector")(batch["image"])
+    SaveLesions(str(tmp_path))({"image": decollate_batch(batch["image"])[0], **found})
+    (lesion,) = json.loads((tmp_path / "scan_lesions.json").read_text())["lesions"]
+    middle = np.array([14.5, 8, 4]) * spacing * [orientation[0], orientation[4], 1]  # edges of the box are pixels' ends
+    np.testing.assert_allclose(lesion["center_lps_mm"], origin + middle, atol=0.45)
+    np.testing.assert_allclose(lesion["size_mm"], np.multiply((10, 7, 3), spacing), atol=1e-3)
+
+
+def test_damaged_dicom_series_is_named_rather_than_read_by_another_reader(tmp_path):
+    files = write_dicom(tmp_path / "scan")
+    files[1].unlink()
+    with pytest.raises(ValueError, match="not at equal distances"):
+        LoadImage(reader=SliceFolderReader([1, 1, 5]))(tmp_path / "scan")
 
 
 def test_what_is_no_scan_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""A reader of MONAI's for CT volumes that are stored as folders of numbered 16-bit PNG slices."""
+"""A reader of MONAI's for CT volumes that are stored as folders of slices: numbered 16-bit PNG files, or DICOM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from monai.data import ImageReader
+from monai.utils import ensure_tuple
 
+from vdt_transforms.dicom import SeriesReader
 from vdt_transforms.slice_stacks import SLICE_NAME, read_slice
 
 
@@ -30,16 +32,19 @@ def list_slices(folder: str | Path) -> list[Path]:
 
 
 class SliceFolderReader(ImageReader):
-    """Read a folder of PNG slices that hold HU + 32768, numbered from the head to the feet, as a volume in HU.
+    """Read a folder of slices as a volume in HU (X, Y, Z): numbered PNG files, or a DICOM series.
 
-    The volume is (X, Y, Z) = (columns, rows, slices), and its affine tells that they run to the left, the back and the
-    feet. Give it to `LoadImage` as `reader`; what is no such folder is left to MONAI's own readers.
+    PNG slices hold HU + 32768 and are numbered from the head to the feet; X, Y, Z are columns, rows and slices, and the
+    affine tells that they run to the left, the back and the feet. Other folders are read by `SeriesReader`.
+
+    Give it to `LoadImage` as `reader`; files are left to MONAI's own readers.
 
     Args:
-        spacing: mm between columns, rows and slices, which the files do not tell.
+        spacing: mm between columns, rows and slices, which PNG files do not tell.
 
     Raises:
-        ValueError: if `spacing` is not three positive numbers.
+        ValueError: if `spacing` is not three positive numbers; if a PNG slice is missing, damaged or has another size;
+            or as `SeriesReader` does.
     """
 
     def __init__(self, spacing: Sequence[float]) -> None:
@@ -49,29 +54,30 @@ class SliceFolderReader(ImageReader):
         self.spacing = [float(value) for value in spacing]
 
     def verify_suffix(self, filename: Any) -> bool:
-        """Whether it is a folder of slices."""
-        name = filename if isinstance(filename, str | Path) else filename[0]
-        return bool(list_slices(name))
+        """Whether it is a folder."""
+        return Path(ensure_tuple(filename)[0]).is_dir()
 
-    def read(self, data: Any, **kwargs: Any) -> list[np.ndarray]:
-        """Read the slices (rows, columns).
+    def read(self, data: Any, **kwargs: Any) -> str:
+        """Keep the path: `LoadImage` hides what goes wrong here behind the next reader's failure.
 
         Raises:
-            ValueError: if it is no folder of slices, or one of them is damaged or has another size.
+            ValueError: if it is a file, so that the next reader is taken.
         """
-        name = data if isinstance(data, str | Path) else data[0]
-        files = list_slices(name)
+        path = ensure_tuple(data)[0]
+        if not Path(path).is_dir():
+            raise ValueError(f"{path}: not a folder of slices")
+        return str(path)
+
+    def get_data(self, img: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """Read the volume (X, Y, Z) of a folder, and its metadata."""
+        files = list_slices(img)
         if not files:
-            raise ValueError(f"{name}: no folder of numbered PNG slices")
+            return SeriesReader().get_data([img])
         slices = [read_slice(file) for file in files]
         for file, pixels in zip(files, slices, strict=True):
             if pixels.shape != slices[0].shape:
                 raise ValueError(f"{file}: has {pixels.shape[::-1]} pixels, the first slice {slices[0].shape[::-1]}")
-        return slices
-
-    def get_data(self, img: list[np.ndarray]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Make the volume (X, Y, Z) and its metadata."""
-        volume = np.stack(img, axis=-1).transpose(1, 0, 2)
+        volume = np.stack(slices, axis=-1).transpose(1, 0, 2)
         affine = np.diag([-self.spacing[0], -self.spacing[1], -self.spacing[2], 1.0])
         meta = {
             "affine": affine,

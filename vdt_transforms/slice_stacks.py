@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Container, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def slice_mixes(slices: int, distance: float, interval: float, reference: bool =
 
     Args:
         slices: number of slices, odd.
-        distance: wanted between them, in mm.
+        distance: wanted between them, in mm; 0 takes the key slice for all.
         interval: of the scan, in mm.
         reference: weigh as the published code does, which takes the fraction of the first step for all steps: at an
             interval of 2 mm its slices lie at 2.5, 4.5, 6.5 and 10 mm instead of 2.5, 5, 7.5 and 10.
@@ -58,7 +59,8 @@ class SliceStackReader(Transform):
     """Read the slices around a key slice as one stack in HU. file -> float32 (slices, X, Y).
 
     A slice between two stored ones is interpolated. Where a neighbour is missing, at the end of the scan or in a gap,
-    the nearest stored slice towards the key slice takes its place. Each stored slice is read once.
+    the nearest stored slice towards the key slice takes its place. Each stored slice is read once for a stack, and kept
+    for the next ones of the same series that reach it: a series that is read in order is read once.
 
     A `.png` file is the key slice itself, in the folder of its series: files named by slice number (`109.png`), 16 bits
     of one channel that hold HU + 32768, as DeepLesion has them. Everything else that MONAI reads is a volume; it is
@@ -68,7 +70,8 @@ class SliceStackReader(Transform):
 
     Args:
         slices: number of slices, odd.
-        distance: between them, in mm; published are 2.5 (MP3D) and 2 (3DCE, MULAN).
+        distance: between them, in mm; published are 2.5 (MP3D) and 2 (3DCE, MULAN). 0 repeats the key slice: a stack
+            without context, to compare with.
         reference: interpolate as the published code does (see `slice_mixes`).
 
     Raises:
@@ -79,11 +82,23 @@ class SliceStackReader(Transform):
     def __init__(self, slices: int = 9, distance: float = 2.5, *, reference: bool = False) -> None:
         if slices < 1 or slices % 2 == 0:
             raise ValueError(f"slices must be an odd number, so that the key slice is in the centre; got {slices}")
-        if not distance > 0:
-            raise ValueError(f"distance must be a positive number of mm, got {distance}")
+        if not 0 <= distance < math.inf:  # also NaN
+            raise ValueError(f"distance must be a number of mm, 0 or more, got {distance}")
         self.slices, self.distance, self.reference = slices, distance, reference
+        self._forget()
+
+    def _forget(self) -> None:
         self._numbers: dict[str, dict[int, str]] = {}
         self._volume: tuple[str, np.ndarray, float] | None = None
+        self._last: tuple[str, dict[int, np.ndarray]] = ("", {})  # what was read between the ends of the last stack
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What makes the stacks, without what was read: for other processes, and for the name of a cache."""
+        return {"slices": self.slices, "distance": self.distance, "reference": self.reference}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def __call__(self, file: str | Path, slice_interval: float | None = None, key_slice: int | None = None) -> Tensor:
         """Read the stack around `file`, or around slice `key_slice` of the volume `file`.
@@ -102,23 +117,33 @@ class SliceStackReader(Transform):
         named = SLICE_NAME.match(path.name)
         if named is None:
             raise ValueError(f"{path}: the key slice's file must be named by its number, such as 109.png")
-        numbers = self._listed(str(path.parent))
+        folder = str(path.parent)
+        numbers = self._listed(folder)
         if int(named[1]) not in numbers:
-            self._numbers.pop(str(path.parent), None)  # it may be there the next time
+            self._numbers.pop(folder, None)  # it may be there the next time
             raise FileNotFoundError(f"{path}: no such key slice; its folder has {len(numbers)} slices")
-        pictures = self._stack(
-            int(named[1]), self._mixes(path, interval), numbers, lambda n: read_slice(path.parent / numbers[n])
-        )
+        last_folder, last = self._last
+        known = last if last_folder == folder else {}
+        used: dict[int, np.ndarray] = {}
+
+        def read(number: int) -> np.ndarray:
+            used[number] = known[number] if number in known else read_slice(path.parent / numbers[number])
+            return used[number]
+
+        pictures = self._stack(int(named[1]), self._mixes(path, interval), numbers, read)
+        near = range(min(used), max(used) + 1)
+        self._last = (folder, {number: pixels for number, pixels in (known | used).items() if number in near})
         return torch.from_numpy(pictures).transpose(1, 2)
 
     def _read_volume(self, path: Path, interval: float | None, key_slice: int | None) -> Tensor:
-        if self._volume is None or self._volume[0] != str(path):
+        kept = self._volume
+        if kept is None or kept[0] != str(path):
             image = LoadImage(ensure_channel_first=True)(path)
             image = Orientation(ORIENTATION, labels=None)(image)
             if image.shape[0] != 1:
                 raise ValueError(f"{path}: has {image.shape[0]} channels; expected a volume of one")
-            self._volume = (str(path), np.asarray(image[0]), float(image.pixdim[2]))
-        _, volume, own_interval = self._volume
+            kept = self._volume = (str(path), np.asarray(image[0]), float(image.pixdim[2]))
+        _, volume, own_interval = kept
         if key_slice is None or not 0 <= key_slice < volume.shape[2]:
             raise ValueError(f"{path}: key_slice must be from 0 to {volume.shape[2] - 1}, got {key_slice}")
         mixes = self._mixes(path, own_interval if interval is None else interval)
