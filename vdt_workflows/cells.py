@@ -110,7 +110,7 @@ def run_cells(
         yield from _run_on_ray(waiting, ray, ray_resources or {"num_cpus": 1})
         return
     free = list(range(workers))
-    running: dict[int, tuple[Any, Cell, int]] = {}
+    running: dict[Any, tuple[Any, Cell, int]] = {}  # by sentinel
     try:
         while waiting or running:
             while waiting and free:
@@ -119,7 +119,7 @@ def run_cells(
                 process = _start(cell, devices[slot % len(devices)] if devices else None)
                 running[process.sentinel] = (process, cell, slot)
             for sentinel in wait(list(running)):
-                process, cell, slot = running.pop(sentinel)  # type: ignore[index]
+                process, cell, slot = running.pop(sentinel)
                 _finish(process, cell)
                 free.append(slot)
                 yield cell
