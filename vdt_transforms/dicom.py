@@ -13,7 +13,7 @@ from monai.utils import ensure_tuple, optional_import
 
 pydicom, has_pydicom = optional_import("pydicom")
 
-GAP = 0.02  # by which the distance of two slices may differ from the usual one, as a part of it
+GAP = 0.2  # share of the usual distance by which one may differ: 0.625 mm are often written as 0.6 and 0.7
 
 
 class SeriesReader(PydicomReader):
@@ -25,7 +25,8 @@ class SeriesReader(PydicomReader):
     Y, Z) = (columns, rows, slices) in HU, with an affine to RAS mm; slices rise along the normal of their plane, which
     in an axial scan points to the head.
 
-    Give it to `LoadImaged(reader="vdt_transforms.SeriesReader")`. It needs pydicom.
+    Give it to `LoadImaged(reader="vdt_transforms.SeriesReader")`, which goes on to its next reader for a file, such as
+    NIfTI. It needs pydicom.
 
     Raises:
         ValueError: naming the folder, if it holds no image, several series, slices of different sizes, missing or
@@ -33,8 +34,15 @@ class SeriesReader(PydicomReader):
     """
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[str]:
-        """Keep the paths: `LoadImage` hides what goes wrong here behind the next reader's failure."""
-        return [os.fspath(path) for path in ensure_tuple(data)]
+        """Keep the paths: `LoadImage` hides what goes wrong here behind the next reader's failure.
+
+        Raises:
+            ValueError: if the path is a file, so that the next reader is taken.
+        """
+        paths = [os.fspath(path) for path in ensure_tuple(data)]
+        if os.path.isfile(paths[0]):
+            raise ValueError(f"{paths[0]}: a file; expected the folder of a DICOM series")
+        return paths
 
     def get_data(self, data: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
         """Read one folder (X, Y, Z), with its metadata."""
