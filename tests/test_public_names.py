@@ -19,8 +19,8 @@ PUBLIC = {
         LoadNaturalImaged NoduleReader RandFlipLeftRight RandFlipLeftRightd RandFlipSlices RandFlipSlicesd
         RandResizeStack RandResizeStackd RandResizedCropImage RandResizedCropImaged RandRotateCube RandRotateCubed
         RandSlab RandSlabd RandSliceShuffle RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
-        RestoreGridd SeriesReader SliceFolderReader SliceStackReader SliceStackReaderd Spacing Spacingd VolumeToImage
-        VolumeToImaged
+        RestoreGridd SeriesReader SliceFolderReader SliceStackReader SliceStackReaderd Spacing Spacingd VolumeReader
+        VolumeToImage VolumeToImaged
     """,
     "vdt_workflows": """
         INITIALISATIONS Attach CaseScores ClipGradients DetectionReport DetectionScores DicomFolder DicomSeries

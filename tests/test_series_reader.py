@@ -8,7 +8,7 @@ import pytest
 from monai.transforms import LoadImaged
 from nibabel.affines import apply_affine
 
-from vdt_transforms import NoduleReader, SeriesReader
+from vdt_transforms import NoduleReader, SeriesReader, VolumeReader
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -53,7 +53,7 @@ def load(folder, reader="vdt_transforms.SeriesReader"):
     return LoadImaged("image", reader=reader, ensure_channel_first=True)({"image": str(folder)})["image"]
 
 
-@pytest.mark.parametrize("reader", [SeriesReader, NoduleReader])
+@pytest.mark.parametrize("reader", [SeriesReader, NoduleReader, VolumeReader])
 def test_convention_a_series_is_columns_rows_slices_in_hu_with_an_affine_to_ras(tmp_path, reader):
     image = load(write_series(tmp_path), reader)
     np.testing.assert_array_equal(image[0], volume())
@@ -85,9 +85,9 @@ def test_distances_rounded_to_a_tenth_of_a_millimetre_are_equal(tmp_path):
     np.testing.assert_allclose(image.affine.numpy()[:3, 2], [0, 0, 0.62])
 
 
-def test_a_file_is_left_to_the_next_reader(tmp_path):
+def test_the_volume_reader_reads_nifti_too(tmp_path):
     nib.save(nib.Nifti1Image(volume(), np.diag([-0.8, -0.5, 2.5, 1])), tmp_path / "ct.nii.gz")
-    image = load(tmp_path / "ct.nii.gz")
+    image = load(tmp_path / "ct.nii.gz", VolumeReader)
     np.testing.assert_array_equal(image[0], volume())
     np.testing.assert_allclose(image.affine.numpy(), np.diag([-0.8, -0.5, 2.5, 1]))
 
