@@ -24,11 +24,12 @@ from dicom_maker import write_series
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.engines import SupervisedTrainer
 from PIL import Image
+from pydicom import dcmread
 from synthetic_nodules import write_published, write_published_split
 
 from networks import GenesisUNet3D, ResNet2D, ResNet3D, load_pretrained
 from networks.conversion import to_2d, to_3d
-from vdt_workflows import initialise
+from vdt_workflows import find_series, initialise
 
 SCHEMA = ROOT / "tests" / "data" / "metadata_schema.json"
 
@@ -332,6 +333,38 @@ def test_inference_of_segmentation_reads_a_dicom_folder(trained, tmp_path):
     assert record["volumes"] == [str(tmp_path / "scans" / "ct")]
 
 
+@pytest.mark.parametrize("task", ["bcv_multiorgan", "lits_liver", "lidc_nodule"])
+def test_inference_writes_a_dicom_seg_of_the_same_voxels_whatever_the_instance_numbers(trained, tmp_path, task):
+    segread = pytest.importorskip("highdicom").seg.segread
+    bundle = ROOT / "bundles" / f"{task}_segmentation"
+    folder = trained(bundle)
+    hu = np.random.default_rng(0).integers(-400, 400, (20, 22, 15))
+    fields = {"spacing": (0.8, 0.7, 2.5), "StudyInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.4"}
+    for number, file in enumerate(write_series(tmp_path / "ct", hu, **fields)):
+        dataset = dcmread(file)
+        dataset.InstanceNumber = 1 + number * 4 % 15
+        dataset.save_as(file)
+    settings = {"args_file": str(folder / "models" / "run.json"), "largest_component": []}
+    shutil.copytree(folder / "models", tmp_path / "models")
+    state = torch.load(folder / "models" / "model.pt", weights_only=True)
+    *_, weight, bias = state
+    torch.nn.init.normal_(state[weight], generator=torch.Generator().manual_seed(0))  # else it says: all background
+    state[bias].zero_()
+    torch.save(state, tmp_path / "models" / "model.pt")
+    run(bundle, ["inference"], tmp_path, tmp_path / "ct", output_format="dicom_seg", **settings)
+    nifti = np.asarray(nib.load(tmp_path / "eval" / "ct_seg.nii.gz").dataobj)
+    written = segread(tmp_path / "eval" / "ct_seg.dcm")
+    (series,) = find_series(tmp_path / "ct").series
+    uids = [str(dcmread(file).SOPInstanceUID) for file in series.files]
+    frames = written.get_pixels_by_source_instance(
+        uids, combine_segments=True, assert_missing_frames_are_empty=True, ignore_spatial_locations=False
+    )
+    np.testing.assert_array_equal(frames.transpose(2, 1, 0), nifti)
+    assert 0.05 < (nifti > 0).mean() < 0.95
+    names = json.loads((folder / "models" / "run.json").read_text())["label_names"]
+    assert [item.SegmentLabel for item in written.SegmentSequence] == names[1:]
+
+
 def test_inference_goes_on_without_a_bad_volume_when_asked(volumes, trained, tmp_path, caplog):
     bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
     folder = trained(bundle)
@@ -587,7 +620,10 @@ def test_every_command_of_the_documents_runs(
     names = sorted(path.name for path in (tmp_path / "published").glob("*.npz"))
     write_published_split(tmp_path / "split.csv", names[len(names) // 3 :], names[: len(names) // 3])
     (tmp_path / "positions.csv").write_text("column,row,slice\n10,11,7\n")
+    study = {"StudyInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.4"}
+    write_series(tmp_path / "ct", shape=(20, 22, 15), **study)
     given = {
+        "DICOM_FOLDER": str(tmp_path / "ct"),
         "IMAGES": str(images),
         "IMAGE_OR_FOLDER": str(images / "val"),
         "VOLUMES": str(volumes),

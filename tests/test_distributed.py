@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -63,3 +66,72 @@ def test_training_with_batch_norm_by_two_processes_runs_and_only_one_writes(imag
     execute([*TWO, *command(PRETRAINING, ["train", "multi_gpu_train"], tmp_path, images)])
     assert (tmp_path / "models" / "model.pt").is_file()
     assert len((tmp_path / "eval" / "history.csv").read_text().splitlines()) == 3
+
+
+# Two nodes, which are two process groups that meet over loopback
+
+
+def start_nodes(words, folder):
+    """Start torchrun twice, the second once the first keeps the store of the rendezvous."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    nodes = []
+    for number in range(2):
+        with (folder / f"node{number}.txt").open("w") as log:
+            start = [sys.executable, "-m", "torch.distributed.run", *meet, "-m", *words]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            nodes.append(subprocess.Popen(start, stdout=log, stderr=subprocess.STDOUT, env=environment))
+        wait_for(lambda: socket.create_connection(("127.0.0.1", port)).close() is None, 120)
+    return nodes
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if condition():
+                return
+        except OSError:
+            pass
+        time.sleep(0.1)
+    raise TimeoutError(f"not within {seconds} s")
+
+
+def last_lines(folder, number):
+    return "\n".join((folder / f"node{number}.txt").read_text().splitlines()[-20:])
+
+
+def test_evaluation_on_two_nodes_equals_evaluation_by_one_process(volumes, trained, tmp_path):
+    more = {"ckpt_path": str(trained(SEGMENTATION) / "models" / "model.pt"), "part": "training"}
+    names = ["train", "multi_gpu_train", "evaluate"]
+    nodes = start_nodes(command(SEGMENTATION, names, tmp_path / "two", volumes, **more), tmp_path)
+    assert [node.wait(600) for node in nodes] == [0, 0], last_lines(tmp_path, 0)
+    execute([*ONE, *command(SEGMENTATION, ["train", "evaluate"], tmp_path / "one", volumes, **more)])
+    two, one = (json.loads((tmp_path / name / "eval" / "scores.json").read_text()) for name in ("two", "one"))
+    assert two["val_mean_dice"] == pytest.approx(one["val_mean_dice"], abs=1e-6)
+
+
+def test_a_killed_process_ends_the_other_node_within_a_minute_with_its_cause(volumes, tmp_path):
+    words = command(SEGMENTATION, ["train", "multi_gpu_train"], tmp_path, volumes, epochs=500, val_interval=500)
+    nodes = start_nodes(words, tmp_path)
+    try:
+        wait_for((tmp_path / "eval" / "history.csv").exists, 600)
+        children = subprocess.run(["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True, check=True)
+        os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+        start = time.monotonic()
+        assert all(node.wait(60) for node in nodes)
+        assert time.monotonic() - start < 60
+    finally:
+        for node in nodes:
+            node.kill()
+    assert "SIGKILL" in last_lines(tmp_path, 1)
+    assert "RuntimeError" in last_lines(tmp_path, 0)  # from gloo: the other side has gone
+
+
+def test_a_sentence_stands_in_the_last_lines_of_torchrun(volumes, tmp_path):
+    words = command(SEGMENTATION, ["train", "multi_gpu_train"], tmp_path, volumes, init="vdt", pretrained="/none.pt")
+    result = subprocess.run([*TWO, *words], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "/none.pt: no such checkpoint file" in "\n".join(result.stderr.splitlines()[-20:])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 from monai.transforms import LoadImaged
 from nibabel.affines import apply_affine
 
-from vdt_transforms import NoduleReader, SeriesReader
+from vdt_transforms import NoduleReader, SeriesReader, VolumeReader
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -52,7 +53,7 @@ def load(folder, reader="vdt_transforms.SeriesReader"):
     return LoadImaged("image", reader=reader, ensure_channel_first=True)({"image": str(folder)})["image"]
 
 
-@pytest.mark.parametrize("reader", [SeriesReader, NoduleReader])
+@pytest.mark.parametrize("reader", [SeriesReader, NoduleReader, VolumeReader])
 def test_convention_a_series_is_columns_rows_slices_in_hu_with_an_affine_to_ras(tmp_path, reader):
     image = load(write_series(tmp_path), reader)
     np.testing.assert_array_equal(image[0], volume())
@@ -77,6 +78,18 @@ def test_a_tilted_series_keeps_each_voxel_at_its_place(tmp_path):
         lps = (3, 4, 5) + voxel[0] * 0.8 * row + voxel[1] * 0.5 * column + voxel[2] * 2.5 * normal
         np.testing.assert_allclose(apply_affine(image.affine.numpy(), voxel), lps * (-1, -1, 1), atol=1e-9)
     np.testing.assert_array_equal(image[0], volume())
+
+
+def test_distances_rounded_to_a_tenth_of_a_millimetre_are_equal(tmp_path):
+    image = load(write_series(tmp_path, heights=[0, 0.6, 1.2, 1.9, 2.5, 3.1]))
+    np.testing.assert_allclose(image.affine.numpy()[:3, 2], [0, 0, 0.62])
+
+
+def test_the_volume_reader_reads_nifti_too(tmp_path):
+    nib.save(nib.Nifti1Image(volume(), np.diag([-0.8, -0.5, 2.5, 1])), tmp_path / "ct.nii.gz")
+    image = load(tmp_path / "ct.nii.gz", VolumeReader)
+    np.testing.assert_array_equal(image[0], volume())
+    np.testing.assert_allclose(image.affine.numpy(), np.diag([-0.8, -0.5, 2.5, 1]))
 
 
 def test_files_that_are_no_images_and_folders_above_are_passed_over(tmp_path):

@@ -13,7 +13,7 @@ Conventions, for every transform of this package:
 """
 
 from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd, CheckOverflow, CheckOverflowd
-from vdt_transforms.dicom import SeriesReader
+from vdt_transforms.dicom import SeriesReader, VolumeReader
 from vdt_transforms.grids import RestoreGrid, RestoreGridd
 from vdt_transforms.natural_images import (
     ImageDecodeError,
@@ -84,6 +84,7 @@ __all__ = [
     "SliceStackReaderd",
     "Spacing",
     "Spacingd",
+    "VolumeReader",
     "VolumeToImage",
     "VolumeToImaged",
 ]

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from monai.config import PathLike
-from monai.data import PydicomReader
+from monai.data import NibabelReader, PydicomReader
 from monai.utils import ensure_tuple, optional_import
 
 pydicom, has_pydicom = optional_import("pydicom")
 
-GAP = 0.02  # by which the distance of two slices may differ from the usual one, as a part of it
+GAP = 0.2  # share of the usual distance by which one may differ: 0.625 mm are often written as 0.6 and 0.7
 
 
 class SeriesReader(PydicomReader):
@@ -25,7 +25,8 @@ class SeriesReader(PydicomReader):
     Y, Z) = (columns, rows, slices) in HU, with an affine to RAS mm; slices rise along the normal of their plane, which
     in an axial scan points to the head.
 
-    Give it to `LoadImaged(reader="vdt_transforms.SeriesReader")`. It needs pydicom.
+    Give it to `LoadImaged(reader="vdt_transforms.SeriesReader")`, or to `VolumeReader`, which calls it. It needs
+    pydicom.
 
     Raises:
         ValueError: naming the folder, if it holds no image, several series, slices of different sizes, missing or
@@ -50,6 +51,32 @@ class SeriesReader(PydicomReader):
             return super().get_data(slices)
         except Exception as error:  # decoders raise whatever they stumble over
             raise ValueError(f"{folder}: its slices cannot be read ({type(error).__name__}: {error})") from error
+
+
+class VolumeReader(NibabelReader):
+    """MONAI reader of volumes in NIfTI, and of DICOM folders by `SeriesReader`.
+
+    Give it to `LoadImaged(reader="vdt_transforms.VolumeReader")`.
+    """
+
+    def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
+        """Say whether all are NIfTI files or folders."""
+        names = [os.fspath(name) for name in ensure_tuple(filename)]
+        return all(name.endswith((".nii", ".nii.gz")) or os.path.isdir(name) for name in names)
+
+    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
+        """Open NIfTI files; keep the path of a folder."""
+        paths = [os.fspath(path) for path in ensure_tuple(data)]
+        if len(paths) == 1 and os.path.isdir(paths[0]):
+            self.filenames = paths
+            return paths
+        return super().read(data, **kwargs)
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Read one folder, or files as channels, (X, Y, Z), with their metadata."""
+        if isinstance(img, list) and len(img) == 1 and isinstance(img[0], str):
+            return SeriesReader().get_data(img)
+        return super().get_data(img)
 
 
 def _read_slices(folder: str) -> list[Any]:

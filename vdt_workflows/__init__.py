@@ -16,6 +16,7 @@ from vdt_workflows.command_line import check_command_line
 from vdt_workflows.detection_handlers import DetectionReport, DetectionScores
 from vdt_workflows.detection_scores import KeySlice, draw_froc, froc, score_detections
 from vdt_workflows.dicom import DicomFolder, DicomSeries, find_series
+from vdt_workflows.dicom_seg import SaveDicomSegd, writes_dicom
 from vdt_workflows.headers import check_geometry
 from vdt_workflows.image_folders import ImageList, collate_images, find_images
 from vdt_workflows.inferers import SlabInferer
@@ -52,6 +53,7 @@ __all__ = [
     "ReportNodules",
     "ResumeRun",
     "RunLog",
+    "SaveDicomSegd",
     "SaveLesions",
     "SaveMalignancy",
     "SavePredictions",
@@ -102,4 +104,5 @@ __all__ = [
     "warm_up",
     "weigh_classes",
     "write_atomic",
+    "writes_dicom",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from monai.bundle import (
 )
 from monai.bundle.config_item import ConfigComponent
 from monai.utils import ensure_tuple
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 __all__ = ["check_command_line"]
 
@@ -64,7 +66,15 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
 
 
 def _explain(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Show the sentence of an error that these packages raised, in place of MONAI's tracebacks around it."""
+    """Show the sentence of an error that these packages raised, in place of MONAI's tracebacks around it.
+
+    Under torchrun the error is also left for its summary, whose last lines tell which process failed first and why.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        try:
+            raise _root_cause(error)
+        except BaseException as cause:  # torch records the exception that is being handled
+            get_error_handler().record_exception(cause)
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, ValueError | OSError):
@@ -77,6 +87,12 @@ def _explain(kind: type[BaseException], error: BaseException, traceback: Traceba
                 return
         inner = inner.__cause__
     sys.__excepthook__(kind, error, traceback)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _raised_here(error: BaseException) -> bool:
