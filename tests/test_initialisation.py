@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import re
 
 import pytest
@@ -22,7 +23,7 @@ from networks import (
     convert,
     load_pretrained,
 )
-from vdt_workflows import initialise, load_weights, save_weights
+from vdt_workflows import initialise, load_weights, read_provenance, save_weights
 
 
 @pytest.fixture
@@ -99,6 +100,24 @@ def test_a_missing_file_and_another_architecture_are_refused_and_change_nothing(
     with pytest.raises(ValueError, match=r"deeper\.pt: does not fit .*is in the file only"):
         initialise(network, "vdt", tmp_path / "deeper.pt")
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_what_is_saved_later_says_which_file_it_started_from(encoder, tmp_path):
+    file, tensors = encoder
+    save_weights(initialise(segmenter(), "vdt", file), tmp_path / "model.pt", {"depth": 18})
+    found = read_provenance(tmp_path / "model.pt")
+    assert (found["depth"], found["init"]) == (18, "vdt")
+    assert found["pretrained"]["file"] == "encoder.pt"
+    assert found["pretrained"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    torch.save(tensors, tmp_path / "published.pth")
+    network = initialise(segmenter(), "vdt", tmp_path / "published.pth")
+    save_weights(network.network.backbone, tmp_path / "encoder_of_it.pt")
+    assert read_provenance(tmp_path / "encoder_of_it.pt")["pretrained"]["provenance"] == {}
+
+
+def test_weights_from_scratch_name_no_file(tmp_path):
+    save_weights(initialise(segmenter()), tmp_path / "model.pt")
+    assert read_provenance(tmp_path / "model.pt") == {}
 
 
 # 2D networks

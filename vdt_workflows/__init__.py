@@ -20,7 +20,7 @@ from vdt_workflows.dicom_seg import SaveDicomSegd, writes_dicom
 from vdt_workflows.headers import check_geometry
 from vdt_workflows.image_folders import ImageList, collate_images, find_images
 from vdt_workflows.inferers import SlabInferer
-from vdt_workflows.initialisation import INITIALISATIONS, initialise
+from vdt_workflows.initialisation import INITIALISATIONS, describe_weights, initialise
 from vdt_workflows.key_slices import add_losses, collate_key_slices, find_key_slices, prepare_key_slices
 from vdt_workflows.lesions import SaveLesions, list_scans, unbatch_lesions
 from vdt_workflows.nodule_positions import list_nodules
@@ -75,6 +75,7 @@ __all__ = [
     "collate_key_slices",
     "describe_origin",
     "describe_split",
+    "describe_weights",
     "draw_froc",
     "find_images",
     "find_key_slices",

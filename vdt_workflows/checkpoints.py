@@ -97,10 +97,11 @@ def save_weights(network: nn.Module, path: str | os.PathLike, provenance: Mappin
     """Write a network's state dict, bare, as every tool reads it.
 
     What the tensors do not tell travels in the state dict's own metadata, as plain values: each encoder's architecture,
-    and `provenance` (what it was trained on, and how).
+    and `provenance` (what it was trained on, and how), with what `initialise` noted on the network.
     """
     state = bare(network).state_dict()
-    state._metadata[""]["provenance"] = dict(provenance or {})  # type: ignore[attr-defined]  # torch sets it on each
+    noted = {**getattr(bare(network), "origin", {}), **(provenance or {})}
+    state._metadata[""]["provenance"] = noted  # type: ignore[attr-defined]  # torch sets it on each
     save_atomic(state, path)
 
 

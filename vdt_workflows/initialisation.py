@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from networks import GenesisUNet3D, ResNet3D, constrain, load_pretrained
+from vdt_workflows.checkpoints import read_provenance
 
 # What each takes from `pretrained`.
 INITIALISATIONS = {
@@ -34,6 +38,8 @@ def initialise(
     convolutions, encoder and decoder alike (see `networks.constrain`); the state dict stays that of the native network,
     so that `models/model.pt` is read by evaluation and inference without knowing.
 
+    Whatever `save_weights` writes of it later, or of its encoder, says where they came from (see `describe_weights`).
+
     Args:
         network: a network of `networks`, also inside `DepthFirst`.
         init: one of `INITIALISATIONS`. "scratch" keeps the random weights; "vdt", "kinetics", "medicalnet", "imagenet"
@@ -59,7 +65,22 @@ def initialise(
         )
     _check_network(network, init)
     load_pretrained(network, pretrained, stem=stem, conversion=init if init in CONVERTED else None)
-    return constrain(network, init) if init in FLAT else network
+    if init in FLAT:
+        constrain(network, init)
+    origin: Any = {"init": init, "pretrained": describe_weights(pretrained)}
+    for name, part in network.named_modules():
+        if part is network or name.endswith("backbone"):  # the encoder may be saved alone
+            part.origin = origin
+    return network
+
+
+def describe_weights(path: str | os.PathLike) -> dict[str, Any]:
+    """Say which file of weights this is, as plain values for a record: name, SHA-256, and its own provenance.
+
+    The provenance is empty for files that these packages did not write, such as other people's published weights.
+    """
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return {"file": os.path.basename(path), "sha256": digest, "provenance": read_provenance(path)}
 
 
 def _check_network(network: nn.Module, init: str) -> None:

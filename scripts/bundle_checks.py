@@ -1,0 +1,286 @@
+"""What `check_bundle.py` looks at in the folder of one bundle, in a process of its own.
+
+    python -I scripts/bundle_checks.py FOLDER RESULT.json
+
+It needs nothing but MONAI and what the bundle itself finds: a packaged bundle is looked at without the repository.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import re
+import shlex
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+import monai.bundle
+import torch
+from monai.bundle import ConfigParser
+from monai.bundle.config_item import ConfigComponent
+from monai.bundle.properties import InferProperties, TrainProperties
+from monai.bundle.utils import merge_kv
+
+SCHEMA = Path(__file__).parent / "metadata_schema.json"
+PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
+LIMIT = 25_000_000  # bytes of a file that is not in large_files
+TASKS = ("_segmentation", "_classification", "_detection")  # what MONAI Label takes the kind of a model from
+DISTRIBUTIONS = {"ignite": "pytorch-ignite", "PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml"}
+COMMANDS = ("run", "run_workflow", "ckpt_export", "onnx_export", "trt_export", "verify_metadata", "verify_net_in_out")
+COMMANDS += ("download_large_files",)
+
+
+class Bundle:
+    """A bundle's folder: the repository's, with YAML, or an unpacked zip, with JSON and its own code."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self.packaged = (folder / "scripts").is_dir()
+        self.loaded: dict[str, dict[str, Any]] = {}
+        self.meta_file = folder / "configs" / "metadata.json"
+        self.metadata = json.loads(self.meta_file.read_text()) if self.meta_file.is_file() else {}
+
+    def config(self, name: str) -> str:
+        """Give the path of a config."""
+        return str(self.folder / "configs" / f"{name}.{'json' if self.packaged else 'yaml'}")
+
+    def load(self, name: str) -> dict[str, Any]:
+        """Read a config once."""
+        if name not in self.loaded:
+            self.loaded[name] = ConfigParser.load_config_file(self.config(name))
+        return self.loaded[name]
+
+    def parser(self, *names: str) -> ConfigParser:
+        """Parse config files, with the code found."""
+        parser = ConfigParser({})
+        for name in names:
+            for id, value in deepcopy(self.load(name)).items():
+                merge_kv(parser, id, value)  # as MONAI merges files
+        parser["bundle_root"] = str(self.folder)
+        if self.packaged:
+            parser.get_parsed_content("code")
+        return parser
+
+    def overlays(self) -> list[str]:
+        """List the configs that others are put over."""
+        found = (path.stem for path in (self.folder / "configs").glob("*.yaml" if not self.packaged else "*.json"))
+        return sorted({*found} - {"metadata", "train", "inference"})
+
+
+def check_files(bundle: Bundle) -> Iterator[str]:
+    """Names, sizes, weights, personal paths."""
+    for place in (
+        "LICENSE",
+        "configs/metadata.json",
+        "configs/logging.conf",
+        "docs/README.md",
+        "docs/data_license.txt",
+    ):
+        if not (bundle.folder / place).is_file():
+            yield f"{place} is missing"
+    for name in ("train", "inference"):
+        if not Path(bundle.config(name)).is_file():
+            yield f"{bundle.config(name)} is missing"
+    for path in sorted(bundle.folder.rglob("*")):
+        place = path.relative_to(bundle.folder)
+        if place.parts[0] in ("eval", "data") or (place.parts[0] == "models" and not bundle.packaged):
+            continue
+        if path.is_file() and path.suffix != ".pt" and path.stat().st_size > LIMIT:
+            yield f"{place} has {path.stat().st_size:,} bytes; the Model Zoo takes {LIMIT:,}, or large_files.yml"
+        if path.suffix in (".json", ".yaml", ".md", ".py", ".txt") and (
+            found := re.search(r"/(?:home|root|Users|tmp|mnt|workspace)/[\w.]+", path.read_text())
+        ):
+            yield f"{place} has a path of one machine: {found[0]}"
+    large = bundle.folder / "large_files.yml"
+    if large.is_file():
+        for entry in ConfigParser.load_config_file(str(large))["large_files"]:
+            if missing := {"path", "url", "hash_val", "hash_type"} - set(entry):
+                yield f"large_files.yml: {entry.get('path')} lacks {', '.join(sorted(missing))}"
+
+
+def check_metadata(bundle: Bundle) -> Iterator[str]:
+    """The schema, the version, and what else the Model Zoo and MONAI Label read."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "schema.json"  # a file that is there is not downloaded
+        copy.write_bytes(SCHEMA.read_bytes())
+        monai.bundle.verify_metadata(meta_file=str(bundle.meta_file), filepath=str(copy))
+    meta = bundle.metadata
+    if meta["version"] not in meta["changelog"]:
+        yield f"metadata.json: the changelog has no entry {meta['version']}"
+    if not meta.get("name"):
+        yield "metadata.json: no name to show"
+    form = meta["network_data_format"]
+    if next(iter(form["inputs"])) != "image" or next(iter(form["outputs"])) != "pred":
+        yield "metadata.json: MONAI Label takes the first input and output, which must be image and pred"
+    pred = form["outputs"]["pred"]
+    names = bundle.load("inference").get("label_names") or bundle.load("inference").get("class_names")
+    if names and pred["channel_def"] != {str(i): name for i, name in enumerate(names)}:
+        yield f"metadata.json: channel_def {pred['channel_def']} is not the config's names {names}"
+    lower = [name.lower() for name in pred["channel_def"].values()]
+    if len({*lower}) < len(lower):
+        yield "metadata.json: two labels differ by capitals alone, which MONAI Label takes for one"
+    if not bundle.name.endswith(TASKS) and "not meant for MONAI Label" not in meta.get("intended_use", ""):
+        yield f"{bundle.name}: the name ends in none of {', '.join(TASKS)}, so MONAI Label takes it for a segmentation"
+    listed = {*meta["required_packages_version"], "torch", "monai", "numpy"}
+    if unlisted := {DISTRIBUTIONS.get(name, name) for name in third_party(bundle)} - listed:
+        yield f"metadata.json: required_packages_version lacks {', '.join(sorted(unlisted))}, which the code imports"
+
+
+def third_party(bundle: Bundle) -> set[str]:
+    """Top-level names of what a packaged bundle's code imports, beside the standard library and itself."""
+    found = set()
+    for path in bundle.folder.glob("scripts/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"scripts"}
+
+
+def check_configs(bundle: Bundle) -> Iterator[str]:
+    """Required ids are there, and every target can be imported."""
+    for name, properties in (("train", TrainProperties), ("inference", InferProperties)):
+        parser = bundle.parser(name)
+        for fact in properties.values():
+            if fact["required"] and fact["id"] not in parser:
+                yield f"{name}: the id {fact['id']}, which MONAI asks for, is missing"
+    runs = [("train",), ("inference",), *((base(bundle, name), name) for name in bundle.overlays())]
+    for names in runs:
+        parser = bundle.parser(*names)
+        for id, component in components(parser.config):
+            target = ConfigComponent(component).resolve_module_name()
+            if isinstance(target, str) and not target.startswith(("$", "@", "%")) and locate(target) is None:
+                yield f"{' + '.join(names)}: {id} names {target}, which cannot be imported"
+    train, inference = (bundle.parser(name) for name in ("train", "inference"))
+    if train["network_def"] != inference["network_def"]:
+        yield "train and inference define different networks"
+
+
+def base(bundle: Bundle, name: str) -> str:
+    """Tell which complete config an overlay's ids belong to."""
+    ids = {id.lstrip("+").partition("::")[0] for id in bundle.load(name)}
+    return max(("train", "inference"), key=lambda base: len(ids & bundle.load(base).keys()))
+
+
+def components(node: Any, id: str = "") -> Iterator[tuple[str, dict]]:
+    """List the components of a config, with their ids."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield id, node
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        yield from components(child, f"{id}{'::' if id else ''}{name}")
+
+
+def check_network(bundle: Bundle) -> Iterator[str]:
+    """The network has the metadata's shapes, and exports; in a package, MONAI loads it by the bundle's name."""
+    place = {"meta_file": str(bundle.meta_file), "config_file": bundle.config("inference")}
+    monai.bundle.verify_net_in_out(net_id="network_def", device="cpu", **place)
+    network = bundle.parser("inference").get_parsed_content("network_def").eval()
+    weights = bundle.folder / "models" / "model.pt"
+    with tempfile.TemporaryDirectory() as folder:
+        if not weights.is_file() or not bundle.packaged:
+            weights = Path(folder) / "model.pt"
+            torch.save(network.state_dict(), weights)
+        network.load_state_dict(torch.load(weights, weights_only=True))
+        exported = str(Path(folder) / "model.ts")
+        monai.bundle.ckpt_export(net_id="network_def", filepath=exported, ckpt_file=str(weights), **place)
+        form = bundle.metadata["network_data_format"]["inputs"]["image"]
+        shape = [eval_size(size) for size in form["spatial_shape"]]
+        x = torch.rand(1, form["num_channels"], *shape, generator=torch.Generator().manual_seed(0))
+        scripted, _, extra = monai.data.load_net_with_metadata(exported, more_extra_files=("inference.json",))
+        with torch.no_grad():
+            difference = (scripted(x) - network(x)).abs().max().item()
+        if difference > 1e-4:
+            yield f"the exported network differs from the network by {difference:.2g}"
+        if not extra["inference.json"]:
+            yield "the exported network does not carry its config"
+    if bundle.packaged and (bundle.folder / "models" / "model.pt").is_file():
+        for kind in ("train", "inference"):
+            where = {"bundle_dir": str(bundle.folder.parent), "workflow_type": kind, "device": "cpu"}
+            loaded = monai.bundle.load(bundle.name, **where)
+            if not isinstance(loaded, torch.nn.Module):
+                yield f"monai.bundle.load gives {type(loaded).__name__} for {kind}, not a network"
+
+
+def eval_size(size: int | str) -> int:
+    """Give the smallest size that a metadata expression such as `16*n` allows."""
+    return size if isinstance(size, int) else int(size.replace(" ", "").replace("*n", "").replace("*", "1"))
+
+
+def check_readme(bundle: Bundle) -> Iterator[str]:
+    """Every command of the README names files that are there, and settings that exist."""
+    text = (bundle.folder / "docs" / "README.md").read_text().replace("\\\n", " ")
+    code = bundle.parser("inference").get_parsed_content("vdt_workflows") if bundle.packaged else None
+    code = code or __import__("vdt_workflows")
+    for line in (line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()):
+        if "monai.bundle" not in line:
+            continue
+        words = shlex.split(line)
+        words = words[words.index("monai.bundle") + 1 :]
+        if words[0] not in COMMANDS:
+            yield f"README: monai.bundle has no command {words[0]}"
+        elsewhere = f"{bundle.name}/" in line  # a command from the folder above
+        for name in re.findall(r"[\w/]*configs/\w+\.\w+", line):
+            if not ((bundle.folder.parent if elsewhere else bundle.folder) / name).is_file():
+                yield f"README: {name} is not there"
+        if "--args_file" in words and not (bundle.folder / words[words.index("--args_file") + 1]).is_file():
+            at = words.index("--args_file")
+            del words[at : at + 2]
+        with contextlib.chdir(bundle.folder.parent if elsewhere else bundle.folder):
+            try:
+                code.check_command_line(words)
+            except ValueError as error:
+                yield f"README: {error}"
+
+
+def check_isolation(bundle: Bundle) -> Iterator[str]:
+    """A package used its own code alone."""
+    if not bundle.packaged:
+        return
+    for name in PACKAGES:
+        if name in sys.modules:
+            yield f"{name} was imported from {sys.modules[name].__file__}, not from the package"
+        place = getattr(sys.modules.get(f"scripts.{name}"), "__file__", None)
+        if place is not None and not Path(place).is_relative_to(bundle.folder):
+            yield f"scripts.{name} was imported from {place}, not from the package"
+
+
+CHECKS: tuple[Callable[[Bundle], Iterator[str]], ...] = (
+    check_files,
+    check_metadata,
+    check_configs,
+    check_network,
+    check_readme,
+    check_isolation,
+)
+
+
+def check(folder: Path) -> dict[str, list[str]]:
+    """Run every check; for each one, give the sentences about what is wrong."""
+    bundle = Bundle(folder.resolve())
+    return {function.__name__.removeprefix("check_"): look(bundle, function) for function in CHECKS}
+
+
+def look(bundle: Bundle, function: Callable[[Bundle], Iterator[str]]) -> list[str]:
+    """Run one check; an error is what is wrong too."""
+    try:
+        return list(function(bundle))
+    except Exception as error:  # MONAI raises anything
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return [f"{type(cause).__name__}: {cause}"]
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    Path(sys.argv[2]).write_text(json.dumps(check(Path(sys.argv[1]))))  # MONAI logs to stdout
