@@ -395,3 +395,12 @@ def test_samples_that_could_not_be_read_are_left_out_of_the_batch():
 def test_a_batch_without_any_image_is_an_error():
     with pytest.raises(RuntimeError, match=r"none of the 2 images .*: a\.jpg is empty"):
         collate_images([{"skipped": "a.jpg is empty"}, {"skipped": "b.jpg is empty"}])
+
+
+def test_normalising_in_the_batch_gives_what_normalising_before_gives():
+    samples = [{"image": torch.randint(0, 256, (1, 3, 5, 7), dtype=torch.uint8), "label": i} for i in range(3)]
+    before = [{**s, "image": s["image"].to(torch.float32).sub_(114.495).div_(57.63)} for s in samples]
+    batch, expected = collate_images(samples, mean=114.495, std=57.63), collate_images(before)
+    assert torch.equal(batch["image"], expected["image"])
+    assert batch["image"].is_contiguous()
+    assert batch["label"].tolist() == expected["label"].tolist()

@@ -7,6 +7,7 @@ a few hundred images a second the bookkeeping would cost more than the crop.
 from __future__ import annotations
 
 import math
+import weakref
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -41,7 +42,8 @@ class LoadNaturalImage(Transform):
     - CMYK (Adobe's inverted kind too), YCbCr, 16-bit colour: Pillow's conversion
     - animation: the first frame
 
-    An EXIF orientation is applied, whatever the format.
+    An EXIF orientation is applied, whatever the format. The memory of a JPEG's pixels is used again once nothing holds
+    the image: new pages for each picture would cost a third of the decoding.
 
     Args:
         grey: take the colours out: all three are the brightness, 0.299 red + 0.587 green + 0.114 blue, rounded.
@@ -53,6 +55,7 @@ class LoadNaturalImage(Transform):
 
     def __init__(self, grey: bool = False) -> None:
         self.grey = grey
+        self._spare = SpareMemory()
 
     def __call__(self, file: str | Path | bytes) -> Tensor:
         """Read `file`."""
@@ -60,7 +63,7 @@ class LoadNaturalImage(Transform):
             data = file if isinstance(file, bytes) else Path(file).read_bytes()
             if not data:
                 raise ImageDecodeError("it is empty (0 bytes); copy or download it again")
-            image = torch.from_numpy(_decode(data)).permute(2, 0, 1)
+            image = torch.from_numpy(_decode(data, self._spare)).permute(2, 0, 1)
             return _brightness(image).repeat(3, 1, 1) if self.grey else image
         except Exception as error:  # on broken bytes Pillow's readers raise whatever they stumble over
             name = f"{len(file)} bytes in memory" if isinstance(file, bytes) else str(file)
@@ -85,13 +88,42 @@ def _reason(error: Exception) -> str:
     return f"it is damaged or cut short ({type(error).__name__}: {error}); copy or download it again"
 
 
-def _decode(data: bytes) -> np.ndarray:
+class SpareMemory:
+    """Memory of the last array, for the next one if nothing holds the last any more.
+
+    Safe with threads: whoever takes the memory leaves none for the others, who then get new memory.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
+
+    def __reduce__(self) -> tuple[type[SpareMemory], tuple[()]]:
+        return SpareMemory, ()  # the memory does not travel with a transform
+
+    def array(self, rows: int, columns: int) -> np.ndarray:
+        """Give a uint8 array (rows, columns, 3) of undefined values."""
+        size = rows * columns * 3
+        memory = np.empty(0, np.uint8)
+        with suppress(IndexError):
+            last, user = self._kept.pop()
+            if user() is None:
+                memory = last
+        if not size <= memory.size <= 8 * size:  # nor keep what one large picture took
+            memory = np.empty(size, np.uint8)
+        array = memory[:size].reshape(rows, columns, 3)
+        self._kept = [(memory, weakref.ref(array))]
+        return array
+
+
+def _decode(data: bytes, spare: SpareMemory) -> np.ndarray:
     """Bytes to uint8 (H, W, 3)."""
     if data.startswith(JPEG_START) and _is_upright(data):
         with suppress(ValueError):  # 12 bits, stray bytes, cut short: Pillow knows what to do, or why it cannot
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours in PLAIN_COLOURS and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
-                return simplejpeg.decode_jpeg(data, "RGB", fastupsample=True)
+                pixels = spare.array(height, width)
+                simplejpeg.decode_jpeg(data, "RGB", fastupsample=True, buffer=pixels)
+                return pixels
     with Image.open(BytesIO(data)) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return np.array(_to_rgb(image))
@@ -124,7 +156,7 @@ def _as_tensor(image: Tensor | np.ndarray) -> Tensor:
     return torch.as_tensor(image).as_subclass(Tensor)
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
+def resize(image: Tensor, height: int, width: int) -> Tensor:
     """Antialiased bilinear, as Pillow's, and on uint8 several times faster."""
     return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
@@ -181,7 +213,7 @@ class RandResizedCropImage(RandomizableTransform):
         if randomize:
             self.randomize(img)
         top, left, height, width = self.box
-        crop = _resize(_as_tensor(img)[:, top : top + height, left : left + width], self.size, self.size)
+        crop = resize(_as_tensor(img)[:, top : top + height, left : left + width], self.size, self.size)
         return crop.flip(-1) if self.flip else crop
 
 
@@ -207,4 +239,4 @@ class ResizeCenterCropImage(Transform):
         short = min(image.shape[-2:])
         rows, columns = (self.short_side * side // short for side in image.shape[-2:])
         top, left = (round((side - self.size) / 2) for side in (rows, columns))
-        return _resize(image, rows, columns)[:, top : top + self.size, left : left + self.size]
+        return resize(image, rows, columns)[:, top : top + self.size, left : left + self.size]

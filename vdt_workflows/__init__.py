@@ -18,6 +18,7 @@ from vdt_workflows.detection_scores import KeySlice, draw_froc, froc, score_dete
 from vdt_workflows.dicom import DicomFolder, DicomSeries, find_series
 from vdt_workflows.dicom_seg import SaveDicomSegd, writes_dicom
 from vdt_workflows.headers import check_geometry
+from vdt_workflows.image_cache import CacheRules, cache_images
 from vdt_workflows.image_folders import ImageList, collate_images, find_images
 from vdt_workflows.inferers import SlabInferer
 from vdt_workflows.initialisation import INITIALISATIONS, describe_weights, initialise
@@ -39,6 +40,7 @@ from vdt_workflows.volumes import find_volumes, list_volumes
 __all__ = [
     "INITIALISATIONS",
     "Attach",
+    "CacheRules",
     "CaseScores",
     "ClipGradients",
     "DetectionReport",
@@ -68,6 +70,7 @@ __all__ = [
     "SlabInferer",
     "StepSchedule",
     "add_losses",
+    "cache_images",
     "check_command_line",
     "check_geometry",
     "claim",

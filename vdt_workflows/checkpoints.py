@@ -21,8 +21,13 @@ from networks import load_pretrained, read_checkpoint
 logger = logging.getLogger(__name__)
 
 
-def write_atomic(path: str | os.PathLike, content: bytes) -> None:
+def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = True) -> None:
     """Write a file whole or not at all: to a temporary file in its folder, flushed to the disk, then renamed.
+
+    Args:
+        path: the file; its folder is made if need be.
+        content: all of it.
+        durable: False leaves the flushing to the caller, who writes many small files and flushes once.
 
     Raises:
         OSError: naming the file, if the folder cannot be written to or the disk is full; the file that was there before
@@ -35,8 +40,9 @@ def write_atomic(path: str | os.PathLike, content: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = file.name
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None

@@ -17,6 +17,7 @@ from vdt_workflows.checkpoints import write_atomic
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+INDEX = ".vdt_index.npz"
 VERSION = 1  # of the index file
 Listing = dict[str, np.ndarray]
 
@@ -68,7 +69,7 @@ def index_files(root: Path, index_dir: str | Path | None) -> list[Path]:
     if index_dir is not None:
         return [Path(index_dir) / name]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root / ".vdt_index.npz", cache / "vdt-bundles" / name]
+    return [root / INDEX, cache / "vdt-bundles" / name]
 
 
 def read_index(file: Path, root: Path, names: Sequence[str]) -> Listing | None:

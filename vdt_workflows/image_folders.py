@@ -17,6 +17,7 @@ from vdt_workflows.folder_index import EXTENSIONS, index_files, is_image, pack, 
 logger = logging.getLogger(__name__)
 
 VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
+VALIDATION_LISTS = ("meta/val.txt", "val.txt")  # of images that lie flat in one of these
 
 
 class ImageList(Sequence[dict[str, Any]]):
@@ -235,7 +236,7 @@ def _folders(given: str | Path | Sequence[str | Path] | None) -> list[Path]:
 def _validation_list(folder: Path, root: Path, classes: Sequence[str]) -> ImageList:
     if not folder.is_dir() or any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder)):
         return scan_class_folders(folder, classes=classes)
-    list_files = [root / "meta" / "val.txt", root / "val.txt"]
+    list_files = [root / name for name in VALIDATION_LISTS]
     for list_file in list_files:
         if list_file.is_file():
             logger.info("%s: classes from %s", folder, list_file)
@@ -271,8 +272,8 @@ def collate_images(samples: Sequence[dict[str, Any]], mean: float = 0.0, std: fl
 
     Args:
         samples: samples as `default_collate` takes them, or `{"skipped": why}`.
-        mean: subtracted from the batch's "image". Normalising the batch, rather than each sample, copies bytes where it
-            would copy floats, and makes a loader process about a tenth faster.
+        mean: subtracted from the batch's "image". Each image is normalised in its place in the batch: its bytes are
+            copied once, and the floats are still in the core's cache when they are divided.
         std: divides it; with a mean or a std it becomes float32.
 
     Returns:
@@ -285,7 +286,11 @@ def collate_images(samples: Sequence[dict[str, Any]], mean: float = 0.0, std: fl
     kept = [sample for sample in samples if "skipped" not in sample]
     if not kept:
         raise RuntimeError(f"none of the {len(samples)} images of a batch could be read; the first: {skipped[0]}")
-    batch = default_collate(kept)
-    if (mean, std) != (0.0, 1.0):
-        batch["image"] = batch["image"].to(torch.float32).sub_(mean).div_(std)
-    return {**batch, "skipped": skipped}
+    if (mean, std) == (0.0, 1.0):
+        return {**default_collate(kept), "skipped": skipped}
+    images = [sample["image"] for sample in kept]
+    batch = torch.empty((len(images), *images[0].shape), dtype=torch.float32)
+    for place, image in zip(batch, images, strict=True):
+        place.copy_(image).sub_(mean).div_(std)
+    rest = default_collate([{key: value for key, value in sample.items() if key != "image"} for sample in kept])
+    return {"image": batch, **rest, "skipped": skipped}
