@@ -12,7 +12,7 @@ import torch
 from ignite.engine import Engine
 from monai.transforms import LoadImaged
 
-from vdt_workflows import RunLog, SeededCacheDataset
+from vdt_workflows import RunLog, SeededCacheDataset, claim
 from vdt_workflows.command_line import explanation, out_of_memory
 
 SUITE = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "fault_suite.py"))
@@ -77,6 +77,15 @@ def test_a_flipped_byte_in_a_compressed_volume_names_the_file(tmp_path):
     case = {"image": str(good), "label": str(bad)}
     with pytest.raises(ValueError, match=r"bad\.nii\.gz: cut short or damaged \(.*\); copy or download it again"):
         SeededCacheDataset([case], [LoadImaged(["image", "label"])], progress=False)
+
+
+def test_a_folder_whose_claim_was_killed_can_be_claimed(tmp_path):
+    (tmp_path / ".settings.json.ab12cd").write_text("{")
+    claim(tmp_path, {"size": 1}, empty=True)
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "other.txt").touch()
+    with pytest.raises(FileExistsError, match="files that are not from this script"):
+        claim(tmp_path, {"size": 1}, empty=True)
 
 
 def run_losses(losses, tmp_path, scaler=None):
