@@ -6,11 +6,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import Dataset, MetaTensor
@@ -19,6 +20,7 @@ from monai.transforms import Compose, RandomizableTrait, Transform
 from tqdm.auto import tqdm
 
 from vdt_workflows.checkpoints import save_atomic
+from vdt_workflows.headers import check_checksum
 from vdt_workflows.seeded import Key, SharedState, without_wrapping
 
 logger = logging.getLogger(__name__)
@@ -113,10 +115,12 @@ class SeededCacheDataset(Dataset):
     def _keep(self, item: Any) -> Any:
         """Prepare a sample and give what is kept of it: itself, the name of its file, or nothing."""
         if self.cache != "disk":
+            _check_files(item)
             prepared = self._prepare(item)
             return prepared if self.cache == "memory" else None
         path = Path(self.cache_dir or "", f"{self._identity(item)}.pt")
         if not path.is_file():
+            _check_files(item)
             save_atomic(_to_plain(self._prepare(item)), path)
         return path
 
@@ -124,7 +128,7 @@ class SeededCacheDataset(Dataset):
         try:
             return self.transform(item, end=self.fixed, threading=True) if self.fixed else item
         except RuntimeError as error:
-            raise without_wrapping(error) from None
+            raise _name_file(without_wrapping(error), item) from None
 
     def _identity(self, item: Any) -> str:
         """Name a sample by its files as they are now, and by the transforms that prepare it."""
@@ -153,6 +157,28 @@ class SeededCacheDataset(Dataset):
             return self.transform(drawn, start=self.fixed + 1) if self.fixed + 1 < steps else drawn
         except RuntimeError as error:
             raise without_wrapping(error) from None
+
+
+def _check_files(item: Any) -> None:
+    for value in item.values() if isinstance(item, Mapping) else ():
+        if isinstance(value, str) and value.endswith(".gz") and os.path.isfile(value):
+            check_checksum(value)
+
+
+def _name_file(error: BaseException, item: Any) -> BaseException:
+    """Name the volume that cannot be read, where the error is a decompressor's or a reader's that does not."""
+    if not isinstance(item, Mapping) or isinstance(error, MemoryError):
+        return error
+    files = [value for value in item.values() if isinstance(value, str) and os.path.isfile(value)]
+    if any(file in str(error) for file in files):
+        return error
+    for file in files:
+        try:
+            np.asanyarray(nib.load(file).dataobj)
+        except Exception as reason:  # broken bytes raise whatever they lead to
+            what = f"damaged or cut short ({type(reason).__name__}: {reason})"
+            return ValueError(f"{file}: {what}; copy or download it again")
+    return error
 
 
 def _storages(sample: dict) -> set[int]:

@@ -69,7 +69,9 @@ def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool
     """
     record = Path(folder) / "settings.json"
     settings = json.loads(json.dumps(settings))
-    if empty and not record.is_file() and Path(folder).is_dir() and any(Path(folder).iterdir()):
+    there = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    others = [file for file in there if not file.name.startswith(f".{record.name}.")]  # a claim that was killed
+    if empty and not record.is_file() and others:
         raise FileExistsError(f"output_dir {folder} has files that are not from this script; name a new folder")
     kept = json.loads(record.read_text()) if record.is_file() else settings
     differ = [f"{k} {kept.get(k)!r}, not {settings.get(k)!r}" for k in settings if kept.get(k) != settings.get(k)]

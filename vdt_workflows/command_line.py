@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -37,6 +38,15 @@ _COMMANDS: dict[str, Callable] = {"run": run, "run_workflow": run_workflow}
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _PACKAGES = {"networks", "vdt_transforms", "vdt_workflows"}
 _MODULE = ("monai", "bundle", "__main__.py")
+DISK_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+LESS_MEMORY = {  # settings that lower the need for memory, and how
+    "micro_batch": "with fewer samples",
+    "batch_size": "with fewer samples",
+    "patch_size": "with fewer voxels",
+    "checkpointing": "true",
+    "cache": "disk",
+    "num_workers": "0",
+}
 
 
 def check_command_line(argv: Sequence[str] | None = None) -> None:
@@ -75,18 +85,63 @@ def _explain(kind: type[BaseException], error: BaseException, traceback: Traceba
             raise _root_cause(error)
         except BaseException as cause:  # torch records the exception that is being handled
             get_error_handler().record_exception(cause)
+    sentence = explanation(error, sys.argv[1:])
+    if sentence is None:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        print(f"monai.bundle: {sentence}", file=sys.stderr)
+
+
+def explanation(error: BaseException, argv: Sequence[str] = ()) -> str | None:
+    """Give the sentence that says what went wrong, from wherever in the chain of causes these packages raised it.
+
+    Args:
+        error: what ended a run.
+        argv: the words after `python -m monai.bundle`, for advice on memory.
+
+    Returns:
+        The sentence, or None for an error that nobody foresaw.
+    """
     inner: BaseException | None = error
     while inner is not None:
+        if is_out_of_memory(inner):
+            return out_of_memory(inner, _settings_of(argv))
         if isinstance(inner, ValueError | OSError):
             lines = str(inner).strip().splitlines()
             if lines and "DataLoader worker process" in lines[0]:
-                print(f"monai.bundle: {lines[-1].partition(': ')[2]}", file=sys.stderr)
-                return
+                return lines[-1].partition(": ")[2]
             if _raised_here(inner):
-                print(f"monai.bundle: {inner}", file=sys.stderr)
-                return
+                return str(inner)
+            if isinstance(inner, OSError) and inner.errno in DISK_ERRORS and inner.filename:  # of a library's own file
+                return f"{inner.filename}: {inner.strerror}; free space or choose a folder you may write"
         inner = inner.__cause__
-    sys.__excepthook__(kind, error, traceback)
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is want of memory, of the machine or of the device; torch has no type of its own on the CPU."""
+    phrases = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(phrase in str(error) for phrase in phrases)
+    )
+
+
+def out_of_memory(error: BaseException, settings: Iterable[str]) -> str:
+    """Say in a sentence what takes less memory, of the settings that there are."""
+    known = [f"--{name} {value}" for name, value in LESS_MEMORY.items() if name in settings]
+    what = next(iter(str(error).strip().splitlines()), "")
+    advice = f"try {' or '.join(known)}" if known else "use smaller batches or patches"
+    return f"out of memory ({what[:200] or type(error).__name__}); {advice}, or a device with more memory"
+
+
+def _settings_of(argv: Sequence[str]) -> list[str]:
+    """Top-level ids of the config files of a command line; none where they cannot be told."""
+    try:
+        given = _read_arguments(_COMMANDS[argv[0].replace("-", "_")], argv[1:])
+        settings = update_kwargs(given.get("args_file"), ignore_none=False, **given)
+        return list(ConfigParser.load_config_files(ensure_tuple(settings["config_file"])))
+    except Exception:  # the run had its own error before
+        return []
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -71,6 +71,19 @@ def read_header(path: str | os.PathLike) -> SpatialImage:
     return image
 
 
+def check_checksum(path: str | os.PathLike) -> None:
+    """Raise ValueError, naming the file, if a gzip file does not unpack to its end, where its checksum is.
+
+    nibabel stops after the last voxel, so that a changed byte would become other voxels without a word.
+    """
+    try:
+        with gzip.open(path) as unpacked:
+            while unpacked.read(1 << 20):
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: cut short or damaged ({error}); copy or download it again") from error
+
+
 def check_voxel_size(image: SpatialImage) -> None:
     """Raise ValueError, naming the file, if the affine gives no voxel size or no three directions in space."""
     path, affine = image.get_filename(), image.affine

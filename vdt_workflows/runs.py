@@ -63,8 +63,14 @@ class RememberRun:
         write_atomic(self.path, json.dumps(_literal(content), indent=2).encode())
 
 
+PATIENCE = 20  # steps
+
+
 class RunLog:
     """Handler: one line of text, one row of `history.csv` and one more point of `curves.png` for each epoch.
+
+    A loss that is no number stops the run, before anything is written: at once, or with a gradient scaler, which skips
+    such steps, when many come one after the other. On CUDA losses are looked at now and then, and at an epoch's end.
 
     Attach it to the trainer after the validation handler.
 
@@ -74,6 +80,9 @@ class RunLog:
         optimizer: whose learning rate is recorded.
         title: heading of the picture.
         writes: whether this process writes and logs (rank 0).
+
+    Raises:
+        ValueError: in training, if the loss is no longer a number.
     """
 
     def __init__(
@@ -93,6 +102,7 @@ class RunLog:
         self._scores: Row = {}
         self._loss: torch.Tensor | float = 0.0
         self._steps = 0
+        self._bad: torch.Tensor | int = 0  # steps without a finite loss, one after the other
         self._start = 0.0
 
     def attach(self, engine: Engine) -> None:
@@ -118,8 +128,26 @@ class RunLog:
     def _count(self, engine: Engine) -> None:
         output = engine.state.output
         loss = (output[0] if isinstance(output, list) else output)["loss"]
-        self._loss = self._loss + torch.as_tensor(loss).detach()
+        loss = torch.as_tensor(loss).detach()
+        self._loss = self._loss + loss
         self._steps += 1
+        self._bad = torch.where(torch.isfinite(loss), 0, self._bad + 1)
+        state = engine.state
+        if loss.device.type == "cpu" or self._steps % PATIENCE == 0 or state.iteration % (state.epoch_length or 1) == 0:
+            self._stop_without_numbers(engine, float(loss))
+
+    def _stop_without_numbers(self, engine: Engine, loss: float) -> None:
+        scaler = getattr(engine, "scaler", None)
+        scales = scaler is not None and scaler.is_enabled()
+        if self._bad < (PATIENCE if scales else 1):
+            return
+        lower = f" than {self.optimizer.param_groups[0]['lr']:.3g}" if self.optimizer is not None else ""
+        mixed = " or, of mixed precision, --amp false" if getattr(engine, "amp", False) else ""
+        raise ValueError(
+            f"the loss is {loss:g} at step {engine.state.iteration}, in epoch {engine.state.epoch} of"
+            f" {engine.state.max_epochs}; try a lower --learning_rate{lower}{mixed}."
+            " What was written after the last whole epoch stays as it was"
+        )
 
     def _take_scores(self, evaluator: Engine) -> None:
         for name, value in evaluator.state.metrics.items():

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pickle
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from monai.transforms import LoadImaged
+
+from vdt_workflows import RunLog, SeededCacheDataset, claim
+from vdt_workflows.command_line import explanation, out_of_memory
+
+SUITE = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "fault_suite.py"))
+KINDS = {kind.name: kind for kind in SUITE["KINDS"]}
+
+
+def check(result):
+    assert result["unclear"] == result["lost"] == 0, result["details"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_damaged_files_are_read_or_refused_in_a_sentence_that_names_them(name, tmp_path):
+    with SUITE["_quiet"]():
+        result = SUITE["damage_kind"](KINDS[name], tmp_path / "files", 13, seed=1)
+    check(result)
+    assert result["survived"] + result["refused"] == 13
+
+
+@pytest.mark.slow
+def test_many_damaged_files_are_read_or_refused():
+    check({**SUITE["files"](number=800, seed=2)["total"], "details": []})
+
+
+def test_the_damage_depends_on_the_seed_alone():
+    first, again, other = (
+        [SUITE["damage"](bytes(range(200)), rng) for _ in range(20)] for rng in map(np.random.default_rng, (0, 0, 1))
+    )
+    assert first == again != other
+    assert len({how for how, _ in first}) > 5
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_undisturbed_ones():
+    for name, result in SUITE["kills"](times=2).items():
+        if name != "total":
+            check(result)
+            assert result["survived"] == 2
+
+
+@pytest.mark.slow
+def test_a_full_or_read_only_disk_is_told_in_a_sentence():
+    assert SUITE["places"]()["total"] == {"survived": 0, "refused": 4, "unclear": 0, "lost": 0}
+
+
+@pytest.mark.slow
+def test_training_that_cannot_go_on_stops_with_advice():
+    result = SUITE["training"]()
+    assert "try a lower --learning_rate than" in result["loss of NaN"]["details"][0]
+    assert "try --micro_batch with fewer samples" not in result["loss of NaN"]["details"][0]
+    assert "out of memory" in result["too little memory"]["details"][0]
+    assert result["total"]["refused"] == 2
+
+
+def test_a_flipped_byte_in_a_compressed_volume_names_the_file(tmp_path):
+    good, bad = tmp_path / "good.nii.gz", tmp_path / "bad.nii.gz"
+    voxels = np.random.default_rng(0).integers(0, 1000, (12, 12, 12)).astype(np.int16)
+    for file in (good, bad):
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), file)
+    data = bytearray(bad.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    bad.write_bytes(data)
+    case = {"image": str(good), "label": str(bad)}
+    with pytest.raises(ValueError, match=r"bad\.nii\.gz: cut short or damaged \(.*\); copy or download it again"):
+        SeededCacheDataset([case], [LoadImaged(["image", "label"])], progress=False)
+
+
+def test_a_folder_whose_claim_was_killed_can_be_claimed(tmp_path):
+    (tmp_path / ".settings.json.ab12cd").write_text("{")
+    claim(tmp_path, {"size": 1}, empty=True)
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "other.txt").touch()
+    with pytest.raises(FileExistsError, match="files that are not from this script"):
+        claim(tmp_path, {"size": 1}, empty=True)
+
+
+def run_losses(losses, tmp_path, scaler=None):
+    """Run an engine whose losses are given, and give the number of the step at which it ended."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    engine = Engine(lambda engine, loss: {"loss": torch.tensor(loss)})
+    engine.scaler = scaler
+    RunLog(str(tmp_path), optimizer=optimizer).attach(engine)
+    engine.run(losses, max_epochs=1)
+    return engine.state.iteration
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_at_once_and_writes_nothing(tmp_path, loss):
+    with pytest.raises(ValueError, match=rf"the loss is {loss:g} at step 3, in epoch 1 of 1; .*learning_rate than 0.5"):
+        run_losses([1.0, 1.0, loss, 1.0], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_a_gradient_scaler_a_few_such_steps_are_passed_over_and_many_are_not(tmp_path):
+    scaler = SimpleNamespace(is_enabled=lambda: True)
+    nan = float("nan")
+    assert run_losses([1.0, nan, nan, *[1.0] * 30, *[nan] * 19], tmp_path, scaler) == 52
+    with pytest.raises(ValueError, match="the loss is nan at step 21"):
+        run_losses([1.0, *[nan] * 40], tmp_path, scaler)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 3 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_want_of_memory_is_told_with_the_settings_that_help(error):
+    wrapped = RuntimeError("Failed to instantiate component")
+    wrapped.__cause__ = error
+    assert explanation(wrapped).startswith("out of memory (")
+    said = out_of_memory(error, ["patch_size", "cache", "seed"])
+    assert said.endswith("; try --patch_size with fewer voxels or --cache disk, or a device with more memory")
+
+
+def test_a_librarys_own_file_that_cannot_be_written_is_named():
+    error = RuntimeError("Failed to instantiate component")
+    error.__cause__ = OSError(30, "Read-only file system", "/data/eval")
+    assert explanation(error) == "/data/eval: Read-only file system; free space or choose a folder you may write"
+    assert explanation(OSError(2, "No such file or directory", "/x")) is None
+
+
+def test_an_error_nobody_foresaw_has_no_sentence():
+    assert explanation(KeyError("x")) is None
+    assert explanation(pickle.UnpicklingError("x")) is None
