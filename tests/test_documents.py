@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from bundle_runs import ROOT, TINY
+import yaml
+from bundle_runs import BUNDLES, ROOT, TINY
+from draw_vdt import draw_vdt
 from PIL import Image
 
 from networks import ResNet3D
-from vdt_workflows import save_weights
+from vdt_workflows import check_command_line, save_weights
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -95,3 +101,123 @@ def test_the_federated_sites_train_two_rounds_and_score_the_averaged_weights(wor
     torch.testing.assert_close(names["weights"][kernel], (a + b) / 2)
     evaluated = names["site"].evaluator.network.state_dict()
     torch.testing.assert_close(evaluated[kernel], names["weights"][kernel])
+
+
+# Commands
+
+
+def commands() -> list:
+    found = []
+    for path in [*DOCUMENTS, *sorted((ROOT / "docs").rglob("*.sh"))]:
+        texts = blocks(path, "bash") if path.suffix == ".md" else [path.read_text().split("pipefail")[1]]
+        for number, text in enumerate(texts):
+            found.append(pytest.param(text, id=f"{path.relative_to(ROOT)}-{number}"))
+    return found
+
+
+def options_of(script: Path) -> set[str]:
+    """Names of the arguments of all functions of a script."""
+    functions = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.FunctionDef)]
+    return {a.arg for f in functions for a in (*f.args.args, *f.args.kwonlyargs)}
+
+
+def check_bundle_command(words: list[str], folder: Path | None, monkeypatch) -> None:
+    """Resolve a `monai.bundle run` in its bundle, or where the text does not say which, in any that knows it all."""
+    errors = []
+    for bundle in [folder] if folder else BUNDLES:
+        monkeypatch.chdir(bundle)
+        files = words[words.index("--config_file") + 1]
+        names = [files] if files.endswith(".yaml") and "[" not in files else ast.literal_eval(files)
+        try:
+            assert all(Path(name).is_file() for name in names), names
+            given = [words[0], *words[1:]]
+            if "--args_file" in given:  # it exists only after a training
+                at = given.index("--args_file")
+                del given[at : at + 2]
+            check_command_line(given)
+            return
+        except (AssertionError, ValueError) as error:
+            errors.append(f"{bundle.name}: {error}")
+    pytest.fail("; ".join(errors))
+
+
+def check_command(words: list[str], folder: Path | None, monkeypatch) -> Path | None:
+    if words[0] == "cd":
+        inside = ROOT / "bundles" / Path(words[1]).name
+        assert words[1] == "$1" or inside.is_dir(), words
+        return inside if inside.is_dir() else None
+    if "monai.bundle" in words:
+        rest = words[words.index("monai.bundle") + 1 :]
+        if rest[0] == "run":
+            check_bundle_command([word for word in rest if word != "$@"], folder, monkeypatch)
+        else:
+            assert rest[0] in ("ckpt_export", "onnx_export", "verify_metadata", "verify_net_in_out"), rest
+    elif words[0] == "python":
+        script = ROOT / words[1]
+        assert script.is_file(), words
+        unknown = {w[2:].partition("=")[0] for w in words if w.startswith("--")} - options_of(script)
+        assert not unknown, (words[1], unknown)
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+    elif words[0] == "sbatch":
+        assert (ROOT / words[1]).is_file(), words
+    else:
+        assert words[0] in ("pip", "tensorboard", "mkdocs", "export", "shift") or "=" in words[0], words
+    return folder
+
+
+@pytest.mark.parametrize("text", commands())
+def test_every_command_names_scripts_options_and_settings_that_exist(text, monkeypatch):
+    folder = None
+    for line in text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            folder = check_command(words, folder, monkeypatch)
+
+
+def test_a_command_with_a_misspelt_setting_or_option_is_found(monkeypatch):
+    config = ["monai.bundle", "run", "--config_file", "configs/train.yaml"]
+    with pytest.raises(pytest.fail.Exception, match="epoch: no such setting"):
+        check_command(["python", "-m", *config, "--epoch", "3"], None, monkeypatch)
+    with pytest.raises(AssertionError, match="volume"):
+        check_command(["python", "scripts/report_run.py", "RUN", "--volume", "3"], None, monkeypatch)
+
+
+# Pages
+
+
+def test_every_link_between_the_documents_leads_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_bundle_has_a_page_and_a_model_card():
+    for bundle in BUNDLES:
+        assert f"bundles/{bundle.name}/docs/README.md" in (ROOT / "docs/bundles" / f"{bundle.name}.md").read_text()
+        card = (bundle / "docs" / "README.md").read_text().partition("## Model card")[2].partition("\n## ")[0]
+        for row in ("intended use", "not for", "of the code", "of the data", "of the weights", "memory and time"):
+            assert row in card, (bundle.name, row)
+
+
+def test_the_citation_and_the_changelog_have_the_version_of_the_package():
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_picture_of_the_idea_shows_three_slices_in_every_stage(tmp_path):
+    shapes = draw_vdt(str(tmp_path / "vdt.png"), size=64)
+    assert [shape[0] for shape in shapes["an image"]] == [3] * 5
+    assert np.ptp(np.asarray(Image.open(tmp_path / "vdt.png").convert("L"))[:200, 300:]) > 100
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly(tmp_path):
+    pytest.importorskip("mkdocs")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "ResNet3D" in (tmp_path / "reference" / "networks.html").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from report_run import report_run
+from report_run import find_cases, report_run
 from report_viewer import draw_boxes, take_niivue
 
 from vdt_workflows.runs import draw_curves
@@ -83,6 +83,17 @@ def test_the_edges_of_a_box_are_drawn_in_every_slice_it_reaches():
     assert not mask[:, :, [2, 8]].any()
     assert mask[1, 4, 5] == mask[3, 6, 5] == 1
     assert mask[3, 4, 5] == 0  # hollow
+
+
+def test_boxes_of_a_searched_volume_are_shown_on_its_grid(run, volumes):
+    image = volumes / "images" / "case2.nii.gz"
+    lesions = [{"box_voxel": [2.0, 3.0, 4.0, 8.0, 9.0, 6.0]}]
+    (run / "eval" / "case2_lesions.json").write_text(json.dumps({"image": str(image), "lesions": lesions}))
+    cases = find_cases({path.name: path for path in (run / "eval").iterdir()}, 3)
+    assert [case.name for case in cases] == ["case0", "case1", "case2: 1 boxes"]
+    assert cases[2].image.shape == cases[2].mask.shape == (20, 22, 15)
+    assert [int(axis.min()) for axis in np.nonzero(cases[2].mask)] == [2, 3, 4]
+    np.testing.assert_allclose(cases[2].affine, nib.load(image).affine)
 
 
 @pytest.mark.slow
