@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import sys
 from collections import Counter
 
 import numpy as np
@@ -341,3 +342,13 @@ def test_a_published_split_with_a_nodule_on_both_sides_is_refused(published, tmp
 
 def test_own_row_and_the_tables_columns_agree():
     assert tuple(own_row(make_list(1)[0])) == COLUMNS
+
+
+def test_in_monai_label_nodules_that_are_not_there_are_left_to_the_server(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "monailabel", object())
+    nodules = find_nodules(tmp_path / "none", task="segmentation")
+    assert nodules == {"training": [], "validation": [], "test": []}
+    SaveSplit(str(tmp_path / "split.json"), nodules)(None)
+    assert not (tmp_path / "split.json").exists()
+    with pytest.raises(FileNotFoundError):
+        find_nodules(tmp_path / "none", task="classification")

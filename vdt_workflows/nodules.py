@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,8 @@ def find_nodules(
         raise ValueError(f"label_rule must be 'mode' or 'mean', got {label_rule!r}")
     if folds and split != "patient":
         raise ValueError(f"folds={folds} needs split 'patient', got split {str(split)!r}")
+    if "monailabel" in sys.modules and task == "segmentation" and not os.path.isdir(dataset_dir):
+        return {name: [] for name in PARTS}  # the server puts the cases that were labelled in their place
     nodules = read_nodules(Path(dataset_dir), None if table is None else Path(table))
     if split == "patient":
         sides = divide_patients(
@@ -132,7 +135,9 @@ class SaveSplit:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Write the file."""
+        """Write the file; without nodules, as in MONAI Label, there is nothing to write."""
+        if not any(self.nodules.values()):
+            return
         parts = {name: [n["nodule_id"] for n in part] for name, part in self.nodules.items()}
         content = {**self.notes, "counts": describe_split(self.nodules), **parts}
         write_atomic(self.path, json.dumps(content, indent=1, default=str).encode())

@@ -1,0 +1,203 @@
+"""All bundles but pre-training from one MONAI Label server. Set MONAI_LABEL_PYTHON to the interpreter that has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from bundle_runs import BUNDLES, ROOT, run
+from dicom_maker import write_series
+from package_bundle import package_bundle
+from serve_monai_label import serve_monai_label, unpack
+
+PYTHON = os.environ.get("MONAI_LABEL_PYTHON")
+SERVED = [bundle for bundle in BUNDLES if not bundle.name.startswith("imagenet")]
+SEGMENTATIONS = [bundle for bundle in SERVED if bundle.name.endswith("_segmentation")]
+NAME = "bcv_multiorgan_segmentation"
+
+
+# The app -----------------------------------------------------------------------------------------------------------
+
+
+def make_package(path: Path, name: str = NAME, version: str = "1", *more: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}/configs/metadata.json", json.dumps({"version": version}))
+        for member in more:
+            archive.writestr(member, "x")
+    return path
+
+
+def test_a_package_is_unpacked_once_and_keeps_what_training_changed(tmp_path):
+    weights = f"{NAME}/models/model.pt"
+    package = make_package(tmp_path / "a.zip", NAME, "1", weights)
+    assert unpack(package, tmp_path / "model") == NAME
+    trained = tmp_path / "model" / weights
+    trained.write_text("trained")
+    assert unpack(package, tmp_path / "model") == NAME
+    assert trained.read_text() == "trained"
+    with pytest.raises(ValueError, match="there is another version of this bundle"):
+        unpack(make_package(tmp_path / "b.zip", NAME, "2", weights), tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "sentence"),
+    [
+        (NAME, (), "has no models/model.pt; package the bundle with --weights"),
+        (NAME, ("other/x",), "not a bundle's zip"),
+        (NAME, (f"{NAME}/../../x",), "not a bundle's zip"),
+        ("imagenet_vdt_pretraining", ("imagenet_vdt_pretraining/models/model.pt",), "is not meant for MONAI Label"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_is_unpacked(tmp_path, name, more, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        unpack(make_package(tmp_path / "a.zip", name, "1", *more), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_missing_interpreter_zip_or_folder_is_named(tmp_path):
+    package = str(make_package(tmp_path / "a.zip", NAME, "1", f"{NAME}/models/model.pt"))
+    with pytest.raises(FileNotFoundError, match="none: no such folder of studies"):
+        serve_monai_label("none", package)
+    with pytest.raises(ValueError, match="name the zips of the bundles to serve"):
+        serve_monai_label(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no/python: no such interpreter; give --python"):
+        serve_monai_label(str(tmp_path), package, app=str(tmp_path / "app"), python="no/python")
+    with pytest.raises(ValueError, match=r"MONAI Label does not start \(.*monailabel.*\)"):
+        serve_monai_label(str(tmp_path), package, app=str(tmp_path / "app"), python=sys.executable)
+
+
+# The server --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(trained, volumes, tmp_path_factory):
+    """The address of a server of the five bundles, with two volumes to label."""
+    if not PYTHON:
+        pytest.skip("MONAI_LABEL_PYTHON does not name an interpreter that has MONAI Label")
+    folder = tmp_path_factory.mktemp("monai_label")
+    packages = [
+        package_bundle(bundle.name, str(folder), weights=str(trained(bundle) / "models" / "model.pt"))
+        for bundle in SERVED
+    ]
+    (folder / "studies").mkdir()
+    for case in ("case0", "case1"):
+        shutil.copy(volumes / "images" / f"{case}.nii.gz", folder / "studies")
+    given = {"app": str(folder / "app"), "python": PYTHON}
+    serve_monai_label(str(folder / "studies"), *packages, start=False, **given)
+    for bundle in SEGMENTATIONS:  # training steps enough to see that it trains
+        config = folder / "app" / "monaibundle" / "model" / bundle.name / "configs" / "train.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "steps_per_epoch": 2, "num_workers": 0}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, str(ROOT / "scripts" / "serve_monai_label.py"), str(folder / "studies"), *packages]
+    words += ["--app", str(folder / "app"), "--python", PYTHON, "--port", str(port)]
+    with (folder / "server.log").open("w") as log:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            if subprocess.run(["curl", "-sf", f"{address}/info/"], capture_output=True, check=False).returncode == 0:
+                break
+            assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
+            time.sleep(1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask(*words: str) -> bytes:
+    """Send a request; a status of 400 or more fails the test with the answer."""
+    result = subprocess.run(["curl", "-s", "--fail-with-body", *words], capture_output=True, check=False)
+    assert result.returncode == 0, result.stdout.decode(errors="replace")[-3000:]
+    return result.stdout
+
+
+def infer(server: str, name: str, where: str, output: str = "image") -> bytes:
+    settings = json.dumps({"device": "cpu", "result_dtype": "uint8", "result_extension": ".nii.gz"})
+    return ask("-X", "POST", f"{server}/infer/{name}?{where}&output={output}", "-F", f"params={settings}")
+
+
+def compare(mask: bytes, reference: Path, folder: Path) -> None:
+    (folder / "served.nii.gz").write_bytes(mask)
+    ours, theirs = nib.load(reference), nib.load(folder / "served.nii.gz")
+    np.testing.assert_array_equal(np.asarray(theirs.dataobj), np.asarray(ours.dataobj))
+    np.testing.assert_allclose(theirs.affine, ours.affine, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_server_lists_the_bundles_with_their_kinds_and_labels(server):
+    models = json.loads(ask(f"{server}/info/"))["models"]
+    assert {name: model["type"] for name, model in models.items()} == {
+        bundle.name: bundle.name.rpartition("_")[2] for bundle in SERVED
+    }
+    assert models[NAME]["labels"] == {"a": 1, "b": 2}
+    assert models["lits_liver_segmentation"]["labels"] == {"liver": 1}
+    assert models["lidc_nodule_classification"]["labels"] == {"benign": 0, "malignant": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", SEGMENTATIONS, ids=lambda path: path.name)
+def test_the_served_mask_is_that_of_the_bundle_voxel_for_voxel(server, bundle, trained, volumes, tmp_path):
+    models = trained(bundle) / "models"
+    given = {"ckpt_path": str(models / "model.pt"), "args_file": str(models / "run.json")}
+    run(bundle, ["inference"], tmp_path, volumes / "images" / "case0.nii.gz", **given)
+    compare(infer(server, bundle.name, "image=case0"), tmp_path / "eval" / "case0_seg.nii.gz", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_dicom_series_gives_the_mask_of_the_bundle(server, trained, tmp_path):
+    bundle = ROOT / "bundles" / NAME
+    hu = np.random.default_rng(0).integers(-400, 400, (20, 22, 15))
+    write_series(tmp_path / "ct", hu, spacing=(0.8, 0.7, 2.5), origin=(-20.0, -10.0, -100.0))
+    models = trained(bundle) / "models"
+    given = {"ckpt_path": str(models / "model.pt"), "args_file": str(models / "run.json")}
+    run(bundle, ["inference"], tmp_path, tmp_path / "ct", **given)
+    files = [word for path in sorted((tmp_path / "ct").iterdir()) for word in ("-F", f"files=@{path}")]
+    session = json.loads(ask("-X", "PUT", f"{server}/session/", *files))["session_id"]
+    compare(infer(server, NAME, f"session_id={session}"), tmp_path / "eval" / "ct_seg.nii.gz", tmp_path)
+
+
+@pytest.mark.slow
+def test_classification_answers_with_scores_and_detection_with_markups(server):
+    found = json.loads(infer(server, "lidc_nodule_classification", "image=case0", "json"))["prediction"]
+    assert [entry["label"] for entry in found] == ["benign", "malignant"]
+    assert sum(entry["score"] for entry in found) == pytest.approx(1, abs=1e-5)
+    markups = json.loads(infer(server, "deeplesion_lesion_detection", "image=case0"))
+    assert markups["markups"][0]["coordinateSystem"] == "LPS"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", SEGMENTATIONS, ids=lambda path: path.name)
+def test_a_segmentation_trains_twice_in_a_row_and_still_answers_on_the_grid_of_the_image(
+    server, bundle, volumes, tmp_path
+):
+    before = infer(server, bundle.name, "image=case0")
+    for case in ("case0", "case1"):
+        label = nib.load(volumes / "labels" / f"{case}.nii.gz")
+        nib.save(
+            nib.Nifti1Image((np.asarray(label.dataobj) > 0).astype(np.uint8), label.affine), tmp_path / "label.nii.gz"
+        )
+        place = f"{server}/datastore/label?image={case}&tag=final"
+        ask("-X", "PUT", place, "-F", "params={}", "-F", f"label=@{tmp_path / 'label.nii.gz'}")
+    wanted = {"max_epochs": 1, "val_split": 0.5, "device": "cpu", "multi_gpu": False}
+    for _ in range(2):
+        words = ["-H", "Content-Type: application/json", "-d", json.dumps(wanted)]
+        ask("-X", "POST", f"{server}/train/{bundle.name}?run_sync=true", *words)
+    (tmp_path / "a.nii.gz").write_bytes(before)
+    (tmp_path / "b.nii.gz").write_bytes(infer(server, bundle.name, "image=case0"))
+    a, b = (nib.load(tmp_path / f"{name}.nii.gz") for name in "ab")
+    assert a.shape == b.shape
+    np.testing.assert_array_equal(a.affine, b.affine)
