@@ -127,6 +127,13 @@ def test_an_unknown_name_is_refused_with_the_nearest_known_ones(config: str, wor
     assert str(error.value) == sentence.format(config)
 
 
+@pytest.mark.parametrize("word", ["false", "true", "FALSE"])
+def test_a_truth_value_that_monai_takes_for_a_word_is_refused(config: str, word: str) -> None:
+    with pytest.raises(ValueError, match=f"--dataset_dir {word}: MONAI takes this for a word.*give True or False"):
+        check(config, "--dataset_dir", word)
+    check(config, "--dataset_dir", word.title())
+
+
 def test_a_flag_that_fire_reads_as_its_negation_is_refused(config: str) -> None:
     with pytest.raises(ValueError, match="--_dataset_dir: no such setting"):  # fire: _dataset_dir=False
         check(config, "--no_dataset_dir")

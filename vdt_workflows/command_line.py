@@ -43,7 +43,7 @@ LESS_MEMORY = {  # settings that lower the need for memory, and how
     "micro_batch": "with fewer samples",
     "batch_size": "with fewer samples",
     "patch_size": "with fewer voxels",
-    "checkpointing": "true",
+    "checkpointing": "True",
     "cache": "disk",
     "num_workers": "0",
 }
@@ -51,6 +51,8 @@ LESS_MEMORY = {  # settings that lower the need for memory, and how
 
 def check_command_line(argv: Sequence[str] | None = None) -> None:
     """Refuse an override whose id is neither in the config files nor an argument of its component.
+
+    An override of None is refused too, which MONAI passes over, and the words true and false, which it takes for text.
 
     It is meant as the first entry of a config's `initialize`. There it looks at `sys.argv`, and only if the process
     is `python -m monai.bundle run` (or `run_workflow`, or either under torchrun); in any other process, such as
@@ -61,7 +63,8 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
         argv: the words after `python -m monai.bundle`, which are then checked whatever the process.
 
     Raises:
-        ValueError: if `argv` names an unknown setting; the sentence gives the nearest known ones.
+        ValueError: if `argv` names an unknown setting (the sentence gives the nearest known ones), or one of those
+            values for one.
         SystemExit: the same in the process itself, because MONAI would bury a `ValueError` in its own traceback.
     """
     if argv is not None:
@@ -187,6 +190,8 @@ def _check(argv: Sequence[str]) -> None:
             raise ValueError(
                 f"--{id} None: MONAI passes over None; give one of the values that the config's comment names"
             )
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            raise ValueError(f"--{id} {value}: MONAI takes this for a word, which counts as true; give True or False")
         parser[id] = value  # an override may add what a later one changes
 
 

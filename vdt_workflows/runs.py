@@ -142,7 +142,7 @@ class RunLog:
         if self._bad < (PATIENCE if scales else 1):
             return
         lower = f" than {self.optimizer.param_groups[0]['lr']:.3g}" if self.optimizer is not None else ""
-        mixed = " or, of mixed precision, --amp false" if getattr(engine, "amp", False) else ""
+        mixed = " or, of mixed precision, --amp False" if getattr(engine, "amp", False) else ""
         raise ValueError(
             f"the loss is {loss:g} at step {engine.state.iteration}, in epoch {engine.state.epoch} of"
             f" {engine.state.max_epochs}; try a lower --learning_rate{lower}{mixed}."
