@@ -35,7 +35,15 @@ SCHEMA = ROOT / "scripts" / "metadata_schema.json"
 
 # Ids that an overlay may add to its base.
 ADDED = {"ckpt_path", "part", "surfaces", "sync_bn", "local_rank", "initialised", "finalize", "pretrained", "+imports"}
-ADDED |= {"intervals", "pictures", "scores", "network_def::network::shortcut", "network_def::network"}
+ADDED |= {
+    "class_weights",
+    "recipe::class_weights",
+    "intervals",
+    "pictures",
+    "scores",
+    "network_def::network::shortcut",
+    "network_def::network",
+}
 FILES = {
     "imagenet_vdt_pretraining": ["model.pt", "encoder.pt", "model_best.pt", "run.json"],
     "bcv_multiorgan_segmentation": ["model.pt", "model_last.pt", "run.json"],
