@@ -17,6 +17,7 @@ import torch
 import yaml
 from bundle_runs import BUNDLES, ROOT, TINY
 from draw_vdt import draw_vdt
+from monai.data import save_net_with_metadata
 from PIL import Image
 
 from networks import ResNet3D
@@ -24,7 +25,9 @@ from vdt_workflows import check_command_line, save_weights
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-LOOKED_AT = ("FlexibleUNet", "create_workflow", "MonaiAlgo")  # what marks an example with a test of its own
+# What marks an example with a test of its own, the last one in test_export.py.
+LOOKED_AT = ("FlexibleUNet", "create_workflow", "MonaiAlgo", "torch.onnx.export")
+SHELL = ("pip", "tensorboard", "mkdocs", "export", "shift", "python3.11", "curl", "unzip")
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -49,6 +52,9 @@ def workplace(tmp_path, volumes, monkeypatch):
     save_weights(ResNet3D(18), tmp_path / "encoder.pt")
     for name in ("VOLUMES", "SITE_A", "SITE_B"):
         (tmp_path / name).symlink_to(volumes)
+    (tmp_path / "models").mkdir()
+    scripted = torch.jit.script(torch.nn.ReLU())
+    save_net_with_metadata(scripted, str(tmp_path / "models" / "model.ts"), more_extra_files={"inference.json": b"{}"})
     shutil.copytree(ROOT / "bundles", tmp_path / "bundles", ignore=shutil.ignore_patterns("models", "eval"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -149,6 +155,10 @@ def check_command(words: list[str], folder: Path | None, monkeypatch) -> Path | 
     if "monai.bundle" in words:
         rest = words[words.index("monai.bundle") + 1 :]
         if rest[0] == "run":
+            packaged = [re.fullmatch(r"(\w+)/(configs/\w+)\.json", word) for word in rest]
+            for at, found in enumerate(packaged):  # of an unpacked zip, whose JSON is made of the bundle's YAML
+                folder = ROOT / "bundles" / found[1] if found else folder
+                rest[at] = f"{found[2]}.yaml" if found else rest[at]
             check_bundle_command([word for word in rest if word != "$@"], folder, monkeypatch)
         else:
             assert rest[0] in ("ckpt_export", "onnx_export", "verify_metadata", "verify_net_in_out"), rest
@@ -162,7 +172,7 @@ def check_command(words: list[str], folder: Path | None, monkeypatch) -> Path | 
     elif words[0] == "sbatch":
         assert (ROOT / words[1]).is_file(), words
     else:
-        assert words[0] in ("pip", "tensorboard", "mkdocs", "export", "shift") or "=" in words[0], words
+        assert Path(words[0]).name in SHELL or "=" in words[0], words
     return folder
 
 
