@@ -23,6 +23,7 @@ from synthetic_nodules import make_list, own_row, write_nodules, write_published
 
 from networks import DepthFirst, ResNet3DClassifier, load_pretrained
 from vdt_workflows import find_nodules, list_nodules
+from vdt_workflows.command_line import explanation
 
 BUNDLE = ROOT / "bundles" / "lidc_nodule_classification"
 PAPER = ["train", "paper"]
@@ -350,7 +351,7 @@ def test_a_spoilt_cube_is_named_in_one_sentence(tmp_path):
     spoilt.write_bytes(b"cut")
     with pytest.raises(RuntimeError) as caught:
         run(BUNDLE, BASE, tmp_path, tmp_path / "data")
-    message = str(root_cause(caught.value))
+    message = explanation(caught.value)
     assert message.startswith(f"{spoilt}: not a readable nodule or scan")
     assert "\n" not in message
 
