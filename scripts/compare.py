@@ -43,7 +43,6 @@ from vdt_workflows import (
 from vdt_workflows.cells import Cell, Stage, run_cells
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
-PROTOCOLS = ("recommended", "paper")
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +144,7 @@ def compare(
         settings: overrides for every cell by config id, as a mapping or a YAML or JSON file.
         fractions: shares of the labelled cases to learn from; a smaller share is part of each larger one.
         seeds: number of seeds; each draws other labelled cases, weights, crops and order.
-        protocols: "recommended", "paper" or both.
+        protocols: of the bundle (see `find_protocols`), one or several: "recommended", "paper" or "short".
         steps: optimiser steps of every cell.
         points: how many times the score is followed in training, at equal distances.
         held_out: cases that are scored, at most; the same for all cells.
@@ -173,10 +172,11 @@ def compare(
     shared = _read_mapping(settings, "settings")
     plan = read_rows(rows)
     shares = sorted({float(f) for f in _listed(fractions)})
-    names = [str(p) for p in _listed(protocols)]
+    known = find_protocols(bundle)
+    names = list(dict.fromkeys(str(p) for p in _listed(protocols)))
     for name in names:
-        if name not in PROTOCOLS:
-            raise ValueError(f"protocols must be among {', '.join(PROTOCOLS)}, got {name!r}")
+        if name not in known:
+            raise ValueError(f"protocols of {bundle} must be among {', '.join(known)}, got {name!r}")
     if steps % points or seeds < 1:
         raise ValueError(f"steps must be a multiple of points, and seeds at least 1; got {steps=}, {points=}, {seeds=}")
     base = choose_reference(plan, reference)
@@ -202,8 +202,8 @@ def compare(
                 for row in plan:
                     example = split.example if task.example and (seed, share) == (0, shares[-1]) else None
                     cells[name, row.name, share, seed] = _make_cell(
-                        root, bundle, row, (name, share, seed), {**shared, **row.settings}, (steps, points),
-                        split.settings(str(chosen)), example, threads,
+                        root, bundle, row, (name, share, seed), known[name], {**shared, **row.settings},
+                        (steps, points), split.settings(str(chosen)), example, threads,
                     )  # fmt: skip
     for cell in {key[:2]: cell for key, cell in cells.items()}.values():
         _check_settings(cell)
@@ -289,6 +289,21 @@ def _read_row(entry: Any, folder: Path) -> Row:
         tuple(place(str(c), "config") for c in ([configs] if isinstance(configs, str) else configs)),
         str(entry.get("note") or ""),
     )
+
+
+def find_protocols(bundle: str) -> dict[str, str]:
+    """List the protocols of a bundle: that of train.yaml, and each overlay that sets `protocol`.
+
+    Returns:
+        The overlay's path from the bundle's folder, by protocol; empty for train.yaml's own.
+    """
+    folder = BUNDLES / bundle
+    found = {}
+    for path in sorted((folder / "configs").glob("*.yaml"), key=lambda p: (p.name != "train.yaml", p.name)):
+        protocol = yaml.safe_load(path.read_text()).get("protocol")
+        if protocol is not None and path.name != "inference.yaml":
+            found[str(protocol)] = "" if path.name == "train.yaml" else str(path.relative_to(folder))
+    return found
 
 
 def describe_row(row: Row) -> dict[str, Any]:
@@ -458,6 +473,7 @@ def _make_cell(
     bundle: str,
     row: Row,
     place: tuple[str, float, int],
+    overlay: str,
     settings: Mapping[str, Any],
     schedule: tuple[int, int],
     data: Mapping[str, Mapping[str, Any]],
@@ -466,10 +482,10 @@ def _make_cell(
 ) -> Cell:
     protocol, share, seed = place
     task = TASKS[bundle]
-    prefix = "" if protocol == "recommended" else f"{protocol}-"
+    prefix = f"{protocol}-" if overlay else ""
     folder = root / "cells" / row.folder / f"{prefix}share{share:g}-seed{seed}"
     models = folder / "models"
-    overlays = (*([f"configs/{protocol}.yaml"] if prefix else []), *row.configs)
+    overlays = (*([overlay] if overlay else []), *row.configs)
     steps, points = schedule
     weights = {"ckpt_path": str(models / task.weights), "args_file": str(models / "run.json")}
     start = {"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained})

@@ -130,7 +130,7 @@ def test_smaller_shares_are_part_of_larger_ones_and_held_out_cases_are_never_lea
     [
         ({"settings": {**TINY, "learning_rat": 1}}, "--learning_rat.*did you mean --learning_rate"),
         ({"settings": "none.yaml"}, r"settings none\.yaml: no such file"),
-        ({"protocols": "papre"}, "protocols must be among recommended, paper, got 'papre'"),
+        ({"protocols": "papre"}, "protocols of bcv_.* must be among recommended, paper, short, got 'papre'"),
         ({"bundle": "bcv"}, "bundle must be one of bcv_multiorgan_segmentation, .*got 'bcv'"),
         ({"steps": 5}, "steps must be a multiple of points"),
         ({"fractions": 0.05}, r"fraction 0\.05 of 4 labelled cases is none"),
@@ -156,12 +156,12 @@ def test_a_row_may_bring_another_network_and_settings(volumes, tmp_path):
     peer = tmp_path / "unet.yaml"
     peer.write_text("network_def: {_target_: monai.networks.nets.UNet}\n")
     rows = [{"name": "UNet, MONAI", "init": "scratch", "configs": str(peer), "settings": {"momentum": 0.5}}]
-    plan(volumes, tmp_path, rows, seeds=1, fractions=1, protocols="recommended,paper")
+    plan(volumes, tmp_path, rows, seeds=1, fractions=1, protocols="recommended,paper,short")
     folder = tmp_path / "out" / "cells" / "UNet-MONAI"
     assert json.loads((folder / "settings.json").read_text())["settings"] == {"momentum": 0.5}
     with (tmp_path / "out" / "results.csv").open() as file:
         found = list(csv.DictReader(file))
-    assert [(r["protocol"], r["state"]) for r in found] == [("recommended", "not run"), ("paper", "not run")]
+    assert [(r["protocol"], r["state"]) for r in found] == [(p, "not run") for p in ("recommended", "paper", "short")]
 
 
 # The report --------------------------------------------------------------------------------------------------------
