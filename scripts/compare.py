@@ -218,13 +218,13 @@ def compare(
     finally:
         results = collect(cells, counts, task.metric, base)
         results |= {
-            "title": f"{bundle}: {len(plan)} ways to start, against {base}",
+            "title": f"{bundle.replace('_', ' ')}: {len(plan)} ways to start, against {base}",
             **{"metric": task.title, "held_out": split.held_out.partition(",")[0], "steps": steps},
-            "curve_cases": min(curve_cases, len(split.scored)),
+            **{"curve_cases": min(curve_cases, len(split.scored)), "example": split.example},
             "provenance": _trace(root, common, plan, cells.values()),
         }
         write_tables(root, results)
-        write_atomic(root / "report.html", write_page(results, split.example).encode())
+        write_atomic(root / "report.html", write_page(results).encode())
     states = Counter(cell["state"] for cell in results["cells"])
     return {"report": str(root / "report.html"), "cells": len(cells), **states}
 

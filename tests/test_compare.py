@@ -197,9 +197,9 @@ def report(volumes, tmp_path_factory):
     """Scratch and two twins of it with known scores, of which one lacks a cell and one failed one."""
     folder = tmp_path_factory.mktemp("report")
     rows = [{"name": name, "init": "scratch"} for name in ("scratch", "<better>", "worse")]
-    plan(volumes, folder, rows)
+    plan(volumes, folder, rows, seeds=3)
     root = folder / "out"
-    for seed in (0, 1):
+    for seed in (0, 1, 2):
         low, high = {"a": 0.2, "b": 0.4 + 0.1 * seed}, {"a": 0.5, "b": 0.7 + 0.1 * seed}
         for row, share, scores in (
             ("scratch", "0.5", low),
@@ -216,22 +216,22 @@ def report(volumes, tmp_path_factory):
     failed = root / "cells" / "worse" / "share1-seed0"
     failed.mkdir(parents=True)
     (failed / "error.txt").write_text("ValueError: weights <x> & do not fit")
-    outcome = plan(volumes, folder, rows)
+    outcome = plan(volumes, folder, rows, seeds=3)
     return root, outcome, json.loads((root / "results.json").read_text())
 
 
 def test_the_summary_holds_means_spreads_and_paired_differences(report):
     _, outcome, results = report
-    assert outcome | {"report": ""} == {"report": "", "cells": 12, "finished": 8, "failed": 1, "not run": 3}
+    assert outcome | {"report": ""} == {"report": "", "cells": 18, "finished": 12, "failed": 1, "not run": 5}
     found = {(s["row"], s["share"]): s for s in results["summary"]}
-    # scratch with half: means .3 and .35 of its two seeds
-    assert found["scratch", 0.5]["mean"] == pytest.approx(0.325)
-    assert found["scratch", 0.5]["sd"] == pytest.approx(0.05 / np.sqrt(2))
+    # scratch with half: means .3, .35 and .4 of its three seeds
+    assert found["scratch", 0.5]["mean"] == pytest.approx(0.35)
+    assert found["scratch", 0.5]["sd"] == pytest.approx(0.05)
     assert found["scratch", 0.5]["difference"] is None
     better = found["<better>", 0.5]
     for name in ("mean", "low", "high"):
         assert better["difference"][name] == pytest.approx(0.2)
-    assert better["difference"]["by_seed"] == pytest.approx([0.2, 0.2])
+    assert better["difference"]["by_seed"] == pytest.approx([0.2, 0.2, 0.2])
     assert better["parameters"] == 1_500_000
     assert found["worse", 1.0]["mean"] is None
 
@@ -240,13 +240,14 @@ def test_steps_and_labels_are_read_off_straight_lines(report):
     found = {(s["row"], s["share"]): s for s in report[2]["summary"]}
     # scratch goes from half of its final score at step 2 to all at step 4: 90 % at 3.6
     assert found["scratch", 1.0]["steps_to_90"] == pytest.approx(3.6)
-    # better with all: .4125 at step 2, .825 at step 4; 90 % of .625 is .5625
-    assert found["<better>", 1.0]["steps_to_90"] == pytest.approx(2 + 2 * (0.5625 - 0.4125) / 0.4125)
+    # better with all: .425 at step 2, .85 at step 4; 90 % of .65 is .585
+    assert found["<better>", 1.0]["steps_to_90"] == pytest.approx(2 + 2 * (0.585 - 0.425) / 0.425)
     labels = {e["row"]: e for e in report[2]["efficiency"]}
     assert labels["scratch"]["labels"] == 4
-    # better: .525 with 2 cases, .825 with 4; .625 is a third of the way
+    # better: .55 with 2 cases, .85 with 4; .65 is a third of the way
     assert labels["<better>"]["labels"] == pytest.approx(2 + 2 / 3)
     assert labels["worse"]["labels"] is None
+    assert [labels[row]["stays"] for row in ("scratch", "<better>", "worse")] == [True, True, False]
 
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(report):
@@ -257,11 +258,12 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(report):
     assert "script" not in page.tags
     assert page.tags.count("h1") == 1
     assert page.tags.count("img") == 3  # image, label, the one prediction
+    assert re.findall(r'<i style="background: #\w+"></i>([^<]*)', text) == ["label 1", "label 2"]
     assert "&lt;better&gt;" in text
     assert "<better>" not in text
     assert "weights &lt;x&gt; &amp; do not fit" in text
-    assert "better than scratch, +0.200" in text
-    assert "8 of 12 cells finished" in text
+    assert "with 2 labelled cases +0.200 (+0.200 to +0.200), better; with 4 labelled cases +0.200" in text
+    assert "12 of 18 cells finished" in text
     assert "not reached" in text
     for section in (
         "Scores",
@@ -272,6 +274,26 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(report):
         "Provenance",
     ):
         assert f"<h2>{section}</h2>" in text
+
+
+def test_one_seed_is_not_judged_and_a_score_that_falls_again_is_said(volumes, tmp_path):
+    rows = [{"name": name, "init": "scratch"} for name in ("scratch", "falling")]
+    for row, share, score in (("scratch", 0.5, 0.3), ("scratch", 1, 0.5), ("falling", 0.5, 0.6), ("falling", 1, 0.4)):
+        folder = tmp_path / "out" / "cells" / row / f"share{share}-seed0"
+        finish(folder, {"a": score, "b": score + 0.1}, [(4, 0.5)])
+    plan(volumes, tmp_path, rows, seeds=1)
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "with 2 labelled cases +0.300 (+0.300 to +0.300), not judged on 1 seed;" in text
+    assert 'class="clear"' not in text
+    assert "at most 2 (50\N{NO-BREAK SPACE}%); below it again with more" in text
+
+
+def test_charts_of_the_same_limits_have_the_same_axis():
+    low, high = [("a", [(1, 0.2, 0.0), (2, 0.3, 0.0)])], [("a", [(1, 0.7, 0.0), (2, 0.8, 0.0)])]
+    ticks = [re.findall(r'end">([\d.]+)<', draw_chart(line, "x", "y", limits=(0.2, 0.8))) for line in (low, high)]
+    assert ticks[0] == ticks[1]
+    assert ticks[0] == [f"{0.15 * i:.2f}" for i in range(1, 7)]  # steps of .15 need two decimals
+    assert ticks[0] != re.findall(r'end">([\d.]+)<', draw_chart(low, "x", "y"))
 
 
 def test_a_chart_keeps_its_points_inside_and_says_what_it_shows():
