@@ -128,6 +128,7 @@ def compare(
     training_cases: int | None = None,
     datalist: str | None = None,
     reference: str = "",
+    pictures: bool = True,
     workers: int = 1,
     threads: int = 1,
     ray: str | None = None,
@@ -152,6 +153,7 @@ def compare(
         training_cases: labelled cases of which the fractions are taken, at most; all by default.
         datalist: JSON list in place of what the folder says; its test cases are the held-out ones.
         reference: row that the others are compared with; "scratch" if there is one, or the first.
+        pictures: whether each row segments one held-out volume for the page, where the bundle makes volumes.
         workers: cells at once on this machine, on its CUDA devices in turn; 0 only writes the report of what is there.
         threads: CPU threads of a cell.
         ray: address of a Ray cluster to run on instead ("auto", "ray://host:10001", or "local").
@@ -200,9 +202,10 @@ def compare(
             lists[chosen] = split.draw(counts[share], seed)
             for name in names:
                 for row in plan:
-                    example = split.example if task.example and (seed, share) == (0, shares[-1]) else None
+                    drawn = pictures and task.example and (seed, share) == (0, shares[-1])
+                    example = split.example if drawn else None
                     cells[name, row.name, share, seed] = _make_cell(
-                        root, bundle, row, (name, share, seed), known[name], {**shared, **row.settings},
+                        root, bundle, row, (name, share, seed), known[name], merge_settings(shared, row),
                         (steps, points), split.settings(str(chosen)), example, threads,
                     )  # fmt: skip
     for cell in {key[:2]: cell for key, cell in cells.items()}.values():
@@ -311,6 +314,19 @@ def describe_row(row: Row) -> dict[str, Any]:
     hashes = {Path(path).name: hash_file(path) for path in row.configs}
     weights = None if row.pretrained is None else hash_file(row.pretrained)
     return {"name": row.name, "init": row.init, "weights": weights, "settings": dict(row.settings), "configs": hashes}
+
+
+def merge_settings(shared: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    """Put a row's settings over those of all rows; parts of a network that its overlays replace are left out."""
+    contents = [_read_mapping(path, f"row {row.name!r}: config") for path in row.configs]
+    replaced = [
+        f"{name.replace('#', '::')}::"
+        for content in contents
+        for name, value in content.items()
+        if name.startswith("network_def") and isinstance(value, dict) and "_target_" in value
+    ]
+    kept = {k: v for k, v in shared.items() if not k.replace("#", "::").startswith(tuple(replaced))}
+    return {**kept, **row.settings}
 
 
 def hash_file(path: str | os.PathLike) -> str:

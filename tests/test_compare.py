@@ -19,11 +19,24 @@ import pytest
 import torch
 import yaml
 from bundle_runs import ROOT
-from compare import choose_reference, compare, count_cases, read_rows
+from compare import choose_reference, compare, count_cases, merge_settings, read_rows
 from comparison_report import draw_chart
 
+from networks import ResNet3D
+from vdt_workflows import save_weights
+
 TINY = {"base_channels": 4, "patch_size": [16, 16, 16], "spacing": "own", "window": "none", "pairs": []}
-TINY |= {"mean": "own", "std": "own", "overlap": 0.25, "learning_rate": 0.1}
+TINY |= {"mean": "own", "std": "own", "overlap": 0.25, "learning_rate": 0.1, "network_def::network::stem": "strided"}
+# Two rows of this, two shares of the labels and two seeds: eight cells.
+MATRIX = {
+    "settings": TINY,
+    "fractions": [0.5, 1],
+    "seeds": 2,
+    "steps": 2,
+    "points": 2,
+    "held_out": 2,
+    "pictures": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +163,17 @@ def test_a_folder_of_other_settings_is_refused_but_may_grow(volumes, tmp_path, e
     encoder.write_bytes(b"other weights")
     with pytest.raises(ValueError, match=r"vdt holds results made with weights '.*', not '"):
         plan(volumes, tmp_path, f"scratch,vdt={encoder}")
+
+
+def test_settings_of_a_network_do_not_reach_a_row_that_replaces_it(tmp_path):
+    whole, part = tmp_path / "whole.yaml", ROOT / "bundles" / "bcv_multiorgan_segmentation" / "configs" / "genesis.yaml"
+    whole.write_text("network_def: {_target_: monai.networks.nets.UNet}\n")
+    own = {"network_def::channels": [4]}
+    shared = {"network_def#network#stem": "flat", "network_def::restore": False, "seed": 1}
+    rows = [{"name": str(i), "init": "scratch", "configs": c} for i, c in enumerate(([str(whole)], [str(part)], []))]
+    rows[0]["settings"] = own
+    found = [merge_settings(shared, row) for row in read_rows(rows)]
+    assert found == [{"seed": 1, **own}, {"network_def::restore": False, "seed": 1}, shared]
 
 
 def test_a_row_may_bring_another_network_and_settings(volumes, tmp_path):
@@ -321,8 +345,14 @@ slow = pytest.mark.slow  # each cell is some seconds of a process of its own
 
 
 def words_of(volumes, folder, rows, **more):
-    options = {"rows": str(rows), "dataset_dir": str(volumes), "output_dir": str(folder), "settings": TINY}
-    options |= {"fractions": [0.5, 1], "seeds": 2, "steps": 4, "points": 2, "held_out": 2, "workers": 2, **more}
+    options = {
+        "rows": str(rows),
+        "dataset_dir": str(volumes),
+        "output_dir": str(folder),
+        **MATRIX,
+        "workers": 2,
+        **more,
+    }
     command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "compare.py")]
     for name, value in options.items():
         command += [f"--{name}", value if isinstance(value, str) else repr(value)]
@@ -340,16 +370,12 @@ def numbers(folder):
 
 
 @pytest.fixture(scope="module")
-def vdt_encoder(trained):
-    return trained(ROOT / "bundles" / "imagenet_vdt_pretraining") / "models" / "encoder.pt"
-
-
-@pytest.fixture(scope="module")
-def matrix(volumes, vdt_encoder, tmp_path_factory):
+def matrix(volumes, tmp_path_factory):
     """Two rows, two shares and two seeds, done without a break."""
     folder = tmp_path_factory.mktemp("matrix")
+    save_weights(ResNet3D(18, base_channels=4), folder / "encoder.pt")
     rows = folder / "rows.yaml"
-    rows.write_text(f"- name: scratch\n- {{name: vdt, pretrained: {vdt_encoder}}}\n")
+    rows.write_text("- name: scratch\n- {name: vdt, pretrained: encoder.pt}\n")
     subprocess.run(words_of(volumes, folder / "out", rows), check=True)
     return rows, folder / "out"
 
@@ -370,22 +396,9 @@ def test_a_matrix_killed_at_any_moment_goes_on_and_gives_the_same(volumes, matri
     subprocess.run(words_of(volumes, tmp_path, rows), check=True)
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert numbers(tmp_path) == numbers(whole)
-    start = time.monotonic()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/*/*.json")}
-    compare(
-        str(rows),
-        str(volumes),
-        str(tmp_path),
-        settings=TINY,
-        fractions=[0.5, 1],
-        seeds=2,
-        steps=4,
-        points=2,
-        held_out=2,
-    )
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/*/*.json")} == done, (
-        time.monotonic() - start
-    )
+    compare(str(rows), str(volumes), str(tmp_path), **MATRIX)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/*/*.json")} == done
 
 
 @slow
@@ -394,8 +407,7 @@ def test_a_ray_cluster_gives_the_same(volumes, matrix, tmp_path):
     rows, whole = matrix
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     try:
-        options = {"settings": TINY, "fractions": [0.5, 1], "seeds": 2, "steps": 4, "points": 2, "held_out": 2}
-        compare(str(rows), str(volumes), str(tmp_path), ray="local", ray_resources={"num_cpus": 1}, **options)
+        compare(str(rows), str(volumes), str(tmp_path), ray="local", ray_resources={"num_cpus": 1}, **MATRIX)
     finally:
         ray.shutdown()
     assert numbers(tmp_path) == numbers(whole)
@@ -413,30 +425,47 @@ def test_a_cell_is_what_its_commands_say(matrix, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 
+def overlays_of_the_docs(folder):
+    """Write the networks that docs/compare.md shows, and give their paths by class."""
+    blocks = re.findall(r"```yaml\n(network_def:.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL)
+    paths = {yaml.safe_load(block)["network_def"]["_target_"].rpartition(".")[2]: block for block in blocks}
+    for name, block in paths.items():
+        (folder / f"{name}.yaml").write_text(block)
+    return {name: str(folder / f"{name}.yaml") for name in paths}
+
+
 @slow
-def test_a_failing_cell_is_named_and_stops_no_other(volumes, tmp_path):
+def test_other_networks_are_rows_and_a_failing_cell_stops_no_other(volumes, tmp_path):
     wrong = tmp_path / "encoder.pt"
     torch.save({"conv1.weight": torch.zeros(8, 1, 7, 7, 7)}, wrong)
-    rows = tmp_path / "rows.yaml"
-    peer = tmp_path / "unet.yaml"
-    network = {"_target_": "monai.networks.nets.UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 3}
-    peer.write_text(yaml.safe_dump({"network_def": {**network, "channels": [4, 8], "strides": [2]}}))
+    small = {
+        "UNet": {"network_def::channels": [4, 8], "network_def::strides": [2], "network_def::num_res_units": 0},
+        "SegResNet": {
+            "network_def::init_filters": 8,
+            "network_def::blocks_down": [1, 1],
+            "network_def::blocks_up": [1],
+        },
+        "SwinUNETR": {"network_def::feature_size": 12, "patch_size": [32, 32, 32]},
+    }
+    peers = overlays_of_the_docs(tmp_path)
+    assert peers.keys() == small.keys()
     entries = [{"name": "vdt", "pretrained": str(wrong)}, {"name": "twin", "init": "scratch"}, {"name": "scratch"}]
-    entries.append({"name": "UNet", "init": "scratch", "configs": str(peer)})
+    entries += [{"name": n, "init": "scratch", "configs": peers[n], "settings": s} for n, s in small.items()]
+    rows = tmp_path / "rows.yaml"
     rows.write_text(yaml.safe_dump(entries))
     folder = tmp_path / "out"
-    done = subprocess.run(
-        words_of(volumes, folder, rows, fractions=1, seeds=1), check=True, capture_output=True, text=True
-    )
+    words = words_of(volumes, folder, rows, fractions=1, seeds=1, pictures=True)
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
     assert re.search(r"failed: vdt, 100% of the labels, seed 0: ValueError: .*encoder\.pt", done.stderr)
     results = numbers(folder)
-    assert [cell["state"] for cell in results["cells"]] == ["failed", "finished", "finished", "finished"]
+    assert [cell["error"] for cell in results["cells"][1:]] == [None] * 5
+    assert [cell["state"] for cell in results["cells"]] == ["failed", *["finished"] * 5]
     assert str(wrong) in results["cells"][0]["error"]
     found = {s["row"]: s for s in results["summary"]}
     assert found["twin"]["difference"]["by_seed"] == [0.0]  # same start, cases, order and draws: the same to the bit
     assert found["twin"]["curve"] == found["scratch"]["curve"]
-    assert found["UNet"]["parameters"] != found["scratch"]["parameters"]
-    assert (folder / "report.html").read_text().count("<img") == 5  # image, label and three predictions
+    assert len({s["parameters"] for s in results["summary"]}) == 5  # None of vdt, the twins', and one of each peer
+    assert (folder / "report.html").read_text().count("<img") == 7  # image, label and five predictions
 
 
 @slow
