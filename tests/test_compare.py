@@ -385,10 +385,10 @@ def test_a_matrix_killed_at_any_moment_goes_on_and_gives_the_same(volumes, matri
     rows, whole = matrix
     process = subprocess.Popen(words_of(volumes, tmp_path, rows), start_new_session=True)
     rng = random.Random()
-    after = rng.randint(1, 6)
+    after = rng.randint(1, 4)
     while len(list(tmp_path.glob("cells/*/*/result.json"))) < after and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(rng.uniform(0, 2))
+    time.sleep(rng.uniform(0, 0.5))  # two more may finish meanwhile, not all
     process.kill()
     process.wait()
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/*/result.json")}
