@@ -45,7 +45,7 @@ def demo(
     image_size: int = 64,
     base_channels: int = 16,
     seeds: int = 1,
-    steps: int = 200,
+    steps: int = 600,
     points: int = 4,
     patch_size: tuple[int, ...] = (32, 32, 32),
 ) -> dict[str, str]:
