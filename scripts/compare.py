@@ -43,7 +43,6 @@ from vdt_workflows import (
 from vdt_workflows.cells import Cell, Stage, run_cells
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
-PROTOCOLS = ("recommended", "paper")
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +128,7 @@ def compare(
     training_cases: int | None = None,
     datalist: str | None = None,
     reference: str = "",
+    pictures: bool = True,
     workers: int = 1,
     threads: int = 1,
     ray: str | None = None,
@@ -145,7 +145,7 @@ def compare(
         settings: overrides for every cell by config id, as a mapping or a YAML or JSON file.
         fractions: shares of the labelled cases to learn from; a smaller share is part of each larger one.
         seeds: number of seeds; each draws other labelled cases, weights, crops and order.
-        protocols: "recommended", "paper" or both.
+        protocols: of the bundle (see `find_protocols`), one or several: "recommended", "paper" or "short".
         steps: optimiser steps of every cell.
         points: how many times the score is followed in training, at equal distances.
         held_out: cases that are scored, at most; the same for all cells.
@@ -153,6 +153,7 @@ def compare(
         training_cases: labelled cases of which the fractions are taken, at most; all by default.
         datalist: JSON list in place of what the folder says; its test cases are the held-out ones.
         reference: row that the others are compared with; "scratch" if there is one, or the first.
+        pictures: whether each row segments one held-out volume for the page, where the bundle makes volumes.
         workers: cells at once on this machine, on its CUDA devices in turn; 0 only writes the report of what is there.
         threads: CPU threads of a cell.
         ray: address of a Ray cluster to run on instead ("auto", "ray://host:10001", or "local").
@@ -173,10 +174,11 @@ def compare(
     shared = _read_mapping(settings, "settings")
     plan = read_rows(rows)
     shares = sorted({float(f) for f in _listed(fractions)})
-    names = [str(p) for p in _listed(protocols)]
+    known = find_protocols(bundle)
+    names = list(dict.fromkeys(str(p) for p in _listed(protocols)))
     for name in names:
-        if name not in PROTOCOLS:
-            raise ValueError(f"protocols must be among {', '.join(PROTOCOLS)}, got {name!r}")
+        if name not in known:
+            raise ValueError(f"protocols of {bundle} must be among {', '.join(known)}, got {name!r}")
     if steps % points or seeds < 1:
         raise ValueError(f"steps must be a multiple of points, and seeds at least 1; got {steps=}, {points=}, {seeds=}")
     base = choose_reference(plan, reference)
@@ -200,10 +202,11 @@ def compare(
             lists[chosen] = split.draw(counts[share], seed)
             for name in names:
                 for row in plan:
-                    example = split.example if task.example and (seed, share) == (0, shares[-1]) else None
+                    drawn = pictures and task.example and (seed, share) == (0, shares[-1])
+                    example = split.example if drawn else None
                     cells[name, row.name, share, seed] = _make_cell(
-                        root, bundle, row, (name, share, seed), {**shared, **row.settings}, (steps, points),
-                        split.settings(str(chosen)), example, threads,
+                        root, bundle, row, (name, share, seed), known[name], merge_settings(shared, row),
+                        (steps, points), split.settings(str(chosen)), example, threads,
                     )  # fmt: skip
     for cell in {key[:2]: cell for key, cell in cells.items()}.values():
         _check_settings(cell)
@@ -218,13 +221,13 @@ def compare(
     finally:
         results = collect(cells, counts, task.metric, base)
         results |= {
-            "title": f"{bundle}: {len(plan)} ways to start, against {base}",
+            "title": f"{bundle.replace('_', ' ')}: {len(plan)} ways to start, against {base}",
             **{"metric": task.title, "held_out": split.held_out.partition(",")[0], "steps": steps},
-            "curve_cases": min(curve_cases, len(split.scored)),
+            **{"curve_cases": min(curve_cases, len(split.scored)), "example": split.example},
             "provenance": _trace(root, common, plan, cells.values()),
         }
         write_tables(root, results)
-        write_atomic(root / "report.html", write_page(results, split.example).encode())
+        write_atomic(root / "report.html", write_page(results).encode())
     states = Counter(cell["state"] for cell in results["cells"])
     return {"report": str(root / "report.html"), "cells": len(cells), **states}
 
@@ -291,11 +294,39 @@ def _read_row(entry: Any, folder: Path) -> Row:
     )
 
 
+def find_protocols(bundle: str) -> dict[str, str]:
+    """List the protocols of a bundle: that of train.yaml, and each overlay that sets `protocol`.
+
+    Returns:
+        The overlay's path from the bundle's folder, by protocol; empty for train.yaml's own.
+    """
+    folder = BUNDLES / bundle
+    found = {}
+    for path in sorted((folder / "configs").glob("*.yaml"), key=lambda p: (p.name != "train.yaml", p.name)):
+        protocol = yaml.safe_load(path.read_text()).get("protocol")
+        if protocol is not None and path.name != "inference.yaml":
+            found[str(protocol)] = "" if path.name == "train.yaml" else str(path.relative_to(folder))
+    return found
+
+
 def describe_row(row: Row) -> dict[str, Any]:
     """Say what makes a row what it is: files by their content, wherever they lie."""
     hashes = {Path(path).name: hash_file(path) for path in row.configs}
     weights = None if row.pretrained is None else hash_file(row.pretrained)
     return {"name": row.name, "init": row.init, "weights": weights, "settings": dict(row.settings), "configs": hashes}
+
+
+def merge_settings(shared: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    """Put a row's settings over those of all rows; parts of a network that its overlays replace are left out."""
+    contents = [_read_mapping(path, f"row {row.name!r}: config") for path in row.configs]
+    replaced = [
+        f"{name.replace('#', '::')}::"
+        for content in contents
+        for name, value in content.items()
+        if name.startswith("network_def") and isinstance(value, dict) and "_target_" in value
+    ]
+    kept = {k: v for k, v in shared.items() if not k.replace("#", "::").startswith(tuple(replaced))}
+    return {**kept, **row.settings}
 
 
 def hash_file(path: str | os.PathLike) -> str:
@@ -458,6 +489,7 @@ def _make_cell(
     bundle: str,
     row: Row,
     place: tuple[str, float, int],
+    overlay: str,
     settings: Mapping[str, Any],
     schedule: tuple[int, int],
     data: Mapping[str, Mapping[str, Any]],
@@ -466,10 +498,10 @@ def _make_cell(
 ) -> Cell:
     protocol, share, seed = place
     task = TASKS[bundle]
-    prefix = "" if protocol == "recommended" else f"{protocol}-"
+    prefix = f"{protocol}-" if overlay else ""
     folder = root / "cells" / row.folder / f"{prefix}share{share:g}-seed{seed}"
     models = folder / "models"
-    overlays = (*([f"configs/{protocol}.yaml"] if prefix else []), *row.configs)
+    overlays = (*([overlay] if overlay else []), *row.configs)
     steps, points = schedule
     weights = {"ckpt_path": str(models / task.weights), "args_file": str(models / "run.json")}
     start = {"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained})

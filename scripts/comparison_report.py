@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,15 +14,20 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from comparison_results import NEAR
 from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+LEAST_SEEDS = 3  # for a verdict
 
 Line = list[tuple[float, float, float]]  # x, y and half the length of an error bar
 
 # Okabe and Ito's colours, which most colour-blind people tell apart, darker on white and lighter on black.
 COLOURS = ("#0060a0", "#b84a00", "#00745a", "#a3387a", "#7a6a00", "#2a7fb8", "#555555", "#a01010")
 LIGHTER = ("#6cb8f0", "#ff9a4d", "#3fd0a5", "#f08cc8", "#e6d84a", "#9ad4ff", "#bbbbbb", "#ff8080")
+LABELS = colormaps["tab10"].colors  # by label value, from 1
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 STYLE = """
@@ -32,21 +38,21 @@ LIGHT }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 76rem; background: var(--paper);
 color: var(--ink); font: 1rem/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .25rem }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem }
 p, ul { max-width: 46rem; margin: .5rem 0 }
 .lead { font-size: 1.05rem }
-.soft, figcaption, caption { color: var(--soft); font-size: .9rem }
+.soft, figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem }
 .scroll { overflow-x: auto; margin: .8rem 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; min-width: 34rem }
-caption { text-align: left; padding-bottom: .4rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
 th, td { padding: .3rem .8rem .3rem .3rem; text-align: left; border-bottom: 1px solid var(--line);
 vertical-align: top }
 thead th { font-weight: 600; border-bottom: 2px solid var(--line) }
 tbody th { font-weight: 500 }
 th.group { background: var(--band); font-weight: 600 }
 td.n, th.n { text-align: right; white-space: nowrap }
+td.text { min-width: 14rem }
 .clear { font-weight: 700 }
 figure { margin: .8rem 0 }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem 1.5rem }
@@ -56,23 +62,20 @@ svg { width: 100%; height: auto; max-width: 40rem; display: block; overflow: vis
 svg text { fill: var(--ink); font-size: 12px }
 svg .axis { stroke: var(--soft) } svg .grid { stroke: var(--line) } svg .goal { stroke: var(--soft) }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; max-width: none }
-.legend svg { width: 2.4rem; display: inline-block; vertical-align: middle; margin-right: .35rem }
+.legend svg { width: 2.4rem; display: inline-block; vertical-align: middle; margin-right: .5rem }
+.legend i { display: inline-block; width: .9rem; height: .9rem; border-radius: 2px; margin-right: .4rem;
+vertical-align: -.1rem; print-color-adjust: exact; -webkit-print-color-adjust: exact }
 pre { overflow-x: auto; background: var(--band); padding: .8rem; font-size: .82rem; border-radius: 4px }
 code { font-size: .9em; overflow-wrap: anywhere }
-@media print { :root { --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #f2f2f2; LIGHT }
-body { max-width: none; padding: 0; font-size: 10pt } figure, tbody, .pictures > figure { break-inside: avoid }
-h2, h3 { break-after: avoid } .scroll { overflow: visible } pre { white-space: pre-wrap }
-details > * { display: block } }
+@media print { :root { font-size: 9.5pt; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #f2f2f2;
+LIGHT } body { max-width: none; padding: 0 } figure, tbody, .pictures { break-inside: avoid }
+h2, h3, .legend, p.soft, summary { break-after: avoid } .scroll { overflow: visible } pre { white-space: pre-wrap }
+details::details-content { content-visibility: visible; display: block } }
 """
 
 
-def write_page(results: Mapping[str, Any], example: Mapping[str, str] | None = None) -> str:
-    """Make the page.
-
-    Args:
-        results: what `comparison_results.collect` gave, with `title`, `metric`, `settings` and `provenance`.
-        example: `image` and `label` of a held-out volume that cells have segmented.
-    """
+def write_page(results: Mapping[str, Any]) -> str:
+    """Make the page from what `compare.py` writes as results.json."""
     rows = list(dict.fromkeys(s["row"] for s in results["summary"]))
     protocols = list(dict.fromkeys(s["protocol"] for s in results["summary"]))
     parts = [_head(results, rows)]
@@ -84,7 +87,7 @@ def write_page(results: Mapping[str, Any], example: Mapping[str, str] | None = N
             f"<section><h2>Labels needed{several}</h2>{_labels_needed(results, own, rows, protocol)}</section>",
             f"<section><h2>Scores while training{several}</h2>{_curves(results, own, rows)}</section>",
         ]
-    parts += [_examples(results, rows, example), _troubles(results), _method(results), _provenance(results)]
+    parts += [_examples(results), _troubles(results), _method(results), _provenance(results)]
     style = STYLE.replace("LIGHT", _variables(COLOURS)).replace("DARK", _variables(LIGHTER))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -112,26 +115,39 @@ def _head(results: Mapping[str, Any], rows: Sequence[str]) -> str:
     return (
         f'<header><h1>{escape(results["title"])}</h1><p class="lead">{size}; {done} of {len(cells)} cells finished.'
         f"{missing} Score: {escape(results['metric'])} on {escape(results['held_out'])}, after the last of"
-        f" {results['steps']} steps.</p></header><section><h2>What was found</h2><ul>{findings}</ul></section>"
+        f" {results['steps']} steps.</p></header><section><h2>What was found</h2><p>Against"
+        f" {escape(results['reference'])}, with the fewest and with all labels; in brackets {_percent(0.95)} intervals"
+        f" of the difference:</p><ul>{findings}</ul></section>"
     )
 
 
 def _findings(results: Mapping[str, Any]) -> list[str]:
-    """Say of each row, at the least and at all labels, whether its difference can be told from zero."""
-    found = []
-    shares = sorted({s["share"] for s in results["summary"]})
-    for entry in results["summary"]:
+    """Say of each row, with the fewest and with all labels, whether its difference can be told from zero."""
+    lines: dict[str, list[str]] = {}
+    summary = results["summary"]
+    several = len({entry["protocol"] for entry in summary}) > 1
+    shares = {entry["share"] for entry in summary}
+    for entry in summary:
         difference = entry["difference"]
-        if entry["share"] not in (shares[0], shares[-1]) or difference is None:
+        if entry["share"] not in (min(shares), max(shares)) or difference is None:
             continue
-        apart = difference["low"] > 0 or difference["high"] < 0
-        verdict = ("better" if difference["mean"] > 0 else "worse") if apart else "not told apart"
-        found.append(
-            f"<b>{escape(entry['row'])}</b> at {entry['share']:.0%} of the labels ({entry['labels']}): {verdict}"
-            f"{' than' if apart else ' from'} {escape(results['reference'])}, {_signed(difference['mean'])}"
-            f" (95&nbsp;% interval {_signed(difference['low'])} to {_signed(difference['high'])})."
+        name = f"<b>{escape(entry['row'])}</b>" + (f" ({escape(entry['protocol'])} protocol)" if several else "")
+        lines.setdefault(name, []).append(
+            f"with {entry['labels']} labelled cases {_signed(difference['mean'])}"
+            f" ({_signed(difference['low'])} to {_signed(difference['high'])}), {_judge(difference)}"
         )
+    found = [f"{name}: {'; '.join(texts)}." for name, texts in lines.items()]
     return found or ["Nothing to compare yet."]
+
+
+def _judge(difference: Mapping[str, Any]) -> str:
+    """Judge a difference by its interval, which says little of other draws where seeds are very few."""
+    seeds = len(difference["by_seed"])
+    if seeds < LEAST_SEEDS:
+        return f"not judged on {seeds} seed{'s' * (seeds > 1)}"
+    if difference["low"] <= 0 <= difference["high"]:
+        return "not told apart"
+    return "better" if difference["mean"] > 0 else "worse"
 
 
 def _table(results: Mapping[str, Any], summary: Sequence[Mapping[str, Any]]) -> str:
@@ -149,13 +165,13 @@ def _table(results: Mapping[str, Any], summary: Sequence[Mapping[str, Any]]) -> 
     body = []
     for share in sorted({s["share"] for s in summary}):
         own = [s for s in summary if s["share"] == share]
-        title = f"{share:.0%} of the labels: {own[0]['labels']} cases"
+        title = f"{_percent(share)} of the labels: {own[0]['labels']} cases"
         lines = [f'<tr><th class="group" scope="rowgroup" colspan="{len(heads)}">{title}</th></tr>']
         for entry in own:
             difference = entry["difference"]
             cells = [_spread(entry), "", "", "", _reached(entry), _size(entry["parameters"])]
             if difference is not None:
-                apart = ' class="clear"' if difference["low"] > 0 or difference["high"] < 0 else ""
+                apart = ' class="clear"' if _judge(difference) in ("better", "worse") else ""
                 cells[1] = f"<span{apart}>{_signed(difference['mean'])}</span>"
                 cells[2] = f"{_signed(difference['low'])} to {_signed(difference['high'])}"
                 cells[3] = ", ".join(_signed(d) for d in difference["by_seed"])
@@ -163,19 +179,21 @@ def _table(results: Mapping[str, Any], summary: Sequence[Mapping[str, Any]]) -> 
             lines.append(f'<tr><th scope="row">{escape(entry["row"])}</th>{texts}</tr>')
         body.append(f"<tbody>{''.join(lines)}</tbody>")
     caption = (
-        f"{escape(results['metric'])} over the held-out cases, mean and standard deviation over seeds. Bold: the"
-        f" interval leaves zero out. Steps to 90&nbsp;%: of what {reference} has in the end with the same labels."
+        f"{escape(_capital(results['metric']))} over the held-out cases, mean and standard deviation over seeds. Bold:"
+        f" the interval of {LEAST_SEEDS} seeds or more leaves zero out. Steps to 90&nbsp;%: of what"
+        f" {reference} has in the end with the same labels."
     )
     return _wrap(caption, head, "".join(body))
 
 
 _N = ' class="n"'
+_TEXT = ' class="text"'
 
 
 def _wrap(caption: str, head: str, body: str) -> str:
-    """Put the parts of a table together; a narrow window scrolls it sideways."""
-    table = f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead>{body}</table>"
-    return f'<div class="scroll">{table}</div>'
+    """Put the parts of a table together; a narrow window scrolls it sideways under its caption."""
+    table = f"<table><thead><tr>{head}</tr></thead>{body}</table>"
+    return f'<p class="soft">{caption}</p><div class="scroll">{table}</div>'
 
 
 def _labels_needed(
@@ -195,10 +213,11 @@ def _labels_needed(
             text = "not reached"
         else:
             bound = "at most " if entry["upper_bound"] else ""
-            text = f"{bound}{entry['labels']:.0f} ({entry['labels'] / entry['all']:.0%})"
+            again = "" if entry["stays"] else "; below it again with more"
+            text = f"{bound}{entry['labels']:.0f} ({_percent(entry['labels'] / entry['all'])}){again}"
         items.append(f'<tr><th scope="row">{escape(entry["row"])}</th><td{_N}>{text}</td></tr>')
     with_all = f"{escape(results['reference'])} with all {entries[0]['all']}"
-    caption = f"Labelled cases that a row needs for the mean score of {with_all}, on the line between the shares"
+    caption = f"Labelled cases that a row needs for the mean score of {with_all}, on the line between the shares."
     heads = f'<th scope="col">row</th><th scope="col"{_N}>labelled cases</th>'
     chart = draw_chart(lines, "labelled cases (logarithmic)", results["metric"], logarithmic=True, goal=goal)
     return (
@@ -208,17 +227,20 @@ def _labels_needed(
 
 
 def _curves(results: Mapping[str, Any], summary: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> str:
+    scores = [score for s in summary for _, score in s["curve"]]
+    limits = (min(scores), max(scores)) if scores else None
     figures = []
     for share in sorted({s["share"] for s in summary}):
         own = {s["row"]: s for s in summary if s["share"] == share}
         lines = [(row, [(step, score, 0.0) for step, score in own[row]["curve"]]) for row in rows]
         base = own[results["reference"]]["curve"]
-        chart = draw_chart(lines, "steps", results["metric"], goal=0.9 * base[-1][1] if base else None, width=420)
+        goal = NEAR * base[-1][1] if base else None
+        chart = draw_chart(lines, "steps", results["metric"], goal=goal, limits=limits, width=420)
         labels = own[rows[0]]["labels"]
-        figures.append(f"<figure><h3>{share:.0%} of the labels: {labels} cases</h3>{chart}</figure>")
+        figures.append(f"<figure><h3>{_percent(share)} of the labels: {labels} cases</h3>{chart}</figure>")
     note = (
-        f'<p class="soft">Mean over seeds, on {results["curve_cases"]} of the held-out cases. Dashed: 90&nbsp;% of what'
-        f" {escape(results['reference'])} has in the end.</p>"
+        f'<p class="soft">Mean over seeds, on {results["curve_cases"]} of the held-out cases. Dashed:'
+        f" {_percent(NEAR)} of what {escape(results['reference'])} has in the end.</p>"
     )
     return f'{_legend(rows)}<div class="charts">{"".join(figures)}</div>{note}'
 
@@ -230,8 +252,8 @@ def _troubles(results: Mapping[str, Any]) -> str:
     if not bad:
         return f"<section><h2>Missing cells</h2>{note}</section>" if waiting else ""
     lines = "".join(
-        f'<tr><th scope="row">{escape(c["row"])}</th><td{_N}>{c["share"]:.0%}</td><td{_N}>{c["seed"]}</td>'
-        f"<td>{escape(c['protocol'])}</td><td>{c['state']}</td><td>{escape(_short(c['error'] or ''))}</td></tr>"
+        f'<tr><th scope="row">{escape(c["row"])}</th><td{_N}>{_percent(c["share"])}</td><td{_N}>{c["seed"]}</td>'
+        f"<td>{escape(c['protocol'])}</td><td>{c['state']}</td><td{_TEXT}>{escape(_short(c['error'] or ''))}</td></tr>"
         for c in bad
     )
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("row", "labels", "seed", "protocol", "state", "error"))
@@ -254,25 +276,31 @@ def _method(results: Mapping[str, Any]) -> str:
 
 
 def _provenance(results: Mapping[str, Any]) -> str:
-    text = escape(json.dumps(results["provenance"], indent=1, ensure_ascii=False))
+    text = json.dumps(results["provenance"], indent=1, ensure_ascii=False)
+    text = re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)  # a plain list is a line
     return (
-        f"<section><h2>Provenance</h2>{_row_notes(results)}<details open><summary>Settings, weights, data and versions"
-        f"</summary><pre>{text}</pre></details></section>"
+        f"<section><h2>Provenance</h2>{_row_notes(results)}<details><summary>Settings, weights, data and versions"
+        f"</summary><pre>{escape(text)}</pre></details></section>"
     )
 
 
 def _row_notes(results: Mapping[str, Any]) -> str:
     lines = "".join(
         f'<tr><th scope="row">{escape(r["name"])}</th><td>{escape(r["init"])}</td>'
-        f"<td><code>{(r['weights'] or 'none')[:16]}</code></td><td>{escape(r['note'])}</td></tr>"
+        f"<td><code>{(r['weights'] or 'none')[:16]}</code></td><td{_TEXT}>{escape(r['note'])}</td></tr>"
         for r in results["provenance"]["rows"]
     )
     heads = "".join(f'<th scope="col">{n}</th>' for n in ("row", "initialisation", "sha256 of the weights", "note"))
-    return _wrap("The rows", heads, f"<tbody>{lines}</tbody>")
+    return _wrap("The rows.", heads, f"<tbody>{lines}</tbody>")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+    text = f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+    return text if float(text[1:]) else text[1:]
 
 
 def _spread(entry: Mapping[str, Any]) -> str:
@@ -293,6 +321,10 @@ def _size(parameters: int | None) -> str:
     return "" if not parameters else f"{parameters / 1e6:.2f} M"
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _short(text: str, most: int = 300) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -307,6 +339,7 @@ def draw_chart(
     *,
     logarithmic: bool = False,
     goal: float | None = None,
+    limits: tuple[float, float] | None = None,
     width: int = 640,
     height: int = 300,
 ) -> str:
@@ -318,6 +351,7 @@ def draw_chart(
         y_label: of the axis.
         logarithmic: of the horizontal axis.
         goal: height of a dashed line.
+        limits: what the vertical axis covers at the least, so that charts can be compared.
         width: of the drawing.
         height: of the drawing.
     """
@@ -326,6 +360,7 @@ def draw_chart(
         return "<p>No cell yet.</p>"
     left, right, top, bottom = 48, 12, 10, 42
     heights = [y + sign * e for _, y, e in points for sign in (1, -1)] + ([] if goal is None else [goal])
+    heights += limits or ()
     ticks = MaxNLocator(5).tick_values(min(heights), max(heights) + 1e-6)
     low, high = float(ticks[0]), float(ticks[-1])
     places = sorted({x for x, _, _ in points})
@@ -410,50 +445,70 @@ def _legend(rows: Sequence[str]) -> str:
 
 
 def _digits(ticks: Sequence[float]) -> int:
-    step = float(ticks[1]) - float(ticks[0])
-    return max(0, -math.floor(math.log10(step) + 1e-9))
+    """Count the decimals that show every tick as it is."""
+    return next(n for n in range(9) if n == 8 or all(abs(round(float(t), n) - float(t)) < 1e-9 for t in ticks))
 
 
-def _examples(results: Mapping[str, Any], rows: Sequence[str], example: Mapping[str, str] | None) -> str:
+def draw_example(results: Mapping[str, Any]) -> tuple[str, list[tuple[str, np.ndarray]]]:
+    """Draw the slice of the held-out volume with most labels: as it is, labelled, and as each row segments it.
+
+    Returns:
+        What is shown, and (name, (rows, columns, 3) of uint8); nothing if no row has segmented the volume.
+    """
     found = {}
     for cell in results["cells"]:
         files = sorted((Path(cell["folder"]) / "example").glob("*_seg.nii.gz"))
         if files and cell["state"] == "finished":
             found[cell["row"], cell["protocol"]] = files[0], cell
+    example = results["example"]
     if example is None or not found:
-        return ""
+        return "", []
     image, label = (np.asarray(nib.load(example[name]).dataobj) for name in ("image", "label"))
     place = int(np.argmax((label > 0).sum(axis=(0, 1))))
     several = len({protocol for _, protocol in found}) > 1
-    figures = [_picture(image, None, place, "image"), _picture(image, label, place, "label")]
+    pictures = [("image", _colour(image, None, place)), ("label", _colour(image, label, place))]
     for (row, protocol), (file, _) in found.items():
         name = f"{row}, {protocol}" if several else row
-        figures.append(_picture(image, np.asarray(nib.load(file).dataobj), place, name))
+        pictures.append((name, _colour(image, np.asarray(nib.load(file).dataobj), place)))
     cell = next(iter(found.values()))[1]
-    text = f"{Path(example['image']).name}, slice {place} of {image.shape[2]}; seed {cell['seed']}"
-    text += f", {cell['share']:.0%} of the labels."
-    return (
-        f'<section><h2>One held-out case</h2><p class="soft">{escape(text)}</p><div class="pictures">{"".join(figures)}'
-        "</div></section>"
-    )
+    text = f"{Path(example['image']).name}, slice {place + 1} of {image.shape[2]}; seed {cell['seed']}"
+    return f"{text}, {_percent(cell['share'])} of the labels", pictures
 
 
-def _picture(image: np.ndarray, label: np.ndarray | None, place: int, name: str) -> str:
+def _colour(image: np.ndarray, label: np.ndarray | None, place: int) -> np.ndarray:
+    """Draw a slice with the second axis upwards and with the label's colours over it."""
     low, high = np.percentile(image, (1, 99))
     grey = np.clip((image[:, :, place].astype(float) - low) / max(high - low, 1e-6), 0, 1)
     pixels = np.repeat(grey[..., None] * 255, 3, axis=2)
     if label is not None:
-        colours = np.array(colormaps["tab10"].colors) * 255
+        colours = np.array(LABELS) * 255
         values = label[:, :, place].astype(int)
-        pixels[values > 0] = 0.45 * pixels[values > 0] + 0.55 * colours[(values[values > 0] - 1) % 10]
-    file = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 0, 2)[::-1].round().astype(np.uint8)).save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    what = (
-        "the image alone"
-        if label is None
-        else f"the image with the {name if name == 'label' else 'prediction of ' + name}"
+        pixels[values > 0] = 0.45 * pixels[values > 0] + 0.55 * colours[(values[values > 0] - 1) % len(LABELS)]
+    return pixels.transpose(1, 0, 2)[::-1].round().astype(np.uint8)
+
+
+def _examples(results: Mapping[str, Any]) -> str:
+    text, pictures = draw_example(results)
+    if not pictures:
+        return ""
+    figures = "".join(_picture(name, pixels) for name, pixels in pictures)
+    labels = results["provenance"]["settings"].get("label_names", [])[1:]
+    items = "".join(
+        f'<li><i style="background: {to_hex(LABELS[i % len(LABELS)])}"></i>{escape(str(name))}</li>'
+        for i, name in enumerate(labels)
     )
+    legend = f'<ul class="legend">{items}</ul>' if items else ""
+    return (
+        f'<section><h2>One held-out case</h2><p class="soft">{escape(text)}.</p>{legend}<div class="pictures">'
+        f"{figures}</div></section>"
+    )
+
+
+def _picture(name: str, pixels: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    what = {"image": "the image alone", "label": "the image with its label"}.get(name, f"the prediction of {name}")
     return (
         f'<figure><img src="data:image/png;base64,{data}" alt="{escape(what)}"><figcaption>{escape(name)}</figcaption>'
         "</figure>"

@@ -158,12 +158,14 @@ def _find_efficiency(
         largest = max(s["labels"] for s in summary)
         goal = next((s["mean"] for s in lines[reference] if s["labels"] == largest), None)
         for row in rows:
-            labels = [s["labels"] for s in lines[row]]
-            reached = None if goal is None or not labels else first_reach(labels, [s["mean"] for s in lines[row]], goal)
+            points = [(s["labels"], s["mean"]) for s in lines[row]]
+            labels = [n for n, _ in points]
+            reached = None if goal is None or not points else first_reach(*zip(*points, strict=True), goal)
             found.append(
                 {
                     **{"protocol": protocol, "row": row, "target": goal, "all": largest, "labels": reached},
                     "upper_bound": reached is not None and reached == labels[0],
+                    "stays": reached is not None and all(m >= goal for n, m in points if n >= reached),
                 }
             )
     return found

@@ -3,26 +3,38 @@
     python scripts/demo.py --output_dir demo
     python scripts/demo.py --output_dir demo --images CLASS_FOLDERS --volumes FOLDER_OF_NIFTI_PAIRS
 
-Without data of one's own it draws small synthetic pictures and volumes. Leaves `demo/summary.md` with the tables, and
-pictures beside it. Interrupted, it goes on where it stopped.
+Without data of one's own it draws small synthetic pictures and volumes. Leaves `demo/summary.md` with a table, pictures
+beside it, and the whole comparison in `demo/comparison/report.html`. Interrupted, it goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import csv
+import json
+import os
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from compare import BUNDLES, compare
+from comparison_report import draw_example
 from make_demo_data import make_demo_data
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from transfer import run_bundle, save_figure, transfer
 
 from vdt_transforms import ImageToVolume, LoadNaturalImage, RandSliceShuffle
 from vdt_workflows import claim, find_images, run_script, write_atomic
 
 PRETRAINING = "imagenet_vdt_pretraining"
+TRANSFER = {
+    **{"spacing": "own", "window": "none", "mean": "own", "std": "own", "pairs": [], "overlap": 0.25},
+    "network_def::network::stem": "strided",  # half the resolution, an eighth of the time
+}
 
 
 def demo(
@@ -33,7 +45,8 @@ def demo(
     image_size: int = 64,
     base_channels: int = 16,
     seeds: int = 1,
-    steps: tuple[int, ...] = (60, 120, 180),
+    steps: int = 600,
+    points: int = 4,
     patch_size: tuple[int, ...] = (32, 32, 32),
 ) -> dict[str, str]:
     """Run the whole chain.
@@ -46,7 +59,8 @@ def demo(
         image_size: pixels.
         base_channels: width of the network; 64 is the published one.
         seeds: seeds of the transfer.
-        steps: optimiser steps after which the transfer is scored.
+        steps: optimiser steps of the transfer.
+        points: how many times the held-out cases are scored, at equal distances.
         patch_size: voxels, as X, Y, Z.
 
     Returns:
@@ -85,17 +99,21 @@ def demo(
         write_atomic(marker, b"")
 
     _say("4/4  transfer, and the same from scratch")
-    transfer(
+    made = compare(
+        f"scratch,vdt={pretraining / 'models' / 'encoder.pt'}",
         volumes,
-        str(pretraining / "models" / "encoder.pt"),
-        str(root / "transfer"),
-        seeds=seeds,
-        steps=steps,
-        patch_size=patch_size,
+        str(root / "comparison"),
+        settings={**TRANSFER, "base_channels": base_channels, "patch_size": [int(p) for p in patch_size]},
+        **{"fractions": 1.0, "seeds": seeds, "protocols": "short", "steps": steps, "points": points},
+        **{"training_cases": 20, "held_out": 60, "curve_cases": 60, "workers": min(2, os.cpu_count() or 1)},
     )
+    results = json.loads(Path(made["report"]).with_name("results.json").read_text())
+    for cell in results["cells"]:
+        if cell["state"] != "finished":
+            raise ChildProcessError(f"{cell['folder']}/log.txt: {cell['error']}")
     shutil.copy(pretraining / "eval" / "curves.png", root / "pretraining.png")
-    for name in ("dice.png", "examples.png"):
-        shutil.copy(root / "transfer" / name, root / name)
+    draw_curves(results, root / "dice.png")
+    draw_segmentations(results, root / "examples.png")
     with (pretraining / "eval" / "history.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     summary = [
@@ -106,15 +124,72 @@ def demo(
         "",
         f"Transfer to {volumes}:",
         "",
-        (root / "transfer" / "table.md").read_text(),
+        *make_table(results),
+        "",
         "Pictures: `vdt.png` (an image read as a volume), `pretraining.png` (curves), `dice.png` (Dice against steps),",
-        "`examples.png` (a held-out case). A demonstration at toy size: it shows that the chain works, not how well",
-        "the method does.",
+        "`examples.png` (a held-out case); `comparison/report.html` has all of the comparison. A demonstration at toy",
+        "size: it shows that the chain works, not how well the method does.",
         "",
     ]
     write_atomic(root / "summary.md", "\n".join(summary).encode())
     _say(f"done in {(time.time() - start) / 60:.1f} minutes")
     return {"summary": str(root / "summary.md")}
+
+
+def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Run a bundle's configs as a user would, in a process of its own that shows its progress.
+
+    Raises:
+        ChildProcessError: if the run fails.
+    """
+    files = [f"configs/{name}.yaml" for name in configs]
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(files)]
+    command += ["--bundle_root", "."]
+    for name, value in settings.items():
+        command += [f"--{name}", value if isinstance(value, str) else repr(value)]
+    # Threads that spin for ever while they wait would take the cores from the loader processes.
+    environment = {"GOMP_SPINCOUNT": "100000", **os.environ}
+    if subprocess.run(command, cwd=BUNDLES / bundle, env=environment, check=False).returncode:
+        raise ChildProcessError(f"the run of bundles/{bundle} failed; its own message is above")
+
+
+def make_table(results: Mapping[str, Any]) -> list[str]:
+    """Make the lines of a table: each row's score against the steps, and what it has over scratch in the end."""
+    steps = [step for step, _ in results["summary"][0]["curve"]]
+    heads = ["mean Dice after", *(f"{step} steps" for step in steps), "minus scratch"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in results["summary"]:
+        d = row["difference"]
+        cells = [row["row"], *(f"{score:.3f}" for _, score in row["curve"])]
+        cells.append("" if d is None else f"{d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = len(results["summary"][0]["by_seed"])
+    note = f"Mean over {seeds} seed{'s' * (seeds > 1)} and {results['held_out']}; in brackets a 95 % interval"
+    return [*lines, "", f"{note}. Learned from {results['summary'][0]['labels']} cases."]
+
+
+def draw_curves(results: Mapping[str, Any], path: Path) -> None:
+    """Draw each row's score against the steps."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in results["summary"]:
+        axes.plot(*zip(*row["curve"], strict=True), marker="o", label=row["row"])
+    axes.set(xlabel="optimiser steps", ylabel="mean Dice", title=f"{results['held_out']} held out", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def draw_segmentations(results: Mapping[str, Any], path: Path) -> None:
+    """Draw one held-out case: its label, and what each row makes of it."""
+    text, pictures = draw_example(results)
+    figure = Figure(figsize=(3.2 * len(pictures), 3.6), layout="constrained")
+    for axes, (name, pixels) in zip(figure.subplots(1, len(pictures)), pictures, strict=True):
+        axes.imshow(pixels, interpolation="nearest")
+        axes.set_title(name)
+        axes.axis("off")
+    figure.suptitle(text)
+    save_figure(figure, path)
 
 
 def draw_vdt(images: str, path: Path) -> None:
@@ -137,6 +212,12 @@ def draw_vdt(images: str, path: Path) -> None:
     figure.suptitle("The variable dimension transform: colours become slices")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure to a file, without a display."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120)
 
 
 def _say(text: str) -> None:

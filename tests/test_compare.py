@@ -19,11 +19,24 @@ import pytest
 import torch
 import yaml
 from bundle_runs import ROOT
-from compare import choose_reference, compare, count_cases, read_rows
+from compare import choose_reference, compare, count_cases, merge_settings, read_rows
 from comparison_report import draw_chart
 
+from networks import ResNet3D
+from vdt_workflows import save_weights
+
 TINY = {"base_channels": 4, "patch_size": [16, 16, 16], "spacing": "own", "window": "none", "pairs": []}
-TINY |= {"mean": "own", "std": "own", "overlap": 0.25, "learning_rate": 0.1}
+TINY |= {"mean": "own", "std": "own", "overlap": 0.25, "learning_rate": 0.1, "network_def::network::stem": "strided"}
+# Two rows of this, two shares of the labels and two seeds: eight cells.
+MATRIX = {
+    "settings": TINY,
+    "fractions": [0.5, 1],
+    "seeds": 2,
+    "steps": 2,
+    "points": 2,
+    "held_out": 2,
+    "pictures": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +143,7 @@ def test_smaller_shares_are_part_of_larger_ones_and_held_out_cases_are_never_lea
     [
         ({"settings": {**TINY, "learning_rat": 1}}, "--learning_rat.*did you mean --learning_rate"),
         ({"settings": "none.yaml"}, r"settings none\.yaml: no such file"),
-        ({"protocols": "papre"}, "protocols must be among recommended, paper, got 'papre'"),
+        ({"protocols": "papre"}, "protocols of bcv_.* must be among recommended, paper, short, got 'papre'"),
         ({"bundle": "bcv"}, "bundle must be one of bcv_multiorgan_segmentation, .*got 'bcv'"),
         ({"steps": 5}, "steps must be a multiple of points"),
         ({"fractions": 0.05}, r"fraction 0\.05 of 4 labelled cases is none"),
@@ -152,16 +165,27 @@ def test_a_folder_of_other_settings_is_refused_but_may_grow(volumes, tmp_path, e
         plan(volumes, tmp_path, f"scratch,vdt={encoder}")
 
 
+def test_settings_of_a_network_do_not_reach_a_row_that_replaces_it(tmp_path):
+    whole, part = tmp_path / "whole.yaml", ROOT / "bundles" / "bcv_multiorgan_segmentation" / "configs" / "genesis.yaml"
+    whole.write_text("network_def: {_target_: monai.networks.nets.UNet}\n")
+    own = {"network_def::channels": [4]}
+    shared = {"network_def#network#stem": "flat", "network_def::restore": False, "seed": 1}
+    rows = [{"name": str(i), "init": "scratch", "configs": c} for i, c in enumerate(([str(whole)], [str(part)], []))]
+    rows[0]["settings"] = own
+    found = [merge_settings(shared, row) for row in read_rows(rows)]
+    assert found == [{"seed": 1, **own}, {"network_def::restore": False, "seed": 1}, shared]
+
+
 def test_a_row_may_bring_another_network_and_settings(volumes, tmp_path):
     peer = tmp_path / "unet.yaml"
     peer.write_text("network_def: {_target_: monai.networks.nets.UNet}\n")
     rows = [{"name": "UNet, MONAI", "init": "scratch", "configs": str(peer), "settings": {"momentum": 0.5}}]
-    plan(volumes, tmp_path, rows, seeds=1, fractions=1, protocols="recommended,paper")
+    plan(volumes, tmp_path, rows, seeds=1, fractions=1, protocols="recommended,paper,short")
     folder = tmp_path / "out" / "cells" / "UNet-MONAI"
     assert json.loads((folder / "settings.json").read_text())["settings"] == {"momentum": 0.5}
     with (tmp_path / "out" / "results.csv").open() as file:
         found = list(csv.DictReader(file))
-    assert [(r["protocol"], r["state"]) for r in found] == [("recommended", "not run"), ("paper", "not run")]
+    assert [(r["protocol"], r["state"]) for r in found] == [(p, "not run") for p in ("recommended", "paper", "short")]
 
 
 # The report --------------------------------------------------------------------------------------------------------
@@ -197,9 +221,9 @@ def report(volumes, tmp_path_factory):
     """Scratch and two twins of it with known scores, of which one lacks a cell and one failed one."""
     folder = tmp_path_factory.mktemp("report")
     rows = [{"name": name, "init": "scratch"} for name in ("scratch", "<better>", "worse")]
-    plan(volumes, folder, rows)
+    plan(volumes, folder, rows, seeds=3)
     root = folder / "out"
-    for seed in (0, 1):
+    for seed in (0, 1, 2):
         low, high = {"a": 0.2, "b": 0.4 + 0.1 * seed}, {"a": 0.5, "b": 0.7 + 0.1 * seed}
         for row, share, scores in (
             ("scratch", "0.5", low),
@@ -216,22 +240,22 @@ def report(volumes, tmp_path_factory):
     failed = root / "cells" / "worse" / "share1-seed0"
     failed.mkdir(parents=True)
     (failed / "error.txt").write_text("ValueError: weights <x> & do not fit")
-    outcome = plan(volumes, folder, rows)
+    outcome = plan(volumes, folder, rows, seeds=3)
     return root, outcome, json.loads((root / "results.json").read_text())
 
 
 def test_the_summary_holds_means_spreads_and_paired_differences(report):
     _, outcome, results = report
-    assert outcome | {"report": ""} == {"report": "", "cells": 12, "finished": 8, "failed": 1, "not run": 3}
+    assert outcome | {"report": ""} == {"report": "", "cells": 18, "finished": 12, "failed": 1, "not run": 5}
     found = {(s["row"], s["share"]): s for s in results["summary"]}
-    # scratch with half: means .3 and .35 of its two seeds
-    assert found["scratch", 0.5]["mean"] == pytest.approx(0.325)
-    assert found["scratch", 0.5]["sd"] == pytest.approx(0.05 / np.sqrt(2))
+    # scratch with half: means .3, .35 and .4 of its three seeds
+    assert found["scratch", 0.5]["mean"] == pytest.approx(0.35)
+    assert found["scratch", 0.5]["sd"] == pytest.approx(0.05)
     assert found["scratch", 0.5]["difference"] is None
     better = found["<better>", 0.5]
     for name in ("mean", "low", "high"):
         assert better["difference"][name] == pytest.approx(0.2)
-    assert better["difference"]["by_seed"] == pytest.approx([0.2, 0.2])
+    assert better["difference"]["by_seed"] == pytest.approx([0.2, 0.2, 0.2])
     assert better["parameters"] == 1_500_000
     assert found["worse", 1.0]["mean"] is None
 
@@ -240,13 +264,14 @@ def test_steps_and_labels_are_read_off_straight_lines(report):
     found = {(s["row"], s["share"]): s for s in report[2]["summary"]}
     # scratch goes from half of its final score at step 2 to all at step 4: 90 % at 3.6
     assert found["scratch", 1.0]["steps_to_90"] == pytest.approx(3.6)
-    # better with all: .4125 at step 2, .825 at step 4; 90 % of .625 is .5625
-    assert found["<better>", 1.0]["steps_to_90"] == pytest.approx(2 + 2 * (0.5625 - 0.4125) / 0.4125)
+    # better with all: .425 at step 2, .85 at step 4; 90 % of .65 is .585
+    assert found["<better>", 1.0]["steps_to_90"] == pytest.approx(2 + 2 * (0.585 - 0.425) / 0.425)
     labels = {e["row"]: e for e in report[2]["efficiency"]}
     assert labels["scratch"]["labels"] == 4
-    # better: .525 with 2 cases, .825 with 4; .625 is a third of the way
+    # better: .55 with 2 cases, .85 with 4; .65 is a third of the way
     assert labels["<better>"]["labels"] == pytest.approx(2 + 2 / 3)
     assert labels["worse"]["labels"] is None
+    assert [labels[row]["stays"] for row in ("scratch", "<better>", "worse")] == [True, True, False]
 
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(report):
@@ -257,11 +282,12 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(report):
     assert "script" not in page.tags
     assert page.tags.count("h1") == 1
     assert page.tags.count("img") == 3  # image, label, the one prediction
+    assert re.findall(r'<i style="background: #\w+"></i>([^<]*)', text) == ["label 1", "label 2"]
     assert "&lt;better&gt;" in text
     assert "<better>" not in text
     assert "weights &lt;x&gt; &amp; do not fit" in text
-    assert "better than scratch, +0.200" in text
-    assert "8 of 12 cells finished" in text
+    assert "with 2 labelled cases +0.200 (+0.200 to +0.200), better; with 4 labelled cases +0.200" in text
+    assert "12 of 18 cells finished" in text
     assert "not reached" in text
     for section in (
         "Scores",
@@ -272,6 +298,26 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(report):
         "Provenance",
     ):
         assert f"<h2>{section}</h2>" in text
+
+
+def test_one_seed_is_not_judged_and_a_score_that_falls_again_is_said(volumes, tmp_path):
+    rows = [{"name": name, "init": "scratch"} for name in ("scratch", "falling")]
+    for row, share, score in (("scratch", 0.5, 0.3), ("scratch", 1, 0.5), ("falling", 0.5, 0.6), ("falling", 1, 0.4)):
+        folder = tmp_path / "out" / "cells" / row / f"share{share}-seed0"
+        finish(folder, {"a": score, "b": score + 0.1}, [(4, 0.5)])
+    plan(volumes, tmp_path, rows, seeds=1)
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "with 2 labelled cases +0.300 (+0.300 to +0.300), not judged on 1 seed;" in text
+    assert 'class="clear"' not in text
+    assert "at most 2 (50\N{NO-BREAK SPACE}%); below it again with more" in text
+
+
+def test_charts_of_the_same_limits_have_the_same_axis():
+    low, high = [("a", [(1, 0.2, 0.0), (2, 0.3, 0.0)])], [("a", [(1, 0.7, 0.0), (2, 0.8, 0.0)])]
+    ticks = [re.findall(r'end">([\d.]+)<', draw_chart(line, "x", "y", limits=(0.2, 0.8))) for line in (low, high)]
+    assert ticks[0] == ticks[1]
+    assert ticks[0] == [f"{0.15 * i:.2f}" for i in range(1, 7)]  # steps of .15 need two decimals
+    assert ticks[0] != re.findall(r'end">([\d.]+)<', draw_chart(low, "x", "y"))
 
 
 def test_a_chart_keeps_its_points_inside_and_says_what_it_shows():
@@ -299,8 +345,14 @@ slow = pytest.mark.slow  # each cell is some seconds of a process of its own
 
 
 def words_of(volumes, folder, rows, **more):
-    options = {"rows": str(rows), "dataset_dir": str(volumes), "output_dir": str(folder), "settings": TINY}
-    options |= {"fractions": [0.5, 1], "seeds": 2, "steps": 4, "points": 2, "held_out": 2, "workers": 2, **more}
+    options = {
+        "rows": str(rows),
+        "dataset_dir": str(volumes),
+        "output_dir": str(folder),
+        **MATRIX,
+        "workers": 2,
+        **more,
+    }
     command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "compare.py")]
     for name, value in options.items():
         command += [f"--{name}", value if isinstance(value, str) else repr(value)]
@@ -318,16 +370,12 @@ def numbers(folder):
 
 
 @pytest.fixture(scope="module")
-def vdt_encoder(trained):
-    return trained(ROOT / "bundles" / "imagenet_vdt_pretraining") / "models" / "encoder.pt"
-
-
-@pytest.fixture(scope="module")
-def matrix(volumes, vdt_encoder, tmp_path_factory):
+def matrix(volumes, tmp_path_factory):
     """Two rows, two shares and two seeds, done without a break."""
     folder = tmp_path_factory.mktemp("matrix")
+    save_weights(ResNet3D(18, base_channels=4), folder / "encoder.pt")
     rows = folder / "rows.yaml"
-    rows.write_text(f"- name: scratch\n- {{name: vdt, pretrained: {vdt_encoder}}}\n")
+    rows.write_text("- name: scratch\n- {name: vdt, pretrained: encoder.pt}\n")
     subprocess.run(words_of(volumes, folder / "out", rows), check=True)
     return rows, folder / "out"
 
@@ -337,10 +385,10 @@ def test_a_matrix_killed_at_any_moment_goes_on_and_gives_the_same(volumes, matri
     rows, whole = matrix
     process = subprocess.Popen(words_of(volumes, tmp_path, rows), start_new_session=True)
     rng = random.Random()
-    after = rng.randint(1, 6)
+    after = rng.randint(1, 4)
     while len(list(tmp_path.glob("cells/*/*/result.json"))) < after and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(rng.uniform(0, 2))
+    time.sleep(rng.uniform(0, 0.5))  # two more may finish meanwhile, not all
     process.kill()
     process.wait()
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/*/result.json")}
@@ -348,22 +396,9 @@ def test_a_matrix_killed_at_any_moment_goes_on_and_gives_the_same(volumes, matri
     subprocess.run(words_of(volumes, tmp_path, rows), check=True)
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert numbers(tmp_path) == numbers(whole)
-    start = time.monotonic()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/*/*.json")}
-    compare(
-        str(rows),
-        str(volumes),
-        str(tmp_path),
-        settings=TINY,
-        fractions=[0.5, 1],
-        seeds=2,
-        steps=4,
-        points=2,
-        held_out=2,
-    )
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/*/*.json")} == done, (
-        time.monotonic() - start
-    )
+    compare(str(rows), str(volumes), str(tmp_path), **MATRIX)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/*/*.json")} == done
 
 
 @slow
@@ -372,8 +407,7 @@ def test_a_ray_cluster_gives_the_same(volumes, matrix, tmp_path):
     rows, whole = matrix
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     try:
-        options = {"settings": TINY, "fractions": [0.5, 1], "seeds": 2, "steps": 4, "points": 2, "held_out": 2}
-        compare(str(rows), str(volumes), str(tmp_path), ray="local", ray_resources={"num_cpus": 1}, **options)
+        compare(str(rows), str(volumes), str(tmp_path), ray="local", ray_resources={"num_cpus": 1}, **MATRIX)
     finally:
         ray.shutdown()
     assert numbers(tmp_path) == numbers(whole)
@@ -391,30 +425,47 @@ def test_a_cell_is_what_its_commands_say(matrix, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 
+def overlays_of_the_docs(folder):
+    """Write the networks that docs/compare.md shows, and give their paths by class."""
+    blocks = re.findall(r"```yaml\n(network_def:.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL)
+    paths = {yaml.safe_load(block)["network_def"]["_target_"].rpartition(".")[2]: block for block in blocks}
+    for name, block in paths.items():
+        (folder / f"{name}.yaml").write_text(block)
+    return {name: str(folder / f"{name}.yaml") for name in paths}
+
+
 @slow
-def test_a_failing_cell_is_named_and_stops_no_other(volumes, tmp_path):
+def test_other_networks_are_rows_and_a_failing_cell_stops_no_other(volumes, tmp_path):
     wrong = tmp_path / "encoder.pt"
     torch.save({"conv1.weight": torch.zeros(8, 1, 7, 7, 7)}, wrong)
-    rows = tmp_path / "rows.yaml"
-    peer = tmp_path / "unet.yaml"
-    network = {"_target_": "monai.networks.nets.UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 3}
-    peer.write_text(yaml.safe_dump({"network_def": {**network, "channels": [4, 8], "strides": [2]}}))
+    small = {
+        "UNet": {"network_def::channels": [4, 8], "network_def::strides": [2], "network_def::num_res_units": 0},
+        "SegResNet": {
+            "network_def::init_filters": 8,
+            "network_def::blocks_down": [1, 1],
+            "network_def::blocks_up": [1],
+        },
+        "SwinUNETR": {"network_def::feature_size": 12, "patch_size": [32, 32, 32]},
+    }
+    peers = overlays_of_the_docs(tmp_path)
+    assert peers.keys() == small.keys()
     entries = [{"name": "vdt", "pretrained": str(wrong)}, {"name": "twin", "init": "scratch"}, {"name": "scratch"}]
-    entries.append({"name": "UNet", "init": "scratch", "configs": str(peer)})
+    entries += [{"name": n, "init": "scratch", "configs": peers[n], "settings": s} for n, s in small.items()]
+    rows = tmp_path / "rows.yaml"
     rows.write_text(yaml.safe_dump(entries))
     folder = tmp_path / "out"
-    done = subprocess.run(
-        words_of(volumes, folder, rows, fractions=1, seeds=1), check=True, capture_output=True, text=True
-    )
+    words = words_of(volumes, folder, rows, fractions=1, seeds=1, pictures=True)
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
     assert re.search(r"failed: vdt, 100% of the labels, seed 0: ValueError: .*encoder\.pt", done.stderr)
     results = numbers(folder)
-    assert [cell["state"] for cell in results["cells"]] == ["failed", "finished", "finished", "finished"]
+    assert [cell["error"] for cell in results["cells"][1:]] == [None] * 5
+    assert [cell["state"] for cell in results["cells"]] == ["failed", *["finished"] * 5]
     assert str(wrong) in results["cells"][0]["error"]
     found = {s["row"]: s for s in results["summary"]}
     assert found["twin"]["difference"]["by_seed"] == [0.0]  # same start, cases, order and draws: the same to the bit
     assert found["twin"]["curve"] == found["scratch"]["curve"]
-    assert found["UNet"]["parameters"] != found["scratch"]["parameters"]
-    assert (folder / "report.html").read_text().count("<img") == 5  # image, label and three predictions
+    assert len({s["parameters"] for s in results["summary"]}) == 5  # None of vdt, the twins', and one of each peer
+    assert (folder / "report.html").read_text().count("<img") == 7  # image, label and five predictions
 
 
 @slow
