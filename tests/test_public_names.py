@@ -20,7 +20,7 @@ PUBLIC = {
         ImageToVolumed LoadNaturalImage LoadNaturalImaged NoduleReader RandFlipLeftRight RandFlipLeftRightd
         RandFlipSlices RandFlipSlicesd RandResizeStack RandResizeStackd RandResizedCropImage
         RandResizedCropImaged RandRotateCube RandRotateCubed RandSlab RandSlabd RandSliceShuffle
-        RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid RestoreGridd SeriesReader
+        RandSliceShuffled ReadClass ReadClassd ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid RestoreGridd SeriesReader
         SliceFolderReader SliceStackReader SliceStackReaderd Spacing Spacingd VolumeReader VolumeToImage
         VolumeToImaged
     """,
