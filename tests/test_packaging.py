@@ -333,7 +333,7 @@ def edit(path: Path, old: str, new: str) -> None:
     ("name", "path", "old", "new", "sentence"),
     [
         ("files", "docs/README.md", "## Data", "## Data in /home/someone/x", "a path of one machine: /home/someone"),
-        ("metadata", "configs/metadata.json", '"version": "', '"version": "9.', "the changelog has no entry 9."),
+        ("metadata", "configs/metadata.json", '"version": "', '"version": "9', "the changelog has no entry 9"),
         ("metadata", "configs/metadata.json", '"1": "spleen"', '"1": "Spleen"', "is not the config's names"),
         ("metadata", "configs/metadata.json", '"authors": "The', '"author": "The', "'authors' is a required property"),
         ("configs", "configs/train.yaml", "networks.ResUNet3D", "networks.ResUNet4D", "which cannot be imported"),
