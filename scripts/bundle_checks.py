@@ -24,7 +24,7 @@ from typing import Any
 import monai.bundle
 import torch
 from monai.bundle import ConfigParser
-from monai.bundle.config_item import ConfigComponent
+from monai.bundle.config_item import ComponentLocator, ConfigComponent
 from monai.bundle.properties import InferProperties, TrainProperties
 from monai.bundle.utils import merge_kv
 
@@ -33,6 +33,8 @@ PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
 LIMIT = 25_000_000  # bytes of a file that is not in large_files
 TASKS = ("_segmentation", "_classification", "_detection")  # what MONAI Label takes the kind of a model from
 DISTRIBUTIONS = {"ignite": "pytorch-ignite", "PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml"}
+LOCATOR = ComponentLocator()  # one for all: each of its own looks through all of MONAI
+OPTIONAL = {"highdicom", "ray"}  # imported by what asks for them alone, with a sentence if they are not there
 COMMANDS = ("run", "run_workflow", "ckpt_export", "onnx_export", "trt_export", "verify_metadata", "verify_net_in_out")
 COMMANDS += ("download_large_files",)
 
@@ -130,7 +132,7 @@ def check_metadata(bundle: Bundle) -> Iterator[str]:
     if not bundle.name.endswith(TASKS) and "not meant for MONAI Label" not in meta.get("intended_use", ""):
         yield f"{bundle.name}: the name ends in none of {', '.join(TASKS)}, so MONAI Label takes it for a segmentation"
     listed = {*meta["required_packages_version"], "torch", "monai", "numpy"}
-    if unlisted := {DISTRIBUTIONS.get(name, name) for name in third_party(bundle)} - listed:
+    if unlisted := {DISTRIBUTIONS.get(name, name) for name in third_party(bundle)} - listed - OPTIONAL:
         yield f"metadata.json: required_packages_version lacks {', '.join(sorted(unlisted))}, which the code imports"
 
 
@@ -157,7 +159,7 @@ def check_configs(bundle: Bundle) -> Iterator[str]:
     for names in runs:
         parser = bundle.parser(*names)
         for id, component in components(parser.config):
-            target = ConfigComponent(component).resolve_module_name()
+            target = ConfigComponent(component, locator=LOCATOR).resolve_module_name()
             if isinstance(target, str) and not target.startswith(("$", "@", "%")) and locate(target) is None:
                 yield f"{' + '.join(names)}: {id} names {target}, which cannot be imported"
     train, inference = (bundle.parser(name) for name in ("train", "inference"))

@@ -1,7 +1,7 @@
 """Look at a bundle as the Model Zoo's checks and MONAI Label do, without the network.
 
     python scripts/check_bundle.py all
-    python scripts/check_bundle.py dist/lits_liver_segmentation_v0.1.0.zip
+    python scripts/check_bundle.py dist/lits_liver_segmentation_v0.2.0.zip
 
 Files, licences and sizes; metadata against its schema; MONAI's required ids; targets that import;
 `verify_net_in_out`; `ckpt_export`, and that its answer is the network's; the README's commands. A zip is unpacked and

@@ -28,7 +28,7 @@ from vdt_workflows import load_weights, read_provenance, run_script, write_atomi
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
 COMPLETE = ("train", "inference")  # configs that stand alone; the others are overlays
-OURS = ("scratch", "vdt")  # initialisations that need no weights of others
+OURS = ("scratch", "vdt", "i3d", "acs", "2.5d")  # initialisations that can rest on weights of our own
 
 # MONAI does not tell a config where it lies, and only `run` puts the bundle's folder on the search path, after
 # `initialize`. So the config asks its caller: a workflow, or a command that was given the file. Everywhere else the
@@ -47,6 +47,7 @@ NEEDED = ("inspect", "os", "pkgutil", "sys")  # modules of those expressions
 
 _IMPORT = re.compile(rf"^(\s*from )({'|'.join(PACKAGES)})(?=[ .])", re.MULTILINE)
 _PATH = re.compile(rf"^({'|'.join(PACKAGES)})(\.\w+)+$")
+_TEXT = re.compile(rf"({'|'.join(PACKAGES)})(\.|$)")
 _NAME = re.compile(rf"(?<![\w.@:'\"])({'|'.join(PACKAGES)})(?=\.)")
 
 
@@ -128,13 +129,17 @@ def vendor_source(source: str, place: str) -> str:
     """Let a module import its neighbours from `scripts`.
 
     Raises:
-        ValueError: naming the line, if the module imports one of the packages in another way than `from ... import`.
+        ValueError: naming the line, if the module imports one of the packages in another way than `from ... import`,
+            or by a name in quotes.
     """
     changed = _IMPORT.sub(r"\1scripts.\2", source)
     for node in ast.walk(ast.parse(changed)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if any(name.partition(".")[0] in PACKAGES for name in names):
             raise ValueError(f"{place}, line {node.lineno}: write `from ... import` for a package that is copied")
+        named = list(ast.walk(node)) if isinstance(node, ast.Call) and "import" in ast.unparse(node.func) else []
+        if any(isinstance(part, ast.Constant) and _TEXT.match(str(part.value)) for part in named):
+            raise ValueError(f"{place}, line {node.lineno}: import by `__name__`; a copied package has another name")
     return changed
 
 

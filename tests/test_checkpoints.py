@@ -301,7 +301,10 @@ def test_the_best_weights_are_kept_and_the_best_score_is_remembered(tmp_path):
     assert evaluate([0.1, 0.5, torch.tensor(0.5), 0.3]) == (1, {"best": 0.5})
     assert evaluate([0.0, 0.4], {"best": 0.5}) == (1, {"best": 0.5})  # nothing new in the file
     assert evaluate([0.0, 0.4, float("nan"), 0.6], {"best": 0.5}) == (3, {"best": 0.6})
-    assert evaluate([0.9], writes=False) == (3, {"best": 0.9})
+    nan = float("nan")
+    assert evaluate([nan, nan, 0.2, nan, 0.1]) == (2, {"best": 0.2})
+    assert evaluate([nan, nan])[0] == 1  # the last, where no epoch has a score
+    assert evaluate([0.9], writes=False) == (1, {"best": 0.9})
 
 
 def test_resnet3d_alone_is_saved_and_loaded_as_an_encoder(tmp_path):

@@ -24,6 +24,7 @@ PYTHON = os.environ.get("MONAI_LABEL_PYTHON")
 SERVED = [bundle for bundle in BUNDLES if not bundle.name.startswith("imagenet")]
 SEGMENTATIONS = [bundle for bundle in SERVED if bundle.name.endswith("_segmentation")]
 NAME = "bcv_multiorgan_segmentation"
+CLASSIFICATION = "lidc_nodule_classification"
 
 
 # The app -----------------------------------------------------------------------------------------------------------
@@ -79,6 +80,15 @@ def test_a_missing_interpreter_zip_or_folder_is_named(tmp_path):
 # The server --------------------------------------------------------------------------------------------------------
 
 
+class Server(str):
+    """The server's address; `models` is the folder of its bundles."""
+
+    def __new__(cls, address: str, models: Path) -> Server:
+        self = super().__new__(cls, address)
+        self.models = models
+        return self
+
+
 @pytest.fixture(scope="module")
 def server(trained, volumes, tmp_path_factory):
     """The address of a server of the five bundles, with two volumes to label."""
@@ -94,9 +104,11 @@ def server(trained, volumes, tmp_path_factory):
         shutil.copy(volumes / "images" / f"{case}.nii.gz", folder / "studies")
     given = {"app": str(folder / "app"), "python": PYTHON}
     serve_monai_label(str(folder / "studies"), *packages, start=False, **given)
-    for bundle in SEGMENTATIONS:  # training steps enough to see that it trains
+    for bundle in [*SEGMENTATIONS, ROOT / "bundles" / CLASSIFICATION]:  # steps enough to see that it trains
         config = folder / "app" / "monaibundle" / "model" / bundle.name / "configs" / "train.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), "steps_per_epoch": 2, "num_workers": 0}))
+        content = json.loads(config.read_text())
+        few = {"steps_per_epoch": 2, "num_workers": 0, "batch_size": 2}
+        config.write_text(json.dumps({**content, **{id: few[id] for id in few if id in content}}))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -112,7 +124,7 @@ def server(trained, volumes, tmp_path_factory):
                 break
             assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
             time.sleep(1)
-        yield address
+        yield Server(address, folder / "app" / "monaibundle" / "model")
     finally:
         process.terminate()
         process.wait()
@@ -135,6 +147,22 @@ def compare(mask: bytes, reference: Path, folder: Path) -> None:
     ours, theirs = nib.load(reference), nib.load(folder / "served.nii.gz")
     np.testing.assert_array_equal(np.asarray(theirs.dataobj), np.asarray(ours.dataobj))
     np.testing.assert_allclose(theirs.affine, ours.affine, atol=1e-4)
+
+
+def put_label(server: Server, case: str, path: Path) -> None:
+    place = f"{server}/datastore/label?image={case}&tag=final"
+    ask("-X", "PUT", place, "-F", "params={}", "-F", f"label=@{path}")
+
+
+def train_twice(server: Server, name: str) -> None:
+    """Train, and see that each time the weights are other ones."""
+    weights = server.models / name / "models" / "model.pt"
+    wanted = {"max_epochs": 1, "val_split": 0.5, "device": "cpu", "multi_gpu": False}
+    for _ in range(2):
+        before = weights.read_bytes()
+        words = ["-H", "Content-Type: application/json", "-d", json.dumps(wanted)]
+        ask("-X", "POST", f"{server}/train/{name}?run_sync=true", *words)
+        assert weights.read_bytes() != before
 
 
 @pytest.mark.slow
@@ -172,7 +200,7 @@ def test_a_dicom_series_gives_the_mask_of_the_bundle(server, trained, tmp_path):
 
 @pytest.mark.slow
 def test_classification_answers_with_scores_and_detection_with_markups(server):
-    found = json.loads(infer(server, "lidc_nodule_classification", "image=case0", "json"))["prediction"]
+    found = json.loads(infer(server, CLASSIFICATION, "image=case0", "json"))["prediction"]
     assert [entry["label"] for entry in found] == ["benign", "malignant"]
     assert sum(entry["score"] for entry in found) == pytest.approx(1, abs=1e-5)
     markups = json.loads(infer(server, "deeplesion_lesion_detection", "image=case0"))
@@ -190,14 +218,20 @@ def test_a_segmentation_trains_twice_in_a_row_and_still_answers_on_the_grid_of_t
         nib.save(
             nib.Nifti1Image((np.asarray(label.dataobj) > 0).astype(np.uint8), label.affine), tmp_path / "label.nii.gz"
         )
-        place = f"{server}/datastore/label?image={case}&tag=final"
-        ask("-X", "PUT", place, "-F", "params={}", "-F", f"label=@{tmp_path / 'label.nii.gz'}")
-    wanted = {"max_epochs": 1, "val_split": 0.5, "device": "cpu", "multi_gpu": False}
-    for _ in range(2):
-        words = ["-H", "Content-Type: application/json", "-d", json.dumps(wanted)]
-        ask("-X", "POST", f"{server}/train/{bundle.name}?run_sync=true", *words)
+        put_label(server, case, tmp_path / "label.nii.gz")
+    train_twice(server, bundle.name)
     (tmp_path / "a.nii.gz").write_bytes(before)
     (tmp_path / "b.nii.gz").write_bytes(infer(server, bundle.name, "image=case0"))
     a, b = (nib.load(tmp_path / f"{name}.nii.gz") for name in "ab")
     assert a.shape == b.shape
     np.testing.assert_array_equal(a.affine, b.affine)
+
+
+@pytest.mark.slow
+def test_the_classification_trains_twice_in_a_row_from_json_labels(server, tmp_path):
+    for case, name in (("case0", "benign"), ("case1", "malignant")):
+        (tmp_path / "label.json").write_text(json.dumps({"label": name}))
+        put_label(server, case, tmp_path / "label.json")
+    train_twice(server, CLASSIFICATION)
+    found = json.loads(infer(server, CLASSIFICATION, "image=case0", "json"))["prediction"]
+    assert sum(entry["score"] for entry in found) == pytest.approx(1, abs=1e-5)

@@ -344,11 +344,12 @@ def test_own_row_and_the_tables_columns_agree():
     assert tuple(own_row(make_list(1)[0])) == COLUMNS
 
 
-def test_in_monai_label_nodules_that_are_not_there_are_left_to_the_server(tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", ["segmentation", "classification"])
+def test_in_monai_label_nodules_that_are_not_there_are_left_to_the_server(tmp_path, monkeypatch, task):
+    with pytest.raises(FileNotFoundError):
+        find_nodules(tmp_path / "none", task=task)
     monkeypatch.setitem(sys.modules, "monailabel", object())
-    nodules = find_nodules(tmp_path / "none", task="segmentation")
+    nodules = find_nodules(tmp_path / "none", task=task)
     assert nodules == {"training": [], "validation": [], "test": []}
     SaveSplit(str(tmp_path / "split.json"), nodules)(None)
     assert not (tmp_path / "split.json").exists()
-    with pytest.raises(FileNotFoundError):
-        find_nodules(tmp_path / "none", task="classification")

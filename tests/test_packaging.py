@@ -24,7 +24,7 @@ from check_bundle import check, check_bundle
 from monai.bundle import ConfigParser
 from package_bundle import PACKAGES, package_bundle, vendor_config, vendor_source
 
-from networks import ResNet3D
+from networks import ResNet2D, ResNet3D
 from vdt_workflows import initialise, read_provenance, save_weights
 
 NAME = "bcv_multiorgan_segmentation"
@@ -93,6 +93,13 @@ def test_every_module_of_the_packages_is_in_the_zip(unpacked):
 def test_a_whole_import_of_a_copied_package_is_named_with_its_line():
     with pytest.raises(ValueError, match=r"networks/x\.py, line 2: write `from \.\.\. import`"):
         vendor_source("import os\nimport vdt_transforms.vdt\n", "networks/x.py")
+
+
+@pytest.mark.parametrize("line", ['import_module(f"networks.{name}")', "importlib.import_module('vdt_workflows')"])
+def test_a_module_named_in_quotes_is_refused_with_its_line(line):
+    with pytest.raises(ValueError, match=r"networks/x\.py, line 2: import by `__name__`"):
+        vendor_source(f"x = 1\ny = {line}\n", "networks/x.py")
+    assert vendor_source('import_module(f"{__name__}.x")\n', "networks/x.py")
 
 
 def test_expressions_and_targets_point_into_scripts():
@@ -193,6 +200,20 @@ def test_weights_of_our_own_pre_training_are_packaged(weights, tmp_path):
     assert package_bundle(NAME, str(tmp_path), weights=str(reweigh(weights, tmp_path / "models", **origin)))
 
 
+@pytest.mark.parametrize("init", ["i3d", "acs", "2.5d"])
+def test_weights_that_were_converted_are_packaged_if_the_2d_ones_are_ours(weights, tmp_path, init):
+    twin = ResNet2D(18, base_channels=4)
+    save_weights(twin, tmp_path / "encoder.pt", {"depth": 18})
+    torch.save(twin.state_dict(), tmp_path / "published.pth")
+    paths = {}
+    for file in ("encoder.pt", "published.pth"):
+        network = initialise(ResNet3D(18, base_channels=4, depth_stride=True), init, tmp_path / file)
+        paths[file] = reweigh(weights, tmp_path / f"from {file}", **network.origin)
+    assert package_bundle(NAME, str(tmp_path), weights=str(paths["encoder.pt"]))
+    with pytest.raises(ValueError, match=r"started from published\.pth .* bundles did not write"):
+        package_bundle(NAME, str(tmp_path), weights=str(paths["published.pth"]))
+
+
 def test_weights_need_the_record_of_their_run_and_must_fit_it(weights, tmp_path):
     shutil.copy(weights, tmp_path / "model.pt")
     with pytest.raises(FileNotFoundError, match=r"run\.json: no such file; give --run"):
@@ -251,8 +272,20 @@ def test_two_packages_in_one_process_use_their_own_code(unpacked, tmp_path, monk
             assert hasattr(network, "marked") == marked
 
 
+WORKFLOW = """
+from monai.bundle import create_workflow
+
+name, image = "bcv_multiorgan_segmentation", "IMAGE"
+given = {"bundle_root": name, "dataset_dir": image}
+workflow = create_workflow(config_file=f"{name}/configs/inference.json", workflow_type="inference", **given)
+workflow.run()
+workflow.finalize()
+"""
+
+
 @pytest.mark.slow
-def test_a_package_gives_the_same_mask_from_anywhere_without_the_repository(package, weights, volumes, tmp_path):
+@pytest.mark.parametrize("way", ["command", "workflow"])
+def test_a_package_gives_the_same_mask_from_anywhere_without_the_repository(package, weights, volumes, tmp_path, way):
     image = volumes / "images" / "case0.nii.gz"
     run(ROOT / "bundles" / NAME, ["inference"], tmp_path, image, args_file=str(weights.parent / "run.json"),
         ckpt_path=str(weights))  # fmt: skip
@@ -262,8 +295,9 @@ def test_a_package_gives_the_same_mask_from_anywhere_without_the_repository(pack
     (command,) = re.findall(r"^python -m (monai\.bundle run .*?)\n```", text, re.DOTALL | re.MULTILINE)[:1]
     words = command.replace("\\\n", " ").replace("VOLUME_OR_FOLDER", str(image)).split()
     assert str(image) in words
+    words = ["-m", *words] if way == "command" else ["-c", WORKFLOW.replace("IMAGE", str(image))]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-I", "-m", *words], cwd=tmp_path / "elsewhere", env=environment, check=True)
+    subprocess.run([sys.executable, "-I", *words], cwd=tmp_path / "elsewhere", env=environment, check=True)
     ours, theirs = (
         nib.load(folder / "eval" / "case0_seg.nii.gz") for folder in (tmp_path, tmp_path / "elsewhere" / NAME)
     )
@@ -299,7 +333,7 @@ def edit(path: Path, old: str, new: str) -> None:
     ("name", "path", "old", "new", "sentence"),
     [
         ("files", "docs/README.md", "## Data", "## Data in /home/someone/x", "a path of one machine: /home/someone"),
-        ("metadata", "configs/metadata.json", '"changelog": {"0.1.0"', '"changelog": {"0.0.9"', "has no entry 0.1.0"),
+        ("metadata", "configs/metadata.json", '"version": "', '"version": "9', "the changelog has no entry 9"),
         ("metadata", "configs/metadata.json", '"1": "spleen"', '"1": "Spleen"', "is not the config's names"),
         ("metadata", "configs/metadata.json", '"authors": "The', '"author": "The', "'authors' is a required property"),
         ("configs", "configs/train.yaml", "networks.ResUNet3D", "networks.ResUNet4D", "which cannot be imported"),

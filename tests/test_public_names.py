@@ -20,9 +20,9 @@ PUBLIC = {
         ImageToVolumed LoadNaturalImage LoadNaturalImaged NoduleReader RandFlipLeftRight RandFlipLeftRightd
         RandFlipSlices RandFlipSlicesd RandResizeStack RandResizeStackd RandResizedCropImage
         RandResizedCropImaged RandRotateCube RandRotateCubed RandSlab RandSlabd RandSliceShuffle
-        RandSliceShuffled ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid RestoreGridd SeriesReader
-        SliceFolderReader SliceStackReader SliceStackReaderd Spacing Spacingd VolumeReader VolumeToImage
-        VolumeToImaged
+        RandSliceShuffled ReadClass ReadClassd ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
+        RestoreGridd SeriesReader SliceFolderReader SliceStackReader SliceStackReaderd Spacing Spacingd
+        VolumeReader VolumeToImage VolumeToImaged
     """,
     "vdt_workflows": """
         INITIALISATIONS Attach CacheRules CaseScores ClipGradients DetectionReport DetectionScores DicomFolder

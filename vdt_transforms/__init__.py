@@ -13,6 +13,7 @@ Conventions, for every transform of this package:
 """
 
 from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd, CheckOverflow, CheckOverflowd
+from vdt_transforms.classes import ReadClass, ReadClassd
 from vdt_transforms.dicom import SeriesReader, VolumeReader
 from vdt_transforms.grids import RestoreGrid, RestoreGridd
 from vdt_transforms.natural_images import (
@@ -74,6 +75,8 @@ __all__ = [
     "RandSlabd",
     "RandSliceShuffle",
     "RandSliceShuffled",
+    "ReadClass",
+    "ReadClassd",
     "ResizeCenterCropImage",
     "ResizeCenterCropImaged",
     "RestoreGrid",

@@ -194,5 +194,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module 'vdt_workflows' has no attribute {name!r}")
-    return getattr(import_module(f"vdt_workflows.{_MODULES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)  # `scripts.vdt_workflows` in a package

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -169,7 +170,8 @@ class SaveWeights:
     Args:
         network: the network; for its encoder alone give `@network.backbone`.
         path: the file to write.
-        metric: name of an engine's metric; the file is written when it is higher than ever before.
+        metric: name of an engine's metric; the file is written when it is higher than ever before, and always as
+            long as there was no number yet, such as an AUC of one class alone.
         provenance: plain values to store in the file.
         writes: whether this process writes (rank 0).
     """
@@ -198,7 +200,7 @@ class SaveWeights:
         """Write the weights if they are to be kept."""
         if self.metric is not None:
             score = float(engine.state.metrics[self.metric])
-            if self.best is not None and not score > self.best:
+            if not (self.best is None or math.isnan(self.best) or score > self.best):
                 return
             self.best = score
             logger.info("%s: best %s so far, %.4f", self.path, self.metric, score)

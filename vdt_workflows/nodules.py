@@ -80,7 +80,7 @@ def find_nodules(
         raise ValueError(f"label_rule must be 'mode' or 'mean', got {label_rule!r}")
     if folds and split != "patient":
         raise ValueError(f"folds={folds} needs split 'patient', got split {str(split)!r}")
-    if "monailabel" in sys.modules and task == "segmentation" and not os.path.isdir(dataset_dir):
+    if "monailabel" in sys.modules and not os.path.isdir(dataset_dir):
         return {name: [] for name in PARTS}  # the server puts the cases that were labelled in their place
     nodules = read_nodules(Path(dataset_dir), None if table is None else Path(table))
     if split == "patient":
