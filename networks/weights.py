@@ -93,8 +93,8 @@ class LoadReport:
 def load_whole(path: str | os.PathLike) -> Any:
     """Do what `torch.load` does on the CPU, without running code, and compare the checksums that it passes over.
 
-    A file written by torch.save is a zip, whose checksums `torch.load` does not look at: a changed byte would be another
-    weight. Files of before PyTorch 1.6 have no checksums; what was saved with checksums turned off
+    A file written by torch.save is a zip, whose checksums `torch.load` does not look at: a changed byte would be
+    another weight. Files of before PyTorch 1.6 have no checksums; what was saved with checksums turned off
     (`torch.serialization.set_crc32_options`) is taken for damaged.
 
     Raises:

@@ -91,7 +91,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_refused_and_changes_no_weight(tmp_pat
         data = bytearray(whole)
         data[place] ^= 0x01
         (tmp_path / "model.pt").write_bytes(data)
-        with pytest.raises(ValueError, match=r"model\.pt: not a whole PyTorch checkpoint \(.*checksum of .*data/0 differs"):
+        with pytest.raises(ValueError, match=r"model\.pt: not a whole .* \(the checksum of .*data/0 differs\)"):
             load_weights(network, tmp_path / "model.pt")
     assert torch.equal(network.weight, before)
     (tmp_path / "model.pt").write_bytes(whole)
@@ -156,6 +156,21 @@ def test_want_of_memory_is_told_with_the_settings_that_help(error):
     assert explanation(wrapped).startswith("out of memory (")
     said = out_of_memory(error, ["patch_size", "cache", "seed"])
     assert said.endswith("; try --patch_size with fewer voxels or --cache disk, or a device with more memory")
+
+
+def test_a_loader_process_that_dies_is_told_with_the_setting_that_helps():
+    def load():
+        list(torch.utils.data.DataLoader(SUITE["_Dies"](), 2, num_workers=1))
+
+    status, output = SUITE["in_child"](load, 60)
+    assert status == 1
+    assert "sentence: a loader process died, most likely for want of memory" in output
+    assert output.strip().endswith("use fewer --num_workers, or 0")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_with_a_sentence():
+    assert SUITE["processes"]()["total"] == {"survived": 0, "refused": 3, "unclear": 0, "lost": 0}
 
 
 def test_a_librarys_own_file_that_cannot_be_written_is_named():
