@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,6 +90,30 @@ class LoadReport:
         return "\n".join(lines)
 
 
+def load_whole(path: str | os.PathLike) -> Any:
+    """Do what `torch.load` does on the CPU, without running code, and compare the checksums that it passes over.
+
+    A file written by torch.save is a zip, whose checksums `torch.load` does not look at: a changed byte would be
+    another weight. Files of before PyTorch 1.6 have no checksums; what was saved with checksums turned off
+    (`torch.serialization.set_crc32_options`) is taken for damaged.
+
+    Raises:
+        BadZipFile: naming the part of the file whose checksum differs.
+        Exception: whatever reading a damaged file raises.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def describe_damage(error: Exception) -> str:
+    """Say in a few words what `load_whole` met: a checksum, or the kind of an error whose text nobody would read."""
+    return str(error) if isinstance(error, zipfile.BadZipFile) else f"{type(error).__name__} while reading"
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint file, on the CPU, without running code from it.
 
@@ -102,7 +127,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_whole(path)
     except Exception as error:  # a damaged pickle may raise anything
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise ValueError(
@@ -110,7 +135,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
                 " load it where you trust it, and save its state dict alone with torch.save"
             ) from error
         raise ValueError(
-            f"{path}: not a whole PyTorch checkpoint ({type(error).__name__} while reading);"
+            f"{path}: not a whole PyTorch checkpoint ({describe_damage(error)});"
             " expected a file written by torch.save, so copy or download it again"
         ) from error
     while isinstance(content, Mapping):

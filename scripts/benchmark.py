@@ -5,6 +5,8 @@
     python scripts/benchmark.py inference --json inference.json    whole volumes, against MONAI's default inferer
     python scripts/benchmark.py volume_input --json volumes.json   training patches, against MONAI's data sets
     python scripts/benchmark.py stack_input --json stacks.json     nine-slice stacks/s, against a plain loop over files
+    python scripts/benchmark.py evaluation --json scores.json      FROC curves and surface distances, against MONAI
+    python scripts/benchmark.py startup --json startup.json        imports, and inference up to its first batch
     python scripts/benchmark.py all --json all.json
 
 What is measured is stated with each number. Both sides run alternately in the same session, after a warm-up, with the
@@ -30,7 +32,10 @@ from typing import Any
 import fire
 import numpy as np
 import torch
+from benchmark_evaluation import compare_evaluation
 from benchmark_stacks import stack_passes, write_scans
+from benchmark_startup import measure_startup
+from benchmark_timing import alternate, quartiles
 from benchmark_volumes import compare_inference, compare_volume_input, inference_side, volume_input_side
 from monai.networks.nets import resnet18
 from PIL import Image
@@ -147,6 +152,42 @@ def stack_input(
     _report({"stack_input": _stack_input(slices, intervals, repeats)}, json)
 
 
+def evaluation(
+    images: int = 4831,
+    boxes: int = 100,
+    shape: Sequence[int] = (512, 512, 300),
+    spacing: Sequence[float] = (0.8, 0.8, 1.5),
+    strays: int = 3,
+    repeats: int = 3,
+    json: str | None = None,
+) -> None:
+    """Compare FROC curves with a plain loop, and the surface distances of 13 organs with MONAI's two functions.
+
+    Seconds are of the processor. The surfaces are measured twice: of organs in one piece, and of a prediction of which
+    some organs have a part in the corner of the volume.
+
+    Args:
+        images: key slices, as many as the test part of DeepLesion has.
+        boxes: detections of a slice.
+        shape: voxels of the label maps.
+        spacing: of the label maps, in mm.
+        strays: organs with such a part.
+        repeats: timed passes of each side.
+        json: file for the result.
+    """
+    _report({"evaluation": compare_evaluation(images, boxes, shape, spacing, strays, repeats)}, json)
+
+
+def startup(repeats: int = 5, json: str | None = None) -> None:
+    """Measure how long the packages take to import, and `monai.bundle run` to reach the first batch of an inference.
+
+    Args:
+        repeats: processes of each.
+        json: file for the result.
+    """
+    _report({"startup": measure_startup(repeats)}, json)
+
+
 def all_benchmarks(json: str | None = None) -> None:
     """Run all with their default settings.
 
@@ -160,6 +201,8 @@ def all_benchmarks(json: str | None = None) -> None:
     results["inference"] = compare_inference((150, 300, 600), 512, 14, "constant")
     results["volume_input"] = compare_volume_input(4, (400, 400, 120), 40)
     results["stack_input"] = _stack_input(30, (1, 2, 5), 5)
+    results["startup"] = measure_startup(5)
+    results["evaluation"] = compare_evaluation(4831, 100, (512, 512, 300), (0.8, 0.8, 1.5), 3, 3)
     _report(results, json)
 
 
@@ -178,16 +221,16 @@ def _input_pipeline(images: int, repeats: int, size: int, folder: str | None, wo
             passes |= {f"ours_{kind}": side.run_ours, f"theirs_{kind}": side.run_theirs}
         rates = {
             name: [len(side.chosen) / s for s in seconds]
-            for name, seconds in _alternate(passes, repeats, time.process_time).items()
+            for name, seconds in alternate(passes, repeats, time.process_time).items()
         }
 
         def ratio(ours: str, theirs: str) -> dict[str, float]:
-            return _quartiles([a / b for a, b in zip(rates[f"ours_{ours}"], rates[f"theirs_{theirs}"], strict=True)])
+            return quartiles([a / b for a, b in zip(rates[f"ours_{ours}"], rates[f"theirs_{theirs}"], strict=True)])
 
         return {
             "settings": {"images": len(side.chosen), "size": size, "repeats": repeats, "batch": BATCH},
             "file_kB": {kind: side.kilobytes() for kind, side in sides.items()},
-            "images_per_second_of_a_core": {name: _quartiles(values) for name, values in rates.items()},
+            "images_per_second_of_a_core": {name: quartiles(values) for name, values in rates.items()},
             "ours_raw_to_theirs_raw": ratio("raw", "raw"),
             "ours_prepared_to_theirs_raw": ratio("prepared", "raw"),
             "ours_prepared_to_theirs_prepared": ratio("prepared", "prepared"),
@@ -195,7 +238,7 @@ def _input_pipeline(images: int, repeats: int, size: int, folder: str | None, wo
             "our_stages_ms": {kind: _stages(side.ours, len(side.chosen)) for kind, side in sides.items()},
             "preparing_ms_an_image": round(1000 * preparing / max(len(scan_class_folders(root, index_dir=made)), 1), 2),
             "images_per_second_by_the_clock": {
-                f"{kind}, {number} workers": _quartiles([side.run_loader(number) for _ in range(min(repeats, 3))])
+                f"{kind}, {number} workers": quartiles([side.run_loader(number) for _ in range(min(repeats, 3))])
                 for kind, side in sides.items()
                 for number in workers
             },
@@ -263,11 +306,11 @@ def _stack_input(slices: int, intervals: Sequence[float], repeats: int) -> dict[
             pairs = [zip(passes["plain loop"](), passes[side](), strict=True) for side in ("shuffled", "disk cache")]
             difference = max(float(np.abs(a - b).max()) for pair in pairs for a, b in pair)
             stacks = sum(1 for _ in passes["plain loop"]())
-            seconds = _alternate({side: partial(_exhaust, run) for side, run in passes.items()}, repeats)
+            seconds = alternate({side: partial(_exhaust, run) for side, run in passes.items()}, repeats)
             rates = {side: [stacks / s for s in times] for side, times in seconds.items()}
-            result[f"stacks_per_second_at_{interval:g}_mm"] = {side: _quartiles(r) for side, r in rates.items()}
+            result[f"stacks_per_second_at_{interval:g}_mm"] = {side: quartiles(r) for side, r in rates.items()}
             result[f"ratio_to_plain_loop_at_{interval:g}_mm"] = {
-                side: _quartiles([a / b for a, b in zip(r, rates["plain loop"], strict=True)])
+                side: quartiles([a / b for a, b in zip(r, rates["plain loop"], strict=True)])
                 for side, r in rates.items()
                 if side != "plain loop"
             }
@@ -357,7 +400,7 @@ def _network(batch: int, size: int, slices: int, steps: int, repeats: int, devic
     return {
         "settings": {"input": [batch, 1, slices, size, size], "steps": steps, "repeats": repeats, "device": device},
         "maps": shapes["ours"],
-        "seconds_per_step": {side: _quartiles(seconds[side]) for side in SIDES},
+        "seconds_per_step": {side: quartiles(seconds[side]) for side in SIDES},
         "speed_ratio_ours_to_theirs": round(float(np.median(seconds["theirs"]) / np.median(seconds["ours"])), 3),
         "peak_MB": {side: round(float(np.median(memory[side]))) for side in SIDES},
         "peak_MB_is": f"peak {kind} in training, less what it held before the network was built",
@@ -395,25 +438,6 @@ def network_side(side: str, batch: int, size: int, slices: int, steps: int, devi
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else (getrusage(RUSAGE_SELF).ru_maxrss - before) / 1e3
     print(json_format.dumps({"seconds": seconds[1:], "MB": peak, "shapes": shapes[:4]}))
-
-
-def _alternate(
-    passes: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of each pass; the sides take turns at being first, and one untimed round comes before."""
-    seconds: dict[str, list[float]] = {side: [] for side in passes}
-    for repeat in range(repeats + 1):
-        for side in sorted(passes, reverse=repeat % 2 == 1):
-            start = clock()
-            passes[side]()
-            if repeat:
-                seconds[side].append(clock() - start)
-    return seconds
-
-
-def _quartiles(values: Sequence[float]) -> dict[str, float]:
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return {"median": round(float(median), 3), "q25": round(float(low), 3), "q75": round(float(high), 3)}
 
 
 def _report(results: dict[str, Any], file: str | None) -> None:
@@ -460,5 +484,5 @@ def _commit() -> str:
 if __name__ == "__main__":
     commands = {"input_pipeline": input_pipeline, "network": network, "inference": inference}
     sides = {"network_side": network_side, "inference_side": inference_side, "volume_input_side": volume_input_side}
-    commands |= {"volume_input": volume_input, "stack_input": stack_input}
+    commands |= {"volume_input": volume_input, "stack_input": stack_input, "evaluation": evaluation, "startup": startup}
     fire.Fire({**commands, "all": all_benchmarks, **sides})

@@ -274,9 +274,15 @@ def _make_checkpoints(folder: Path) -> list[Path]:
 
 
 def _read_checkpoints(folder: Path) -> None:
-    load_weights(_network(), folder / "model.pt")
-    load_pretrained(_network(), folder / "model.pt")
-    ResumeRun(str(folder / "resume.pt"), {}, {})._read()
+    for load in (load_weights, load_pretrained):
+        network = ResNet3DClassifier(18, 3, base_channels=4)
+        load(network, folder / "model.pt")
+        expected = _network().state_dict()
+        if not all(torch.equal(expected[name], value) for name, value in network.state_dict().items()):
+            raise AssertionError("other weights were read")
+    state = ResumeRun(str(folder / "resume.pt"), {}, {})._read()
+    if state != {"settings": {}, "epoch": 1, "iteration": 2, "objects": {}, "scaler": {}}:
+        raise AssertionError("another state was read")
 
 
 def _make_tables(folder: Path) -> list[Path]:
@@ -444,7 +450,7 @@ def _job(name: str, root: Path) -> tuple[Callable[[Path], Any], Callable[[Path, 
         a, b = (sorted((f.name, f.read_bytes()) for f in folder.glob("*.zip")) for folder in (one, other))
         return a == b and bool(a)
 
-    return lambda folder: package(str(BUNDLE), output_dir=str(folder)), same
+    return lambda folder: package(BUNDLE.name, output_dir=str(folder)), same
 
 
 def _kill_often(

@@ -12,7 +12,7 @@ import torch
 from ignite.engine import Engine
 from monai.transforms import LoadImaged
 
-from vdt_workflows import RunLog, SeededCacheDataset, claim
+from vdt_workflows import ResumeRun, RunLog, SeededCacheDataset, claim, load_weights, save_weights
 from vdt_workflows.command_line import explanation, out_of_memory
 
 SUITE = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "fault_suite.py"))
@@ -79,6 +79,35 @@ def test_a_flipped_byte_in_a_compressed_volume_names_the_file(tmp_path):
         SeededCacheDataset([case], [LoadImaged(["image", "label"])], progress=False)
 
 
+def test_a_flipped_byte_in_a_checkpoint_is_refused_and_changes_no_weight(tmp_path):
+    """Every byte of every tensor is covered: torch.load alone would take them all."""
+    network = torch.nn.Linear(3, 2)
+    save_weights(network, tmp_path / "model.pt")
+    whole = (tmp_path / "model.pt").read_bytes()
+    weights = network.weight.detach().numpy().tobytes()
+    start = whole.index(weights)
+    before = network.weight.detach().clone()
+    for place in range(start, start + len(weights)):
+        data = bytearray(whole)
+        data[place] ^= 0x01
+        (tmp_path / "model.pt").write_bytes(data)
+        with pytest.raises(ValueError, match=r"model\.pt: not a whole .* \(the checksum of .*data/0 differs\)"):
+            load_weights(network, tmp_path / "model.pt")
+    assert torch.equal(network.weight, before)
+    (tmp_path / "model.pt").write_bytes(whole)
+    load_weights(network, tmp_path / "model.pt")
+
+
+def test_a_flipped_byte_in_the_state_of_a_run_is_refused(tmp_path):
+    state = {"settings": {}, "epoch": 1, "iteration": 2, "objects": {"network": torch.arange(9.0)}, "scaler": {}}
+    torch.save(state, tmp_path / "resume.pt")
+    data = bytearray((tmp_path / "resume.pt").read_bytes())
+    data[data.index(torch.arange(9.0).numpy().tobytes()) + 7] ^= 0x40
+    (tmp_path / "resume.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"resume\.pt: not a whole state of a run \(.*checksum .* delete it to start"):
+        ResumeRun(str(tmp_path / "resume.pt"), {}, {}).load(None)
+
+
 def test_a_folder_whose_claim_was_killed_can_be_claimed(tmp_path):
     (tmp_path / ".settings.json.ab12cd").write_text("{")
     claim(tmp_path, {"size": 1}, empty=True)
@@ -127,6 +156,21 @@ def test_want_of_memory_is_told_with_the_settings_that_help(error):
     assert explanation(wrapped).startswith("out of memory (")
     said = out_of_memory(error, ["patch_size", "cache", "seed"])
     assert said.endswith("; try --patch_size with fewer voxels or --cache disk, or a device with more memory")
+
+
+def test_a_loader_process_that_dies_is_told_with_the_setting_that_helps():
+    def load():
+        list(torch.utils.data.DataLoader(SUITE["_Dies"](), 2, num_workers=1))
+
+    status, output = SUITE["in_child"](load, 60)
+    assert status == 1
+    assert "sentence: a loader process died, most likely for want of memory" in output
+    assert output.strip().endswith("use fewer --num_workers, or 0")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_with_a_sentence():
+    assert SUITE["processes"]()["total"] == {"survived": 0, "refused": 3, "unclear": 0, "lost": 0}
 
 
 def test_a_librarys_own_file_that_cannot_be_written_is_named():

@@ -18,6 +18,7 @@ from ignite.handlers import Checkpoint
 from torch import nn
 
 from networks import load_pretrained, read_checkpoint
+from networks.weights import describe_damage, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -272,12 +273,12 @@ class ResumeRun:
 
     def _read(self) -> dict[str, Any]:
         try:
-            kept = torch.load(self.path, map_location="cpu", weights_only=True)
+            kept = load_whole(self.path)
             if {"settings", "epoch", "iteration", "objects", "scaler"} <= kept.keys():
                 return kept
             reason = "not written by ResumeRun"
         except Exception as error:  # a damaged pickle may raise anything
-            reason = f"{type(error).__name__} while reading"
+            reason = describe_damage(error)
         raise ValueError(f"{self.path}: not a whole state of a run ({reason}); delete it to start afresh")
 
     def save(self, engine: Engine) -> None:

@@ -109,6 +109,11 @@ def explanation(error: BaseException, argv: Sequence[str] = ()) -> str | None:
     while inner is not None:
         if is_out_of_memory(inner):
             return out_of_memory(inner, _settings_of(argv))
+        if isinstance(inner, RuntimeError) and str(inner).startswith("DataLoader worker (pid"):
+            return (
+                "a loader process died, most likely for want of memory or of shared memory (/dev/shm);"
+                " use fewer --num_workers, or 0"
+            )
         if isinstance(inner, ValueError | OSError):
             lines = str(inner).strip().splitlines()
             if lines and "DataLoader worker process" in lines[0]:
