@@ -27,7 +27,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # What marks an example with a test of its own, the last one in test_export.py.
 LOOKED_AT = ("FlexibleUNet", "create_workflow", "MonaiAlgo", "torch.onnx.export")
-SHELL = ("pip", "tensorboard", "mkdocs", "export", "shift", "python3.11", "curl", "unzip")
+SHELL = ("pip", "tensorboard", "mkdocs", "export", "shift", "source", "python3.11", "curl", "unzip")
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -77,7 +77,7 @@ def test_every_python_example_runs(workplace, code):
 
 
 def the_example(word: str) -> str:
-    (code,) = [code for code in blocks(ROOT / "README.md", "python") if word in code]
+    (code,) = [code for path in DOCUMENTS for code in blocks(path, "python") if word in code]
     return code
 
 
@@ -162,6 +162,8 @@ def check_command(words: list[str], folder: Path | None, monkeypatch) -> Path | 
             check_bundle_command([word for word in rest if word != "$@"], folder, monkeypatch)
         else:
             assert rest[0] in ("ckpt_export", "onnx_export", "verify_metadata", "verify_net_in_out"), rest
+    elif words[1:3] == ["-m", "venv"]:
+        assert re.fullmatch(r"python3(\.\d+)?", words[0]), words
     elif words[0] == "python":
         script = ROOT / words[1]
         assert script.is_file(), words
@@ -200,6 +202,18 @@ def test_every_link_between_the_documents_leads_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_page_is_reached_from_the_navigation_of_the_site():
+    text = (ROOT / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"([\w/-]+\.md)$", text.partition("\nnav:")[2], re.MULTILINE))
+    assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in DOCUMENTS[1:]}
+
+
+def test_a_bundle_links_to_no_file_since_its_page_is_read_in_the_repository_the_site_and_the_zip():
+    for bundle in BUNDLES:
+        for target in re.findall(r"\]\(([^)\s]+)", (bundle / "docs" / "README.md").read_text()):
+            assert target.startswith(("http", "#")), (bundle.name, target)
 
 
 def test_every_bundle_has_a_page_and_a_model_card():
