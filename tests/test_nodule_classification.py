@@ -352,7 +352,7 @@ def test_a_spoilt_cube_is_named_in_one_sentence(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         run(BUNDLE, BASE, tmp_path, tmp_path / "data")
     message = explanation(caught.value)
-    assert message.startswith(f"{spoilt}: not a readable nodule or scan")
+    assert message.startswith(f"{spoilt}: cut short or damaged")
     assert "\n" not in message
 
 
