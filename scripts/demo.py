@@ -13,19 +13,18 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import BUNDLES, compare
+from compare import compare
 from comparison_report import draw_example
 from make_demo_data import make_demo_data
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from run_bundles import run_bundle
 
 from vdt_transforms import ImageToVolume, LoadNaturalImage, RandSliceShuffle
 from vdt_workflows import claim, find_images, run_script, write_atomic
@@ -134,23 +133,6 @@ def demo(
     write_atomic(root / "summary.md", "\n".join(summary).encode())
     _say(f"done in {(time.time() - start) / 60:.1f} minutes")
     return {"summary": str(root / "summary.md")}
-
-
-def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """Run a bundle's configs as a user would, in a process of its own that shows its progress.
-
-    Raises:
-        ChildProcessError: if the run fails.
-    """
-    files = [f"configs/{name}.yaml" for name in configs]
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(files)]
-    command += ["--bundle_root", "."]
-    for name, value in settings.items():
-        command += [f"--{name}", value if isinstance(value, str) else repr(value)]
-    # Threads that spin for ever while they wait would take the cores from the loader processes.
-    environment = {"GOMP_SPINCOUNT": "100000", **os.environ}
-    if subprocess.run(command, cwd=BUNDLES / bundle, env=environment, check=False).returncode:
-        raise ChildProcessError(f"the run of bundles/{bundle} failed; its own message is above")
 
 
 def make_table(results: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from prepare_deeplesion import prepare_deeplesion
-from transfer import run_bundle
+from run_bundles import run_bundle
 
 from vdt_workflows import claim, run_script, write_atomic
 

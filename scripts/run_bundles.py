@@ -1,0 +1,29 @@
+"""Runs of bundles from other scripts, as a user would start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
+
+
+def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Run a bundle's configs as a user would, in a process of its own that shows its progress.
+
+    Raises:
+        ChildProcessError: if the run fails.
+    """
+    files = [f"configs/{name}.yaml" for name in configs]
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(files)]
+    command += ["--bundle_root", "."]
+    for name, value in settings.items():
+        command += [f"--{name}", value if isinstance(value, str) else repr(value)]
+    # Threads that spin for ever while they wait would take the cores from the loader processes.
+    environment = {"GOMP_SPINCOUNT": "100000", **os.environ}
+    if subprocess.run(command, cwd=BUNDLES / bundle, env=environment, check=False).returncode:
+        raise ChildProcessError(f"the run of bundles/{bundle} failed; its own message is above")
