@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -549,7 +550,7 @@ def _run(cells: Sequence[Cell], workers: int, ray: str | None, resources: Mappin
     with bar:
         for cell in run_cells(cells, workers=workers, devices=devices, ray=ray, ray_resources=resources):
             if cell.result() is None:
-                bar.write(f"failed: {cell.name}: {cell.error()}")
+                bar.write(f"failed: {cell.name}: {cell.error()}", file=sys.stderr)
             bar.update()
 
 
