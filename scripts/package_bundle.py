@@ -18,6 +18,7 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def package_bundle(
     if given and not weights:
         raise ValueError(f"--{given[0]} describes weights; give --weights too")
     settings: dict[str, Any] = {}
-    files = collect_code()
+    files = dict(collect_code())
     if weights:
         settings, record = read_run(Path(run) if run else Path(weights).parent / "run.json")
         refuse_others(weights, record)
@@ -116,6 +117,7 @@ def package_bundle(
     return str(target)
 
 
+@cache
 def collect_code() -> dict[str, bytes]:
     """Copy the packages, as parts of one package `scripts`."""
     files = {"scripts/__init__.py": b'"""The bundle\'s own copy of the packages that its configs name."""\n'}
