@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import re
@@ -255,6 +256,30 @@ def test_evaluation_repeats_the_score_of_training(bundle, data, trained, tmp_pat
     with (folder / "eval" / "history.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     assert scores[name] == pytest.approx(float(last[name]), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_evaluation_and_inference_again_write_the_same_files(bundle, data, images, nodules, volumes, trained, tmp_path):
+    """Byte for byte, but for pictures, the time, and the words that name the run's own folders."""
+    models = trained(bundle) / "models"
+    _, weights, more = SCORES[bundle.name]
+    inputs = {"imagenet": images / "val" / "red", "lidc": nodules / "images"}
+    source = inputs.get(bundle.name.partition("_")[0], volumes / "images" / "case0.nii.gz")
+    written = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        run(bundle, ["train", "evaluate"], folder / "evaluate", data, ckpt_path=str(models / weights), **more)
+        settings = {"ckpt_path": str(models / weights), "args_file": str(models / "run.json")}
+        run(bundle, ["inference"], folder / "inference", source, **settings)
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix != ".png"]
+        written.append({str(file.relative_to(folder)): _content(file, folder) for file in files})
+    assert written[0] == written[1]
+    assert any(file.startswith("inference") for file in written[0])
+    assert "evaluate/eval/scores.json" in written[0]
+
+
+def _content(file: Path, folder: Path) -> bytes:
+    data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return re.sub(rb'"started": "[^"]+"', b"", data.replace(str(folder).encode(), b""))
 
 
 def test_inference_of_pretraining_writes_the_top_classes(images, trained, tmp_path):
