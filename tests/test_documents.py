@@ -24,7 +24,8 @@ from vdt_workflows import check_command_line, save_weights
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-LOOKED_AT = ("FlexibleUNet", "create_workflow", "MonaiAlgo", "load_net_with_metadata", "torch.onnx")  # tested on their own
+# what marks an example with a test of its own
+LOOKED_AT = ("FlexibleUNet", "create_workflow", "MonaiAlgo", "load_net_with_metadata", "torch.onnx")
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -123,6 +124,9 @@ def options_of(script: Path) -> set[str]:
 
 def check_bundle_command(words: list[str], folder: Path | None, monkeypatch) -> None:
     """Resolve a `monai.bundle run` in its bundle, or where the text does not say which, in any that knows it all."""
+    if packed := [word for word in words if word.endswith("/configs/inference.json")]:  # of an unpacked zip
+        folder = ROOT / "bundles" / packed[0].partition("/")[0]
+        words = ["configs/inference.yaml" if word == packed[0] else word for word in words]
     errors = []
     for bundle in [folder] if folder else BUNDLES:
         monkeypatch.chdir(bundle)
