@@ -129,6 +129,9 @@ def options_of(script: Path) -> set[str]:
 
 def check_bundle_command(words: list[str], folder: Path | None, monkeypatch) -> None:
     """Resolve a `monai.bundle run` in its bundle, or where the text does not say which, in any that knows it all."""
+    if packed := [word for word in words if word.endswith("/configs/inference.json")]:  # of an unpacked zip
+        folder = ROOT / "bundles" / packed[0].partition("/")[0]
+        words = ["configs/inference.yaml" if word == packed[0] else word for word in words]
     errors = []
     for bundle in [folder] if folder else BUNDLES:
         monkeypatch.chdir(bundle)
