@@ -28,13 +28,13 @@ PUBLIC = {
         INITIALISATIONS Attach CacheRules CaseScores ClipGradients DetectionReport DetectionScores DicomFolder
         DicomSeries ImageList KeySlice LoadWeights OrganScore RememberRun ReportNodules ResumeRun RunLog
         SaveDicomSegd SaveLesions SaveMalignancy SavePredictions SaveScores SaveSplit SaveWeights SeedEpochs
-        SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer StepSchedule add_losses
-        cache_images check_command_line check_geometry claim collate_images collate_key_slices describe_origin
-        describe_split describe_weights draw_froc find_images find_key_slices find_nodules find_series
-        find_volumes froc initialise list_images list_nodules list_scans list_volumes load_weights mix_seed
-        polynomial_rate prepare_key_slices read_provenance run_parallel run_script save_atomic save_weights
-        score_detections score_organs summarise take_part unbatch_lesions warm_up weigh_classes write_atomic
-        writes_dicom
+        SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer StepSchedule ValidateEpochs
+        add_losses cache_images check_command_line check_geometry claim collate_images collate_key_slices
+        describe_origin describe_split describe_weights draw_froc find_images find_key_slices find_nodules
+        find_series find_volumes froc initialise list_images list_nodules list_scans list_volumes load_weights
+        mix_seed polynomial_rate prepare_key_slices read_provenance run_parallel run_script save_atomic
+        save_weights score_detections score_organs summarise take_part unbatch_lesions warm_up weigh_classes
+        write_atomic writes_dicom
     """,
 }
 

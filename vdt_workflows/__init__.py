@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from vdt_workflows.scripts import run_script
     from vdt_workflows.seeded import SeededDataset, SeededSampler, SeedEpochs, mix_seed
     from vdt_workflows.segmentation_scores import CaseScores, OrganScore, score_organs, summarise
+    from vdt_workflows.validation import ValidateEpochs
     from vdt_workflows.volumes import find_volumes, list_volumes
 
 _MODULES = {
@@ -76,6 +77,7 @@ _MODULES = {
     "SkippedImages": "runs",
     "SlabInferer": "inferers",
     "StepSchedule": "optimisation",
+    "ValidateEpochs": "validation",
     "add_losses": "key_slices",
     "cache_images": "image_cache",
     "check_command_line": "command_line",
@@ -149,6 +151,7 @@ __all__ = [
     "SkippedImages",
     "SlabInferer",
     "StepSchedule",
+    "ValidateEpochs",
     "add_losses",
     "cache_images",
     "check_command_line",
