@@ -109,7 +109,7 @@ def explanation(error: BaseException, argv: Sequence[str] = ()) -> str | None:
     while inner is not None:
         if is_out_of_memory(inner):
             return out_of_memory(inner, _settings_of(argv))
-        if isinstance(inner, RuntimeError) and str(inner).startswith("DataLoader worker (pid"):
+        if _is_of_a_dead_loader(inner):
             return (
                 "a loader process died, most likely for want of memory or of shared memory (/dev/shm);"
                 " use fewer --num_workers, or 0"
@@ -124,6 +124,14 @@ def explanation(error: BaseException, argv: Sequence[str] = ()) -> str | None:
                 return f"{inner.filename}: {inner.strerror}; free space or choose a folder you may write"
         inner = inner.__cause__
     return None
+
+
+def _is_of_a_dead_loader(error: BaseException) -> bool:
+    """Whether torch tells that a loader process died, or reading from one broke off."""
+    if isinstance(error, ConnectionError | EOFError):
+        frames = walk_tb(error.__traceback__)
+        return any(frame.f_globals.get("__name__") == "torch.utils.data.dataloader" for frame, _ in frames)
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
