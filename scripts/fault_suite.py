@@ -346,6 +346,7 @@ def in_child(function: Callable[[], Any], limit: float | None = None) -> tuple[i
             os.setpgid(0, 0)
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
+            sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # whatever stood there, such as pytest's
             status = 0
             try:
                 function()

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import pickle
-import runpy
-from pathlib import Path
 from types import SimpleNamespace
 
+import fault_suite
 import nibabel as nib
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from monai.transforms import LoadImaged
 from vdt_workflows import ResumeRun, RunLog, SeededCacheDataset, claim, load_weights, save_weights
 from vdt_workflows.command_line import explanation, out_of_memory
 
-SUITE = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "fault_suite.py"))
+SUITE = vars(fault_suite)
 KINDS = {kind.name: kind for kind in SUITE["KINDS"]}
 
 
