@@ -30,6 +30,7 @@ import numpy as np
 import yaml
 from comparison_report import write_page
 from comparison_results import collect, write_tables
+from run_bundles import BUNDLES
 from tqdm import tqdm
 
 from vdt_workflows import (
@@ -42,8 +43,7 @@ from vdt_workflows import (
     write_atomic,
 )
 from vdt_workflows.cells import Cell, Stage, run_cells
-
-BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
+from vdt_workflows.checkpoints import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -328,20 +328,6 @@ def merge_settings(shared: Mapping[str, Any], row: Row) -> dict[str, Any]:
     ]
     kept = {k: v for k, v in shared.items() if not k.replace("#", "::").startswith(tuple(replaced))}
     return {**kept, **row.settings}
-
-
-def hash_file(path: str | os.PathLike) -> str:
-    """Give the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    """`hashlib.file_digest` for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def choose_reference(rows: Sequence[Row], reference: str) -> str:

@@ -12,7 +12,6 @@ same bytes.
 from __future__ import annotations
 
 import ast
-import hashlib
 import io
 import json
 import re
@@ -25,6 +24,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from vdt_workflows import load_weights, read_provenance, run_script, write_atomic
+from vdt_workflows.checkpoints import hash_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
@@ -249,8 +249,12 @@ def describe_weights_file(weights: Path, url: str | None) -> dict[str, bytes]:
     """Give the file itself, or the `large_files.yml` that says where it is."""
     if url is None:
         return {"models/model.pt": weights.read_bytes()}
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    lines = ["large_files:", "- path: models/model.pt", f"  url: {json.dumps(url)}", f"  hash_val: {digest}"]
+    lines = [
+        "large_files:",
+        "- path: models/model.pt",
+        f"  url: {json.dumps(url)}",
+        f"  hash_val: {hash_file(weights)}",
+    ]
     return {"large_files.yml": "\n".join([*lines, "  hash_type: sha256", ""]).encode()}
 
 

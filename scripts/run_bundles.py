@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vdt_workflows.cells import Stage
+
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
 
@@ -18,11 +20,8 @@ def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any])
     Raises:
         ChildProcessError: if the run fails.
     """
-    files = [f"configs/{name}.yaml" for name in configs]
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(files)]
-    command += ["--bundle_root", "."]
-    for name, value in settings.items():
-        command += [f"--{name}", value if isinstance(value, str) else repr(value)]
+    stage = Stage("", tuple(f"configs/{name}.yaml" for name in configs), settings)
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", *stage.words()]
     # Threads that spin for ever while they wait would take the cores from the loader processes.
     environment = {"GOMP_SPINCOUNT": "100000", **os.environ}
     if subprocess.run(command, cwd=BUNDLES / bundle, env=environment, check=False).returncode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -21,6 +22,15 @@ from networks import load_pretrained, read_checkpoint
 from networks.weights import describe_damage, load_whole
 
 logger = logging.getLogger(__name__)
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """Give the SHA-256 of a file, which is not held in memory as a whole."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = True) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from networks import GenesisUNet3D, ResNet3D, constrain, load_pretrained
-from vdt_workflows.checkpoints import read_provenance
+from vdt_workflows.checkpoints import hash_file, read_provenance
 
 # What each takes from `pretrained`.
 INITIALISATIONS = {
@@ -79,8 +77,7 @@ def describe_weights(path: str | os.PathLike) -> dict[str, Any]:
 
     The provenance is empty for files that these packages did not write, such as other people's published weights.
     """
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return {"file": os.path.basename(path), "sha256": digest, "provenance": read_provenance(path)}
+    return {"file": os.path.basename(path), "sha256": hash_file(path), "provenance": read_provenance(path)}
 
 
 def _check_network(network: nn.Module, init: str) -> None:
