@@ -349,11 +349,13 @@ def in_child(function: Callable[[], Any], limit: float | None = None) -> tuple[i
             sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # whatever stood there, such as pytest's
             status = 0
             try:
-                function()
-            except BaseException as error:
-                sentence = explanation(error)
-                print(f"\n{'sentence' if sentence else 'traceback'}: {sentence or repr(error)}", flush=True)
-                status = 1
+                try:
+                    function()
+                except BaseException as error:
+                    status = 1
+                    _tell(error)
+            except BaseException as error:  # torch raises that of a dead loader wherever its signal arrives
+                _tell(error)
             with suppress(Exception):
                 sys.stdout.flush()
             os._exit(status)
@@ -365,6 +367,11 @@ def in_child(function: Callable[[], Any], limit: float | None = None) -> tuple[i
             time.sleep(0.002)
         output.seek(0)
         return os.waitstatus_to_exitcode(done[1]), output.read()
+
+
+def _tell(error: BaseException) -> None:
+    sentence = explanation(error)
+    print(f"\n{'sentence' if sentence else 'traceback'}: {sentence or repr(error)}", flush=True)
 
 
 def _sentence(output: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from ignite.engine import Engine
 from monai.transforms import LoadImaged
 
-from vdt_workflows import ResumeRun, RunLog, SeededCacheDataset, claim, load_weights, save_weights
+from vdt_workflows import ResumeRun, RunLog, SeededCacheDataset, claim, command_line, load_weights, save_weights
 from vdt_workflows.command_line import explanation, out_of_memory
 
 SUITE = vars(fault_suite)
@@ -165,6 +165,24 @@ def test_a_loader_process_that_dies_is_told_with_the_setting_that_helps():
     assert sentence.startswith("a loader process died, most likely for want of memory")
     assert sentence.endswith("use fewer --num_workers, or 0")
     assert explanation(ConnectionResetError(104, "Connection reset by peer")) is None
+
+
+def test_the_signal_of_a_dead_loader_may_arrive_while_its_error_is_explained(monkeypatch):
+    dead, original = (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        command_line.is_out_of_memory,
+    )
+    calls = []
+
+    def interrupted(error):
+        calls.append(error)
+        if len(calls) == 1:
+            raise dead
+        return original(error)
+
+    monkeypatch.setattr(command_line, "is_out_of_memory", interrupted)
+    assert explanation(EOFError()).startswith("a loader process died")
+    assert calls[1] is dead
 
 
 @pytest.mark.slow

@@ -105,6 +105,13 @@ def explanation(error: BaseException, argv: Sequence[str] = ()) -> str | None:
     Returns:
         The sentence, or None for an error that nobody foresaw.
     """
+    try:
+        return _explanation(error, argv)
+    except RuntimeError as dead:  # a loader process died, whose signal torch turns into an error wherever it arrives
+        return _explanation(dead, argv)
+
+
+def _explanation(error: BaseException, argv: Sequence[str]) -> str | None:
     inner: BaseException | None = error
     while inner is not None:
         if is_out_of_memory(inner):
