@@ -33,6 +33,8 @@ PRETRAINING = "imagenet_vdt_pretraining"
 TRANSFER = {
     **{"spacing": "own", "window": "none", "mean": "own", "std": "own", "pairs": [], "overlap": 0.25},
     "network_def::network::stem": "strided",  # half the resolution, an eighth of the time
+    "class_weights": "$[0.2] + [1.0] * (@num_classes - 1)",  # small organs drown in a heavier background
+    "train::random_transforms::2::prob": 0.0,  # no flips: they hide on which side an organ lies
 }
 
 
@@ -72,6 +74,9 @@ def demo(
     root = Path(output_dir).resolve()
     network = {"epochs": epochs, "image_size": image_size, "base_channels": base_channels}
     claim(root, {"images": images, "volumes": volumes, **network})
+    transfer = {**TRANSFER, "base_channels": base_channels, "patch_size": [int(p) for p in patch_size]}
+    if not volumes:
+        transfer["window"] = [-160, 240]  # HU of soft tissue; what the volumes of others hold is not known
     if not (images and volumes):
         _say("1/4  synthetic pictures and volumes")
         made = make_demo_data(str(root / "data"))
@@ -102,7 +107,7 @@ def demo(
         f"scratch,vdt={pretraining / 'models' / 'encoder.pt'}",
         volumes,
         str(root / "comparison"),
-        settings={**TRANSFER, "base_channels": base_channels, "patch_size": [int(p) for p in patch_size]},
+        settings=transfer,
         **{"fractions": 1.0, "seeds": seeds, "protocols": "short", "steps": steps, "points": points},
         **{"training_cases": 20, "held_out": 60, "curve_cases": 60, "workers": min(2, os.cpu_count() or 1)},
     )
