@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 
+from networks.resnet3d import StemConv3d
+
 METHODS = ("i3d", "acs", "2.5d")
 _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: nn.BatchNorm3d,
@@ -212,7 +214,9 @@ def constrain(network: nn.Module, method: str) -> nn.Module:
     check_method(method, ("acs", "2.5d"))
 
     def change(layer: nn.Module, name: str) -> nn.Module:
-        if type(layer) is not nn.Conv3d or len(set(layer.kernel_size)) != 1 or layer.kernel_size[0] == 1:
+        if not isinstance(layer, nn.Conv3d) or type(layer) not in (nn.Conv3d, StemConv3d):
+            return layer
+        if len(set(layer.kernel_size)) != 1 or layer.kernel_size[0] == 1:
             return layer
         kernel = layer.weight.detach()
         flat = to_2d(kernel, method)

@@ -21,7 +21,7 @@ from network_checks import (
 from torch import nn
 
 from networks import ResNet3D, ResUNet3D, load_pretrained
-from networks.resnet3d import BasicBlock, Bottleneck, ZeroPadShortcut
+from networks.resnet3d import BasicBlock, Bottleneck, StemConv3d, ZeroPadShortcut
 
 ALL = {"out_indices": (0, 1, 2, 3)}
 FLAT = {"stem": "flat", "strides": (1, 2, 1, 2), "depth_stride": True}  # LIDC segmentation
@@ -192,6 +192,28 @@ def test_shortcut_a_lets_the_gradient_through():
     network = narrow(shortcut="A", zero_init_residual=True)  # blocks pass their shortcut only, so gradients must too
     probe_loss(network(torch.randn(2, 1, 3, 32, 64))).backward()
     assert network.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3])
+@pytest.mark.parametrize(("channels", "stride"), [(1, 2), (1, 1), (2, 2)])
+def test_stem_of_few_slices_trains_by_the_same_sums_without_the_padding(slices, channels, stride):
+    torch.manual_seed(0)
+    stem = StemConv3d(channels, 4, (1, stride, stride)).double()
+    x = torch.randn(2, channels, slices, 18, 13, dtype=torch.float64, requires_grad=True)
+    results = []
+    for training in (True, False):
+        y = stem.train(training)(x)
+        results.append((y, *torch.autograd.grad((y * torch.cos(y)).sum(), (x, stem.weight))))
+    for ours, ordinary in zip(*results, strict=True):
+        assert ours.shape == ordinary.shape
+        assert (ours - ordinary).abs().max() < 1e-11 * ordinary.abs().max()  # float64
+
+
+@pytest.mark.parametrize(("slices", "stride"), [(4, 1), (3, 2)])
+def test_stem_of_more_slices_or_strided_depth_stays_the_3d_convolution(slices, stride):
+    stem = StemConv3d(1, 4, (stride, 2, 2))
+    x = torch.randn(2, 1, slices, 18, 13)
+    assert torch.equal(stem(x), nn.functional.conv3d(x, stem.weight, None, stem.stride, 3))
 
 
 @pytest.mark.parametrize("depth", [18, 50])
