@@ -1,7 +1,9 @@
 """Measure input pipelines, the network and whole-volume inference against what people would use instead.
 
     python scripts/benchmark.py input_pipeline --json input.json   images/s on one core, against torchvision
-    python scripts/benchmark.py network --json network.json        training step and memory, against MONAI's resnet18
+    python scripts/benchmark.py network --json network.json        training step and inference, against relatives
+    python scripts/benchmark.py knobs --json knobs.json            channels-last, compile, fused, checkpointing
+    python scripts/benchmark.py export --json export.json          ONNX Runtime, against PyTorch
     python scripts/benchmark.py inference --json inference.json    whole volumes, against MONAI's default inferer
     python scripts/benchmark.py volume_input --json volumes.json   training patches, against MONAI's data sets
     python scripts/benchmark.py stack_input --json stacks.json     nine-slice stacks/s, against a plain loop over files
@@ -19,39 +21,34 @@ import json as json_format
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import fire
 import numpy as np
 import torch
 from benchmark_evaluation import compare_evaluation
+from benchmark_networks import GROUPS, compare_export, compare_knobs, compare_networks, network_side
 from benchmark_stacks import stack_passes, write_scans
 from benchmark_startup import measure_startup
 from benchmark_timing import alternate, quartiles
-from benchmark_volumes import compare_inference, compare_volume_input, inference_side, volume_input_side
-from monai.networks.nets import resnet18
+from benchmark_volumes import compare_inference, compare_volume_input, draw_growth, inference_side, volume_input_side
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from networks import ResNet3DClassifier
 from vdt_transforms import MEAN, STD, ImageToVolumed, LoadNaturalImaged, RandResizedCropImaged, RandSliceShuffled
 from vdt_workflows import CacheRules, cache_images
 from vdt_workflows.image_folders import collate_images, scan_class_folders
 from vdt_workflows.seeded import SeededDataset
 
 BATCH = 32  # images, in the input pipeline
-CLASSES = 1000
-SIDES = ("ours", "theirs")
 
 
 def input_pipeline(
@@ -81,28 +78,54 @@ def input_pipeline(
 
 
 def network(
-    batch: int = 4,
-    size: int = 96,
-    slices: int = 32,
+    groups: Sequence[str] = tuple(GROUPS),
     steps: int = 5,
     repeats: int = 2,
     device: str = "cpu",
     json: str | None = None,
 ) -> None:
-    """Compare a training step of ResNet3D-18 and its peak memory with MONAI's resnet18, map for map of the same shape.
+    """Compare each network's training step, inference and peak memory with MONAI's and torchvision's nearest relatives.
 
-    Depth is strided, as MONAI's network always does. Every repeat of a side is a fresh process.
+    FLOP and parameters are counted. Every repeat of a side is a fresh process.
 
     Args:
-        batch: volumes of a step.
-        size: rows and columns of a volume.
-        slices: slices of a volume.
-        steps: timed steps of a process, after one to warm up.
+        groups: some of "encoder" (depth strided, map for map of MONAI's shape), "pre-training", "organs",
+            "nodule cube", "slices" and "detector".
+        steps: timed steps of a process, after two to warm up.
         repeats: processes of each side.
         device: "cpu" (one thread) or "cuda".
         json: file for the result.
     """
-    _report({"network": _network(batch, size, slices, steps, repeats, device)}, json)
+    _report({"network": compare_networks(groups, steps, repeats, device)}, json)
+
+
+def knobs(
+    groups: Sequence[str] = ("pre-training", "organs"),
+    steps: int = 5,
+    repeats: int = 2,
+    device: str = "cpu",
+    json: str | None = None,
+) -> None:
+    """Measure what channels-last, `torch.compile`, a fused optimiser and checkpointing do to a training step.
+
+    Args:
+        groups: whose first network is measured, as in `network`.
+        steps: timed steps of a process, after two to warm up.
+        repeats: processes of each variant.
+        device: "cpu" (one thread) or "cuda".
+        json: file for the result.
+    """
+    _report({"knobs": compare_knobs(groups, steps, repeats, device)}, json)
+
+
+def export(repeats: int = 5, json: str | None = None) -> None:
+    """Compare the networks in ONNX Runtime with PyTorch, one thread each.
+
+    Args:
+        repeats: timed passes of each side.
+        json: file for the result.
+    """
+    _report({"export": compare_export(repeats)}, json)
 
 
 def inference(
@@ -110,6 +133,7 @@ def inference(
     size: int = 512,
     classes: int = 14,
     mode: str = "constant",
+    plot: str | None = None,
     json: str | None = None,
 ) -> None:
     """Compare `SlabInferer` with MONAI's `SlidingWindowInferer`: seconds, peak memory, and whether labels are equal.
@@ -119,9 +143,13 @@ def inference(
         size: rows and columns of the volumes.
         classes: channels of the logits.
         mode: "constant" or "gaussian" windows.
+        plot: file for a picture of time and memory against the slices.
         json: file for the result.
     """
-    _report({"inference": compare_inference(slices, size, classes, mode)}, json)
+    result = compare_inference(slices, size, classes, mode)
+    _report({"inference": result}, json)
+    if plot is not None:
+        draw_growth(result, Path(plot))
 
 
 def volume_input(
@@ -196,7 +224,8 @@ def all_benchmarks(json: str | None = None) -> None:
     """
     results = {
         "input_pipeline": _input_pipeline(200, 5, 224, None, (1, 2)),
-        "network": _network(4, 96, 32, 5, 2, "cpu"),
+        "network": compare_networks(tuple(GROUPS), 5, 2, "cpu"),
+        "knobs": compare_knobs(("pre-training", "organs"), 5, 2, "cpu"),
     }
     results["inference"] = compare_inference((150, 300, 600), 512, 14, "constant")
     results["volume_input"] = compare_volume_input(4, (400, 400, 120), 40)
@@ -383,63 +412,6 @@ def _stages(dataset: SeededDataset, number: int) -> dict[str, float]:
     return stages
 
 
-def _network(batch: int, size: int, slices: int, steps: int, repeats: int, device: str) -> dict[str, Any]:
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for _ in range(repeats):
-        for side in SIDES:
-            arguments = [side, batch, size, slices, steps, device]
-            command = [sys.executable, __file__, "network_side", *map(str, arguments)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            runs[side].append(json_format.loads(done.stdout.splitlines()[-1]))
-    shapes = {side: runs[side][0].pop("shapes") for side in SIDES}
-    if shapes["ours"] != shapes["theirs"]:
-        raise RuntimeError(f"the networks' maps differ in shape, so their times do not compare: {shapes}")
-    seconds = {side: [s for run in runs[side] for s in run["seconds"]] for side in SIDES}
-    memory = {side: [run["MB"] for run in runs[side]] for side in SIDES}
-    kind = "resident memory of the process" if device == "cpu" else "memory of torch's CUDA allocator"
-    return {
-        "settings": {"input": [batch, 1, slices, size, size], "steps": steps, "repeats": repeats, "device": device},
-        "maps": shapes["ours"],
-        "seconds_per_step": {side: quartiles(seconds[side]) for side in SIDES},
-        "speed_ratio_ours_to_theirs": round(float(np.median(seconds["theirs"]) / np.median(seconds["ours"])), 3),
-        "peak_MB": {side: round(float(np.median(memory[side]))) for side in SIDES},
-        "peak_MB_is": f"peak {kind} in training, less what it held before the network was built",
-    }
-
-
-def network_side(side: str, batch: int, size: int, slices: int, steps: int, device: str) -> None:
-    """Time one side in this process and print the result as a line of JSON; `network` calls it."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    cuda = device != "cpu"
-    before = 0 if cuda else getrusage(RUSAGE_SELF).ru_maxrss
-    if side == "ours":
-        net = ResNet3DClassifier(18, CLASSES, depth_stride=True)
-        stages = net.backbone
-    else:
-        net = stages = resnet18(
-            spatial_dims=3, n_input_channels=1, num_classes=CLASSES, conv1_t_stride=2, bias_downsample=False
-        )
-    shapes: list[list[int]] = []
-    for name in ("layer1", "layer2", "layer3", "layer4"):
-        getattr(stages, name).register_forward_hook(lambda layer, x, out: shapes.append(list(out.shape)))
-    net.to(device).train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    volume = torch.randn(batch, 1, slices, size, size, device=device)
-    label = torch.randint(CLASSES, (batch,), device=device)
-    seconds = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net(volume), label).backward()
-        optimizer.step()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else (getrusage(RUSAGE_SELF).ru_maxrss - before) / 1e3
-    print(json_format.dumps({"seconds": seconds[1:], "MB": peak, "shapes": shapes[:4]}))
-
-
 def _report(results: dict[str, Any], file: str | None) -> None:
     packages = ("torch", "torchvision", "monai", "pillow", "simplejpeg", "numpy")
     result = {
@@ -482,7 +454,8 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    commands = {"input_pipeline": input_pipeline, "network": network, "inference": inference}
+    commands = {"input_pipeline": input_pipeline, "network": network, "knobs": knobs, "inference": inference}
+    commands["export"] = export
     sides = {"network_side": network_side, "inference_side": inference_side, "volume_input_side": volume_input_side}
     commands |= {"volume_input": volume_input, "stack_input": stack_input, "evaluation": evaluation, "startup": startup}
     fire.Fire({**commands, "all": all_benchmarks, **sides})

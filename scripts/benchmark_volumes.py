@@ -18,6 +18,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from monai.data import CacheDataset, Dataset
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import (
@@ -67,6 +68,25 @@ def compare_inference(slices: Sequence[int], size: int, classes: int, mode: str)
         " network had seen one window",
         **rows,
     }
+
+
+def draw_growth(result: dict[str, Any], path: Path) -> None:
+    """Draw seconds and memory against the number of slices, for both sides."""
+    named = {name: row for name, row in result.items() if isinstance(row, dict) and "ours" in row}
+    rows = {int(name.split()[-1]): row for name, row in named.items()}
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    labels = {"ours": "SlabInferer", "theirs": "MONAI's SlidingWindowInferer"}
+    for axes, (key, unit) in zip(figure.subplots(1, 2), (("seconds", "seconds"), ("MB", "MB")), strict=True):
+        for side, label in labels.items():
+            axes.plot(list(rows), [row[side][key] for row in rows.values()], marker="o", label=label)
+        axes.set(xlabel="slices", ylabel=unit, xticks=list(rows), ylim=(0, None), xlim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_title("time")
+    figure.axes[1].set_title("peak memory beyond the input")
+    figure.axes[0].legend()
+    figure.suptitle(f"{next(iter(named)).rpartition(' x ')[0]} x slices; the stitching alone, one thread")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def _dice(a: np.ndarray, b: np.ndarray, value: int) -> float:
