@@ -172,12 +172,12 @@ def _summary(runs: Sequence[dict[str, Any]], shape: Sequence[int]) -> dict[str, 
     }
 
 
-def network_side(group: str, name: str, variant: str, steps: int, device: str) -> None:
+def network_side(group: str, side_name: str, variant: str, steps: int, device: str) -> None:
     """Time one network in this process and print the result as a line of JSON."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cuda = device != "cpu"
-    side = GROUPS[group][name]
+    side = GROUPS[group][side_name]
     flops = count_flops(side)
     matmul = _matmul_rate(device)
     before = 0 if cuda else getrusage(RUSAGE_SELF).ru_maxrss
@@ -189,8 +189,9 @@ def network_side(group: str, name: str, variant: str, steps: int, device: str) -
             if isinstance(layer, StemConv3d):
                 layer.__class__ = nn.Conv3d  # type: ignore[assignment]  # its parent, with the same fields
     maps: list[list[int]] = []
-    for stage in [m for n, m in network.named_modules() if n.split(".")[-1] in STAGES]:
-        stage.register_forward_hook(lambda layer, x, out: maps.append(list(out.shape)))
+    for name, stage in network.named_modules():
+        if name.split(".")[-1] in STAGES and variant == "plain":  # torch.compile would compile anew for each list
+            stage.register_forward_hook(lambda layer, x, out: maps.append(list(out.shape)))
     layout = torch.channels_last_3d if variant == "channels last" else torch.preserve_format
     network = network.to(device, memory_format=layout).train()
     parameters = list(network.parameters())
