@@ -524,6 +524,18 @@ def test_a_segmentation_starts_from_another_medical_network(name, volumes, tmp_p
     assert told in str(root_cause(caught.value))
 
 
+def test_a_strided_stem_is_remembered_for_inference(volumes, tmp_path):
+    bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+    run(bundle, BASE, tmp_path, volumes, stem="strided", steps_per_epoch=1, epochs=1)
+    assert json.loads((tmp_path / "models" / "run.json").read_text())["stem"] == "strided"
+    image, args = volumes / "images" / "case0.nii.gz", {"args_file": str(tmp_path / "models" / "run.json")}
+    run(bundle, ["inference"], tmp_path, image, **args)
+    assert (tmp_path / "eval" / "case0_seg.nii.gz").is_file()
+    with pytest.raises((RuntimeError, ValueError)) as caught:  # so it had been taken from run.json
+        run(bundle, ["inference"], tmp_path, image, stem="unet", **args)
+    assert "stem='strided' (here 'unet')" in str(root_cause(caught.value))
+
+
 @pytest.mark.parametrize("init", ["acs", "2.5d"])
 def test_flat_kernels_are_trained_through_a_break_and_saved_native(volumes, tmp_path, monkeypatch, init):
     bundle = ROOT / "bundles" / "bcv_multiorgan_segmentation"

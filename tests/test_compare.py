@@ -26,7 +26,7 @@ from networks import ResNet3D
 from vdt_workflows import save_weights
 
 TINY = {"base_channels": 4, "patch_size": [16, 16, 16], "spacing": "own", "window": "none", "pairs": []}
-TINY |= {"mean": "own", "std": "own", "overlap": 0.25, "learning_rate": 0.1, "network_def::network::stem": "strided"}
+TINY |= {"mean": "own", "std": "own", "overlap": 0.25, "learning_rate": 0.1, "stem": "strided"}
 # Two rows of this, two shares of the labels and two seeds: eight cells.
 MATRIX = {
     "settings": TINY,
