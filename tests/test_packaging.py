@@ -22,7 +22,7 @@ import torch
 from bundle_runs import BUNDLES, ROOT, run
 from check_bundle import check, check_bundle
 from monai.bundle import ConfigParser
-from package_bundle import PACKAGES, package_bundle, vendor_config, vendor_source
+from package_bundle import PACKAGES, package_bundle, vendor_config, vendor_source, write_readme
 
 from networks import ResNet2D, ResNet3D
 from vdt_workflows import initialise, read_provenance, save_weights
@@ -314,6 +314,12 @@ def test_every_bundle_passes_its_checks_in_the_repository_and_from_its_zip(bundl
         found = check(place)
         assert {"files", "metadata", "configs", "network", "readme", "isolation"} <= set(found)
         assert not any(found.values()), found
+
+
+def test_the_example_of_a_package_gives_all_that_the_bundles_own_does():
+    text = write_readme(ROOT / "bundles" / "lidc_nodule_classification", has_weights=True, url=None)
+    first = text.index("monai.bundle run")
+    assert "    --dataset_dir SCAN --positions POSITIONS\n```" in text[first : first + 300]
 
 
 # What the checks find ----------------------------------------------------------------------------------------------
