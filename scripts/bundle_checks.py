@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -238,11 +239,22 @@ def check_readme(bundle: Bundle) -> Iterator[str]:
         if "--args_file" in words and not (bundle.folder / words[words.index("--args_file") + 1]).is_file():
             at = words.index("--args_file")
             del words[at : at + 2]
-        with contextlib.chdir(bundle.folder.parent if elsewhere else bundle.folder):
-            try:
+        try:
+            with inside(bundle.folder.parent if elsewhere else bundle.folder):
                 code.check_command_line(words)
-            except ValueError as error:
-                yield f"README: {error}"
+        except ValueError as error:
+            yield f"README: {error}"
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Work in a folder for a while (`contextlib.chdir` came with Python 3.11)."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def check_isolation(bundle: Bundle) -> Iterator[str]:

@@ -306,7 +306,8 @@ def write_readme(bundle: Path, has_weights: bool, url: str | None) -> str:
     title, _, rest = (bundle / "docs" / "README.md").read_text().partition("\n")
     rest = re.sub(r"(configs/\w+)\.yaml", r"\1.json", rest)
     name = bundle.name
-    word = re.search(r"configs/inference\.json.*?--dataset_dir\s+(\w+)", rest, re.DOTALL)
+    example = re.search(r"configs/inference\.json.*?(--dataset_dir .*?)\n```", rest, re.DOTALL)
+    data = " ".join(example[1].replace("\\\n", " ").split()) if example else "--dataset_dir DATA"
     weights = "Its weights are `models/model.pt`; the settings that belong to them are the configs' defaults."
     if url:
         weights = (
@@ -318,12 +319,13 @@ def write_readme(bundle: Path, has_weights: bool, url: str | None) -> str:
     return f"""{title}
 
 This is a package of the bundle. It holds its code (`scripts/`) and works from any folder; the commands further below
-are given from within it. {weights}
+are given from within it; the scripts that prepare data, `scripts/prepare_*.py`, are in the repository alone.
+{weights}
 
 ```bash
 pip install -r {name}/docs/requirements.txt
 python -m monai.bundle run --config_file {name}/configs/inference.json --bundle_root {name} \\
-    --dataset_dir {word[1] if word else "DATA"}
+    {data}
 ```
 
 ```python

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import shutil
+from functools import cache
 from pathlib import Path
 
 import nibabel as nib
@@ -99,3 +101,27 @@ def trained(data_of, tmp_path_factory):
         return done[bundle.name]
 
     return train
+
+
+@pytest.fixture(scope="session")
+def answering(trained, tmp_path_factory):
+    """Return a function that gives the models of a trained bundle, where a segmentation tells voxels apart.
+
+    A few steps teach it that all is background, so that any two masks are equal. Its last layer is drawn at random.
+    """
+
+    @cache
+    def models(bundle: Path) -> Path:
+        folder = trained(bundle) / "models"
+        if not bundle.name.endswith("_segmentation"):
+            return folder
+        folder = shutil.copytree(folder, tmp_path_factory.mktemp("answering") / "models")
+        state = torch.load(folder / "model.pt", weights_only=True)
+        *_, weight, bias = state
+        drawn = torch.randn(state[weight].shape, generator=torch.Generator().manual_seed(0))
+        state[weight] = drawn - drawn.mean(1, keepdim=True)  # features are positive
+        state[bias].zero_()
+        torch.save(state, folder / "model.pt")
+        return folder
+
+    return models

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.networks.layers import spatial_transforms
 from monai.transforms import (
     CenterSpatialCrop,
     Compose,
@@ -245,6 +246,19 @@ def test_a_crop_has_each_voxel_at_its_place_in_the_world(affine, spacing):
     np.testing.assert_allclose(cube[0], ramp((16, 16, 16), cube.affine.numpy())[0], atol=1e-3)
     np.testing.assert_allclose(apply_affine(cube.affine.numpy(), [7.5] * 3), position, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(cube.affine.numpy()[:3, :3], axis=0), spacing)
+
+
+def test_a_crop_has_each_voxel_at_its_place_with_monai_1_5_too(monkeypatch):
+    """That version scales as without aligned corners, even where it samples with them."""
+    as_now = spatial_transforms.to_norm_affine
+
+    def as_then(**given):
+        return as_now(**{**given, "align_corners": False})
+
+    monkeypatch.setattr(spatial_transforms, "to_norm_affine", as_then)
+    volume, position = ramp((90, 100, 40), OBLIQUE), apply_affine(OBLIQUE, (45.3, 52.8, 20.6))
+    cube = CropNodule(16, 0.8)(volume, position)
+    np.testing.assert_allclose(cube[0], ramp((16, 16, 16), cube.affine.numpy())[0], atol=1e-3)
 
 
 def test_a_crop_on_the_grid_takes_voxels_as_they_are():

@@ -139,7 +139,8 @@ class CropNodule(Transform):
         cube = _with_affine(cube, _moved(affine, low, 1.0), volume)
         new_affine = _moved(affine, corner, step)
         if not (as_it_is and np.all(np.abs(corner - low) < 2 * NEAR)):
-            resample = SpatialResample(mode=self.mode, padding_mode="border", align_corners=True, dtype=torch.float32)
+            # voxel centres go to voxel centres either way, but MONAI 1.5 forgets one half of aligned corners
+            resample = SpatialResample(mode=self.mode, padding_mode="border", align_corners=False, dtype=torch.float32)
             cube = resample(cube, dst_affine=torch.as_tensor(new_affine), spatial_size=[self.size] * 3)
         return _with_affine(cube.as_tensor(), new_affine, volume)
 
