@@ -33,7 +33,7 @@ import fire
 import numpy as np
 import torch
 from benchmark_evaluation import compare_evaluation
-from benchmark_networks import GROUPS, compare_export, compare_knobs, compare_networks, network_side
+from benchmark_networks import EXPORTED, GROUPS, VARIANTS, compare_export, compare_knobs, compare_networks, network_side
 from benchmark_stacks import stack_passes, write_scans
 from benchmark_startup import measure_startup
 from benchmark_timing import alternate, quartiles
@@ -101,6 +101,7 @@ def network(
 
 def knobs(
     groups: Sequence[str] = ("pre-training", "organs"),
+    variants: Sequence[str] = VARIANTS,
     steps: int = 5,
     repeats: int = 2,
     device: str = "cpu",
@@ -110,22 +111,25 @@ def knobs(
 
     Args:
         groups: whose first network is measured, as in `network`.
+        variants: some of "plain", "channels last", "compiled", "fused optimiser", "checkpointing" and "3D stem", which
+            differs for three slices alone.
         steps: timed steps of a process, after two to warm up.
         repeats: processes of each variant.
         device: "cpu" (one thread) or "cuda".
         json: file for the result.
     """
-    _report({"knobs": compare_knobs(groups, steps, repeats, device)}, json)
+    _report({"knobs": compare_knobs(groups, variants, steps, repeats, device)}, json)
 
 
-def export(repeats: int = 5, json: str | None = None) -> None:
+def export(names: Sequence[str] = tuple(EXPORTED), repeats: int = 5, json: str | None = None) -> None:
     """Compare the networks in ONNX Runtime with PyTorch, one thread each.
 
     Args:
+        names: some of "ResUNet3D-18", "NoduleFCN-18", "ResNet3D-18 classifier" and "P3D-63".
         repeats: timed passes of each side.
         json: file for the result.
     """
-    _report({"export": compare_export(repeats)}, json)
+    _report({"export": compare_export(names, repeats)}, json)
 
 
 def inference(
@@ -225,7 +229,7 @@ def all_benchmarks(json: str | None = None) -> None:
     results = {
         "input_pipeline": _input_pipeline(200, 5, 224, None, (1, 2)),
         "network": compare_networks(tuple(GROUPS), 5, 2, "cpu"),
-        "knobs": compare_knobs(("pre-training", "organs"), 5, 2, "cpu"),
+        "knobs": compare_knobs(("pre-training", "organs"), VARIANTS, 5, 2, "cpu"),
     }
     results["inference"] = compare_inference((150, 300, 600), 512, 14, "constant")
     results["volume_input"] = compare_volume_input(4, (400, 400, 120), 40)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from networks.resnet3d import StemConv3d
 
 CLASSES = 1000
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-VARIANTS = ("plain", "channels last", "compiled", "fused optimiser", "checkpointing")
+VARIANTS = ("plain", "channels last", "compiled", "fused optimiser", "checkpointing", "3D stem")
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,7 @@ def compare_networks(groups: Sequence[str], steps: int, repeats: int, device: st
     Raises:
         ValueError: if a group is unknown.
     """
-    unknown = set(groups) - set(GROUPS)
-    if unknown:
-        raise ValueError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    _check("group", groups, GROUPS)
     result: dict[str, Any] = {"settings": _settings(steps, repeats, device)}
     for group in groups:
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in GROUPS[group]}
@@ -130,12 +128,25 @@ def compare_networks(groups: Sequence[str], steps: int, repeats: int, device: st
     return result
 
 
-def compare_knobs(groups: Sequence[str], steps: int, repeats: int, device: str) -> dict[str, Any]:
-    """Measure what each knob does to the training step of our networks, one at a time."""
+def _check(kind: str, given: Sequence[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"there is no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
+
+
+def compare_knobs(
+    groups: Sequence[str], variants: Sequence[str], steps: int, repeats: int, device: str
+) -> dict[str, Any]:
+    """Measure what each knob does to the training step of our networks, one at a time.
+
+    Raises:
+        ValueError: if a group or a variant is unknown.
+    """
+    _check("group", groups, GROUPS)
+    _check("variant", variants, VARIANTS)
     result: dict[str, Any] = {"settings": _settings(steps, repeats, device)}
     for group in groups:
         side = next(iter(GROUPS[group]))
-        variants = [*VARIANTS, *(["3D stem"] if group == "pre-training" else [])]
         runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
         for _ in range(repeats):
             for variant in variants:
@@ -269,13 +280,19 @@ def _matmul_rate(device: str, size: int = 2048, repeats: int = 3) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
-def compare_export(repeats: int) -> dict[str, Any]:
-    """Measure each network that exports in PyTorch and in ONNX Runtime, with one thread, and how far they differ."""
+def compare_export(names: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Measure networks in PyTorch and in ONNX Runtime, with one thread, and how far they differ.
+
+    Raises:
+        ValueError: if a network is unknown.
+    """
+    _check("network", names, EXPORTED)
     import onnxruntime  # of the extra "export"
 
     torch.set_num_threads(1)
     result: dict[str, Any] = {"settings": {"repeats": repeats, "onnxruntime": onnxruntime.__version__}}
-    for name, side in EXPORTED.items():
+    for name in names:
+        side = EXPORTED[name]
         torch.manual_seed(0)
         network, x = side.build().eval(), torch.randn(side.shape)
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False), torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 from bundle_runs import BASE, BUNDLES, ROOT, run
 from deeplesion import make_deeplesion
 from PIL import Image
+from preloaded import Preloaded
 from synthetic_nodules import write_nodules
 
 torch.set_num_threads(1)  # threads of small networks wait for each other more than they work
@@ -125,3 +126,11 @@ def answering(trained, tmp_path_factory):
         return folder
 
     return models
+
+
+@pytest.fixture(scope="session")
+def preloaded():
+    """Runs Python commands in processes of their own that have imported torch and MONAI."""
+    started = Preloaded()
+    yield started
+    started.close()

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from bundle_runs import BUNDLES, ROOT, TINY
+from documents import DOCUMENTS, blocks, commands, inline
 from draw_vdt import draw_vdt
 from monai.data import save_net_with_metadata
 from PIL import Image
@@ -23,15 +24,9 @@ from PIL import Image
 from networks import ResNet3D
 from vdt_workflows import check_command_line, save_weights
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
 # What marks an example with a test of its own, the last one in test_export.py.
 LOOKED_AT = ("FlexibleUNet", "create_workflow", "MonaiAlgo", "torch.onnx.export")
 SHELL = ("pip", "tensorboard", "mkdocs", "export", "shift", "source", "python3.11", "curl", "unzip")
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def code_blocks() -> list:
@@ -76,8 +71,8 @@ def test_every_python_example_runs(workplace, code):
     run_small(code)
 
 
-def the_example(word: str) -> str:
-    (code,) = [code for path in DOCUMENTS for code in blocks(path, "python") if word in code]
+def the_example(word: str, page: str = "README.md") -> str:
+    (code,) = [code for code in blocks(ROOT / page, "python") if word in code]
     return code
 
 
@@ -98,7 +93,7 @@ def test_the_bundle_of_the_example_gives_the_metric_of_its_history(workplace, ca
 
 @pytest.mark.slow
 def test_the_federated_sites_train_two_rounds_and_score_the_averaged_weights(workplace):
-    names = run_small(the_example("MonaiAlgo"))
+    names = run_small(the_example("MonaiAlgo", "docs/how-to/federated.md"))
     for site in "AB":
         with (workplace / site / "eval" / "history.csv").open() as file:
             assert len(list(csv.DictReader(file))) == 2
@@ -109,13 +104,23 @@ def test_the_federated_sites_train_two_rounds_and_score_the_averaged_weights(wor
     torch.testing.assert_close(evaluated[kernel], names["weights"][kernel])
 
 
+@pytest.mark.slow
+def test_the_client_of_the_example_trains_two_rounds_and_keeps_the_weights_it_sends(workplace):
+    site = run_small(the_example("MonaiAlgo"))["site"]
+    with (workplace / "A" / "eval" / "history.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    kept, sent = torch.load(workplace / "A" / "models" / "model_last.pt"), site.get_weights().weights
+    assert all(torch.equal(kept[name], sent[name]) for name in kept)
+
+
 # Commands
 
 
-def commands() -> list:
+def command_blocks() -> list:
     found = []
     for path in [*DOCUMENTS, *sorted((ROOT / "docs").rglob("*.sh"))]:
-        texts = blocks(path, "bash") if path.suffix == ".md" else [path.read_text().split("pipefail")[1]]
+        shown = [*blocks(path, "bash"), *inline(path)]
+        texts = shown if path.suffix == ".md" else [path.read_text().split("pipefail")[1]]
         for number, text in enumerate(texts):
             found.append(pytest.param(text, id=f"{path.relative_to(ROOT)}-{number}"))
     return found
@@ -181,12 +186,11 @@ def check_command(words: list[str], folder: Path | None, monkeypatch) -> Path | 
     return folder
 
 
-@pytest.mark.parametrize("text", commands())
+@pytest.mark.parametrize("text", command_blocks())
 def test_every_command_names_scripts_options_and_settings_that_exist(text, monkeypatch):
     folder = None
-    for line in text.replace("\\\n", " ").splitlines():
-        if words := shlex.split(line, comments=True):
-            folder = check_command(words, folder, monkeypatch)
+    for line in commands(text):
+        folder = check_command(shlex.split(line, comments=True), folder, monkeypatch)
 
 
 def test_a_command_with_a_misspelt_setting_or_option_is_found(monkeypatch):
