@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -212,20 +214,31 @@ def test_the_colours_that_the_documents_tell_are_those_of_the_viewers_since_the_
     assert slicer["mass"] == ohif["mass"] == ohif["liver tumor"]
 
 
+def make_series(folder: Path, **more) -> Path:
+    """Write a DICOM series of noise, oblong in all directions."""
+    hu = np.random.default_rng(0).integers(-400, 400, (20, 22, 15))
+    write_series(folder, hu, spacing=(0.8, 0.7, 2.5), origin=(-20.0, -10.0, -100.0), **more)
+    return folder
+
+
+@contextlib.contextmanager
+def sent(server: Server, series: Path) -> Iterator[str]:
+    """Send a series to the server as a viewer does, and give what asks for it."""
+    files = [word for path in sorted(series.iterdir()) for word in ("-F", f"files=@{path}")]
+    name = json.loads(ask("-X", "PUT", f"{server}/session/", *files))["session_id"]
+    yield f"session_id={name}"
+    ask("-X", "DELETE", f"{server}/session/{name}")
+
+
 @pytest.fixture(scope="module")
 def series(tmp_path_factory):
-    """Folder of a DICOM series of noise, oblong in all directions."""
-    folder = tmp_path_factory.mktemp("series") / "ct"
-    hu = np.random.default_rng(0).integers(-400, 400, (20, 22, 15))
-    write_series(folder, hu, spacing=(0.8, 0.7, 2.5), origin=(-20.0, -10.0, -100.0))
-    return folder
+    return make_series(tmp_path_factory.mktemp("series") / "ct")
 
 
 @pytest.fixture(scope="module")
 def session(server, series):
-    """What asks the server for that series, sent to it as a viewer does."""
-    files = [word for path in sorted(series.iterdir()) for word in ("-F", f"files=@{path}")]
-    return f"session_id={json.loads(ask('-X', 'PUT', f'{server}/session/', *files))['session_id']}"
+    with sent(server, series) as where:
+        yield where
 
 
 @pytest.fixture(params=["nifti", "dicom"])
@@ -243,6 +256,17 @@ def test_the_served_mask_is_that_of_the_bundle_voxel_for_voxel(server, source, b
     run(bundle, ["inference"], tmp_path, image, **given)
     written = tmp_path / "eval" / f"{image.name.partition('.')[0]}_seg.nii.gz"
     compare(infer(server, bundle.name, where), written, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_mask_of_a_series_that_lies_askew_is_that_of_the_bundle(server, answering, tmp_path):
+    bundle, angle = ROOT / "bundles" / NAME, np.deg2rad(12)
+    orientation = (np.cos(angle), np.sin(angle), 0, -0.8 * np.sin(angle), 0.8 * np.cos(angle), 0.6)
+    series = make_series(tmp_path / "ct", orientation=orientation)
+    given = {"ckpt_path": str(answering(bundle) / "model.pt"), "args_file": str(answering(bundle) / "run.json")}
+    run(bundle, ["inference"], tmp_path, series, **given)
+    with sent(server, series) as where:
+        compare(infer(server, NAME, where), tmp_path / "eval" / "ct_seg.nii.gz", tmp_path)
 
 
 @pytest.mark.slow

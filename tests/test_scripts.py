@@ -35,6 +35,15 @@ def test_the_words_are_the_functions_arguments_and_its_result_is_a_line_of_json(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"folder": "x", "size": 64, "dry_run": True}
 
 
+def nothing(folder: str) -> None:
+    """Return nothing."""
+
+
+def test_a_function_without_a_result_prints_no_line(capsys):
+    run_script(nothing, ["x"])
+    assert capsys.readouterr().out == ""
+
+
 def test_a_boolean_can_be_switched_off_as_fire_has_it(capsys):
     run_script(prepare, ["x", "--nodry_run"])
     assert '"dry_run": false' in capsys.readouterr().out

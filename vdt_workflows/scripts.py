@@ -33,9 +33,13 @@ def run_script(function: Callable[..., Any], argv: Sequence[str] | None = None) 
     _refuse_unknown(function, words, name)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        fire.Fire(function, command=words, name=name, serialize=json.dumps)
+        fire.Fire(function, command=words, name=name, serialize=_write_result)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         sys.exit(f"{name}: {error}")
+
+
+def _write_result(result: Any) -> str | None:
+    return None if result is None else json.dumps(result)
 
 
 def _refuse_unknown(function: Callable[..., Any], words: Sequence[str], name: str) -> None:
