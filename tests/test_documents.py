@@ -76,8 +76,8 @@ def test_every_python_example_runs(workplace, code):
     run_small(code)
 
 
-def the_example(word: str) -> str:
-    (code,) = [code for path in DOCUMENTS for code in blocks(path, "python") if word in code]
+def the_example(word: str, page: str = "README.md") -> str:
+    (code,) = [code for code in blocks(ROOT / page, "python") if word in code]
     return code
 
 
@@ -98,7 +98,7 @@ def test_the_bundle_of_the_example_gives_the_metric_of_its_history(workplace, ca
 
 @pytest.mark.slow
 def test_the_federated_sites_train_two_rounds_and_score_the_averaged_weights(workplace):
-    names = run_small(the_example("MonaiAlgo"))
+    names = run_small(the_example("MonaiAlgo", "docs/how-to/federated.md"))
     for site in "AB":
         with (workplace / site / "eval" / "history.csv").open() as file:
             assert len(list(csv.DictReader(file))) == 2
@@ -107,6 +107,15 @@ def test_the_federated_sites_train_two_rounds_and_score_the_averaged_weights(wor
     torch.testing.assert_close(names["weights"][kernel], (a + b) / 2)
     evaluated = names["site"].evaluator.network.state_dict()
     torch.testing.assert_close(evaluated[kernel], names["weights"][kernel])
+
+
+@pytest.mark.slow
+def test_the_client_of_the_example_trains_two_rounds_and_keeps_the_weights_it_sends(workplace):
+    site = run_small(the_example("MonaiAlgo"))["site"]
+    with (workplace / "A" / "eval" / "history.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    kept, sent = torch.load(workplace / "A" / "models" / "model_last.pt"), site.get_weights().weights
+    assert all(torch.equal(kept[name], sent[name]) for name in kept)
 
 
 # Commands
