@@ -12,6 +12,7 @@ import torch
 from bundle_runs import BASE, BUNDLES, ROOT, run
 from deeplesion import make_deeplesion
 from PIL import Image
+from preloaded import Preloaded
 from synthetic_nodules import write_nodules
 
 torch.set_num_threads(1)  # threads of small networks wait for each other more than they work
@@ -99,3 +100,11 @@ def trained(data_of, tmp_path_factory):
         return done[bundle.name]
 
     return train
+
+
+@pytest.fixture(scope="session")
+def preloaded():
+    """Runs Python commands in processes of their own that have imported torch and MONAI."""
+    started = Preloaded()
+    yield started
+    started.close()

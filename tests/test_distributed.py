@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import time
 import pytest
 import torch
 from bundle_runs import ROOT, command
+from two_nodes import start_nodes, wait_for
 
 pytestmark = pytest.mark.slow  # each test starts processes that import torch and MONAI
 
@@ -68,35 +68,7 @@ def test_training_with_batch_norm_by_two_processes_runs_and_only_one_writes(imag
     assert len((tmp_path / "eval" / "history.csv").read_text().splitlines()) == 3
 
 
-# Two nodes, which are two process groups that meet over loopback
-
-
-def start_nodes(words, folder):
-    """Start torchrun twice, the second once the first keeps the store of the rendezvous."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    nodes = []
-    for number in range(2):
-        with (folder / f"node{number}.txt").open("w") as log:
-            start = [sys.executable, "-m", "torch.distributed.run", *meet, "-m", *words]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            nodes.append(subprocess.Popen(start, stdout=log, stderr=subprocess.STDOUT, env=environment))
-        wait_for(lambda: socket.create_connection(("127.0.0.1", port)).close() is None, 120)
-    return nodes
-
-
-def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if condition():
-                return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise TimeoutError(f"not within {seconds} s")
+# Two nodes
 
 
 def last_lines(folder, number):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from bundle_runs import BUNDLES, ROOT, TINY
+from documents import DOCUMENTS, blocks, commands, inline
 from draw_vdt import draw_vdt
 from monai.data import save_net_with_metadata
 from PIL import Image
@@ -23,15 +24,9 @@ from PIL import Image
 from networks import ResNet3D
 from vdt_workflows import check_command_line, save_weights
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
 # What marks an example with a test of its own, the last one in test_export.py.
 LOOKED_AT = ("FlexibleUNet", "create_workflow", "MonaiAlgo", "torch.onnx.export")
 SHELL = ("pip", "tensorboard", "mkdocs", "export", "shift", "source", "python3.11", "curl", "unzip")
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def code_blocks() -> list:
@@ -121,10 +116,11 @@ def test_the_client_of_the_example_trains_two_rounds_and_keeps_the_weights_it_se
 # Commands
 
 
-def commands() -> list:
+def command_blocks() -> list:
     found = []
     for path in [*DOCUMENTS, *sorted((ROOT / "docs").rglob("*.sh"))]:
-        texts = blocks(path, "bash") if path.suffix == ".md" else [path.read_text().split("pipefail")[1]]
+        shown = [*blocks(path, "bash"), *inline(path)]
+        texts = shown if path.suffix == ".md" else [path.read_text().split("pipefail")[1]]
         for number, text in enumerate(texts):
             found.append(pytest.param(text, id=f"{path.relative_to(ROOT)}-{number}"))
     return found
@@ -190,12 +186,11 @@ def check_command(words: list[str], folder: Path | None, monkeypatch) -> Path | 
     return folder
 
 
-@pytest.mark.parametrize("text", commands())
+@pytest.mark.parametrize("text", command_blocks())
 def test_every_command_names_scripts_options_and_settings_that_exist(text, monkeypatch):
     folder = None
-    for line in text.replace("\\\n", " ").splitlines():
-        if words := shlex.split(line, comments=True):
-            folder = check_command(words, folder, monkeypatch)
+    for line in commands(text):
+        folder = check_command(shlex.split(line, comments=True), folder, monkeypatch)
 
 
 def test_a_command_with_a_misspelt_setting_or_option_is_found(monkeypatch):

@@ -14,7 +14,8 @@ data="$2"
 shift 2
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=1 GOMP_SPINCOUNT=100000
-srun --label --kill-on-bad-exit=1 torchrun \
+# In a job, ignite takes Slurm's task on the node, of which there is one, for the rank of each process: it is not told.
+srun --label --kill-on-bad-exit=1 env --unset=SLURM_JOB_ID torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:29500" --rdzv-id="$SLURM_JOB_ID" \
     -m monai.bundle run --config_file "['configs/train.yaml', 'configs/multi_gpu_train.yaml']" \
