@@ -40,6 +40,7 @@ LIVER = "lits_liver_segmentation"
 INSTALLS = "installs packages from the network"
 SERVER = "asks or starts a MONAI Label server, as tests/test_monai_label.py does where there is one"
 DRAWN = 'curl -X PUT "http://127.0.0.1:8000/datastore/label?image=CASE&tag=final" -F params={}'
+BARE = "needs that environment; tests/test_packaging.py does the same with this interpreter, isolated"
 NOT_RUN = {
     "python3 -m venv .venv": "for pip",
     "source .venv/bin/activate": "for pip",
@@ -47,6 +48,10 @@ NOT_RUN = {
     'pip install -e ".[docs]"': INSTALLS,
     "pip install -r lits_liver_segmentation/docs/requirements.txt": INSTALLS,
     "python3.11 -m venv monailabel": "for pip",
+    "python3 -m venv bare": "for pip",
+    "bare/bin/pip install": INSTALLS,
+    "python scripts/check_bundle.py dist/lits_liver_segmentation_v0.2.0.zip --python": BARE,
+    "BARE_PYTHON=bare/bin/python pytest -m slow tests/test_packaging.py": BARE,
     "monailabel/bin/pip install": INSTALLS,
     "python scripts/serve_monai_label.py STUDIES": SERVER,
     "curl http://127.0.0.1:8000/info/": SERVER,
