@@ -140,7 +140,7 @@ def inference(
     plot: str | None = None,
     json: str | None = None,
 ) -> None:
-    """Compare `SlabInferer` with MONAI's `SlidingWindowInferer`: seconds, peak memory, and whether labels are equal.
+    """Compare `SlabInferer` with MONAI's `SlidingWindowInferer` and a plain loop: seconds, memory, and equal labels.
 
     Args:
         slices: of the volumes.

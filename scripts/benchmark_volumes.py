@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from monai.data import CacheDataset, Dataset
+from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import (
     ClassesToIndicesd,
@@ -40,15 +42,19 @@ from vdt_workflows import SeededCacheDataset, SlabInferer
 
 ROI, OVERLAP = (256, 256, 32), (0.5, 0.5, 0.625)  # the published windows, at strides of 128, 128 and 12
 CLOSE = 1e-4  # logits that differ by less may be ordered either way by rounding
+INFERERS = ("ours", "theirs", "loop")
 INPUTS = ("each epoch", "CacheDataset", "memory", "disk")
 
 
 def compare_inference(slices: Sequence[int], size: int, classes: int, mode: str) -> dict[str, Any]:
-    """Measure ours and MONAI's default inferer on volumes of `size` x `size` x each of `slices`, and how they agree."""
+    """Measure ours, MONAI's default inferer and a plain loop on volumes of `size` x `size` x each of `slices`.
+
+    How the first two agree is told too.
+    """
     rows = {}
     for depth in slices:
         with tempfile.TemporaryDirectory() as folder:
-            found = {side: _side("inference", side, size, depth, classes, mode, folder) for side in ("ours", "theirs")}
+            found = {side: _side("inference", side, size, depth, classes, mode, folder) for side in INFERERS}
             ours, theirs, clear = (
                 np.load(Path(folder, f"{n}.npy"), mmap_mode="r") for n in ("ours", "theirs", "clear")
             )
@@ -75,7 +81,7 @@ def draw_growth(result: dict[str, Any], path: Path) -> None:
     named = {name: row for name, row in result.items() if isinstance(row, dict) and "ours" in row}
     rows = {int(name.split()[-1]): row for name, row in named.items()}
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    labels = {"ours": "SlabInferer", "theirs": "MONAI's SlidingWindowInferer"}
+    labels = {"ours": "SlabInferer", "theirs": "MONAI's SlidingWindowInferer", "loop": "a plain loop"}
     for axes, (key, unit) in zip(figure.subplots(1, 2), (("seconds", "seconds"), ("MB", "MB")), strict=True):
         for side, label in labels.items():
             axes.plot(list(rows), [row[side][key] for row in rows.values()], marker="o", label=label)
@@ -112,15 +118,33 @@ def inference_side(side: str, size: int, slices: int, classes: int, mode: str, f
             labels = SlabInferer(**settings)(volume, network)[0, 0]
             seconds, peak = time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss
         else:
-            logits = SlidingWindowInferer(**settings)(volume, network)
+            segment = SlidingWindowInferer(**settings) if side == "theirs" else partial(add_windows, mode=mode)
+            logits = segment(volume, network)
             labels = torch.empty(logits.shape[2:], dtype=torch.uint8)
             for index in range(slices):  # a plain argmax would take as much memory again
                 labels[:, :, index] = logits[0, ..., index].argmax(0)
             seconds, peak = time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss
-            best = [logits[0, ..., i].topk(2, 0).values for i in range(slices)]
-            np.save(Path(folder, "clear.npy"), torch.stack([b[0] - b[1] > CLOSE for b in best], -1).numpy())
+            if side == "theirs":
+                best = [logits[0, ..., i].topk(2, 0).values for i in range(slices)]
+                np.save(Path(folder, "clear.npy"), torch.stack([b[0] - b[1] > CLOSE for b in best], -1).numpy())
     np.save(Path(folder, f"{side}.npy"), labels.numpy())
     print(json.dumps({"seconds": round(seconds, 1), "MB": round((peak - before) / 1024)}))
+
+
+def add_windows(volume: torch.Tensor, network: torch.nn.Module, mode: str) -> torch.Tensor:
+    """Do what one would write first: add each window's logits to the volume's, count, and divide."""
+    roi = [min(a, b) for a, b in zip(ROI, volume.shape[2:], strict=True)]
+    steps = [max(int(a * (1 - b)), 1) for a, b in zip(roi, OVERLAP, strict=True)]
+    weights = compute_importance_map(tuple(roi), mode=mode, sigma_scale=0.125)
+    total, count = None, torch.zeros(volume.shape[2:])
+    for window in dense_patch_slices(volume.shape[2:], roi, steps):
+        logits = network(volume[(slice(None), slice(None), *window)])
+        if total is None:
+            total = torch.zeros(1, logits.shape[1], *volume.shape[2:])
+        total[(slice(None), slice(None), *window)] += logits * weights
+        count[window] += weights
+    assert total is not None  # there is a window
+    return total.div_(count)
 
 
 def compare_volume_input(cases: int, shape: Sequence[int], patches: int) -> dict[str, Any]:

@@ -4,10 +4,12 @@ import json
 from functools import partial
 
 import benchmark_networks
+import benchmark_volumes
 import pytest
 import torch
 from benchmark_networks import GROUPS, VARIANTS, Side, compare_networks, count_flops, network_side
-from benchmark_volumes import draw_growth
+from benchmark_volumes import INFERERS, OVERLAP, add_windows, draw_growth
+from monai.inferers import SlidingWindowInferer
 from PIL import Image
 from torch import nn
 
@@ -51,9 +53,19 @@ def test_a_side_tells_its_figures_in_a_line(variant, monkeypatch, capsys):
     )
 
 
-def test_growth_is_drawn_for_both_sides(tmp_path):
+@pytest.mark.parametrize("mode", ["constant", "gaussian"])
+def test_the_plain_loop_over_windows_gives_what_monais_inferer_gives(mode, monkeypatch):
+    monkeypatch.setattr(benchmark_volumes, "ROI", (16, 16, 8))
+    torch.manual_seed(0)
+    network, volume = nn.Conv3d(1, 3, 3, padding=1), torch.randn(1, 1, 29, 21, 14)
+    inferer = SlidingWindowInferer(roi_size=(16, 16, 8), overlap=OVERLAP, mode=mode)
+    with torch.inference_mode():
+        torch.testing.assert_close(add_windows(volume, network, mode), inferer(volume, network))
+
+
+def test_growth_is_drawn_for_every_side(tmp_path):
     rows = {
-        f"64 x 64 x {slices}": {side: {"seconds": slices / 9, "MB": 20 + slices} for side in ("ours", "theirs")}
+        f"64 x 64 x {slices}": {side: {"seconds": slices / 9, "MB": 20 + slices} for side in INFERERS}
         for slices in (8, 16, 32)
     }
     draw_growth({"settings": {"classes": 2}, "MB_is": "peak", **rows}, tmp_path / "pictures" / "growth.png")
