@@ -20,7 +20,6 @@ from __future__ import annotations
 import json as json_format
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +44,7 @@ from torchvision.datasets import ImageFolder
 
 from vdt_transforms import MEAN, STD, ImageToVolumed, LoadNaturalImaged, RandResizedCropImaged, RandSliceShuffled
 from vdt_workflows import CacheRules, cache_images
+from vdt_workflows.cells import find_commit
 from vdt_workflows.image_folders import collate_images, scan_class_folders
 from vdt_workflows.seeded import SeededDataset
 
@@ -425,7 +425,7 @@ def _report(results: dict[str, Any], file: str | None) -> None:
             "threads": 1,  # torch's, on either side; Pillow and simplejpeg have no threads of their own
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
-            "commit": _commit(),
+            "commit": find_commit(),
         },
         **results,
     }
@@ -449,12 +449,6 @@ def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    return git.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -230,20 +230,22 @@ def _run_stage(cell: Cell, stage: Stage) -> None:
     write_atomic(record, json.dumps({name: round(value, 2) for name, value in took.items()}).encode())
 
 
+def find_commit() -> str | None:
+    """Ask git for the commit of this code, with "-dirty" if it was changed since; None outside of a clone."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
 def _describe(cell: Cell) -> dict[str, Any]:
     import monai
     import torch
 
     stages = Path(cell.folder) / "stages"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    root = Path(__file__).parent
-    code = subprocess.run(
-        ["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
     state = read_checkpoint(cell.weights) if cell.weights else {}
     return {
         "parameters": sum(value.numel() for value in state.values() if value.is_floating_point()),
-        "commit": code.stdout.strip() or None,
+        "commit": find_commit(),
         "stages": {s.name: json.loads((stages / f"{s.name}.json").read_text()) for s in cell.stages},
         "machine": f"{platform.node()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device}",
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "monai": monai.__version__},
