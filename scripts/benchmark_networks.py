@@ -189,8 +189,6 @@ def network_side(group: str, side_name: str, variant: str, steps: int, device: s
     torch.manual_seed(0)
     cuda = device != "cpu"
     side = GROUPS[group][side_name]
-    flops = count_flops(side)
-    matmul = _matmul_rate(device)
     before = 0 if cuda else getrusage(RUSAGE_SELF).ru_maxrss
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -231,6 +229,7 @@ def network_side(group: str, side_name: str, variant: str, steps: int, device: s
     with torch.inference_mode():
         timed(lambda: run(arguments[0]))
         inference = [timed(lambda: run(arguments[0])) for _ in range(steps)]
+    flops = count_flops(side)  # not before, since what it takes would count as held by the process
     result = {
         "training": training,
         "inference": inference,
@@ -239,7 +238,7 @@ def network_side(group: str, side_name: str, variant: str, steps: int, device: s
         "maps": shapes,
         "parameters_M": round(sum(p.numel() for p in parameters) / 1e6, 2),
         "forward_GFLOP": round(flops / 1e9, 1),
-        "share_of_matmul": 3 * flops / float(np.median(training)) / matmul,
+        "share_of_matmul": 3 * flops / float(np.median(training)) / _matmul_rate(device),
     }
     print(json.dumps(result))
 
