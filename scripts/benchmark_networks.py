@@ -7,8 +7,6 @@ PyTorch's `FlopCounterMode`, and set against the rate of a large matrix product 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_timing import alternate, quartiles
+from benchmark_timing import alternate, quartiles, run_side
 from monai.networks.nets import BasicUNet, FlexibleUNet, resnet18
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -116,12 +114,8 @@ def compare_networks(groups: Sequence[str], steps: int, repeats: int, device: st
     _check("group", groups, GROUPS)
     result: dict[str, Any] = {"settings": _settings(steps, repeats, device)}
     for group in groups:
-        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in GROUPS[group]}
-        for _ in range(repeats):
-            for side in runs:
-                runs[side].append(_process("network_side", group, side, "plain", steps, device))
-        for side, found in runs.items():
-            result[f"{group}: {side}"] = _summary(found, GROUPS[group][side].shape)
+        runs = _take_turns(group, [(side, "plain") for side in GROUPS[group]], steps, repeats, device)
+        result |= {f"{group}: {side}": _summary(found, GROUPS[group][side].shape) for (side, _), found in runs.items()}
         maps = [found[0]["maps"] for found in runs.values()]
         if group == "encoder" and not (maps[0] and maps[0] == maps[1]):
             raise RuntimeError(f"the encoders' maps differ in shape, so their times do not compare: {maps}")
@@ -147,13 +141,21 @@ def compare_knobs(
     result: dict[str, Any] = {"settings": _settings(steps, repeats, device)}
     for group in groups:
         side = next(iter(GROUPS[group]))
-        runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
-        for _ in range(repeats):
-            for variant in variants:
-                runs[variant].append(_process("network_side", group, side, variant, steps, device))
-        for variant, found in runs.items():
-            result[f"{group}: {side}: {variant}"] = _summary(found, GROUPS[group][side].shape)
+        runs = _take_turns(group, [(side, variant) for variant in variants], steps, repeats, device)
+        shape = GROUPS[group][side].shape
+        result |= {f"{group}: {side}: {variant}": _summary(found, shape) for (_, variant), found in runs.items()}
     return result
+
+
+def _take_turns(
+    group: str, cells: Sequence[tuple[str, str]], steps: int, repeats: int, device: str
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Run each side and variant in turn, as often as `repeats` says."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {cell: [] for cell in cells}
+    for _ in range(repeats):
+        for cell, found in runs.items():
+            found.append(run_side("network_side", group, *cell, steps, device))
+    return runs
 
 
 def _settings(steps: int, repeats: int, device: str) -> dict[str, Any]:
@@ -294,7 +296,7 @@ def compare_export(names: Sequence[str], repeats: int) -> dict[str, Any]:
         side = EXPORTED[name]
         torch.manual_seed(0)
         network, x = side.build().eval(), torch.randn(side.shape)
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False), torch.no_grad():
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             file = str(Path(folder, "model.onnx"))
             program = torch.export.export(network, (x,))
             torch.onnx.export(program, (), f=file, dynamo=True, external_data=False, verbose=False)
@@ -317,9 +319,3 @@ def compare_export(names: Sequence[str], repeats: int) -> dict[str, Any]:
                 "file_MB": round(Path(file).stat().st_size / 1e6),
             }
     return result
-
-
-def _process(command: str, *arguments: Any) -> dict[str, Any]:
-    words = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("benchmark.py")), command]
-    done = subprocess.run([*words, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])

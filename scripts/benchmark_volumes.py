@@ -6,8 +6,6 @@ Each side runs in a process of its own, so that its peak memory is its own.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from benchmark_timing import run_side
 from matplotlib.figure import Figure
 from monai.data import CacheDataset, Dataset
 from monai.data.utils import compute_importance_map, dense_patch_slices
@@ -54,7 +53,7 @@ def compare_inference(slices: Sequence[int], size: int, classes: int, mode: str)
     rows = {}
     for depth in slices:
         with tempfile.TemporaryDirectory() as folder:
-            found = {side: _side("inference", side, size, depth, classes, mode, folder) for side in INFERERS}
+            found = {side: run_side("inference_side", side, size, depth, classes, mode, folder) for side in INFERERS}
             ours, theirs, clear = (
                 np.load(Path(folder, f"{n}.npy"), mmap_mode="r") for n in ("ours", "theirs", "clear")
             )
@@ -151,7 +150,7 @@ def compare_volume_input(cases: int, shape: Sequence[int], patches: int) -> dict
     """Measure an epoch of training patches read anew each time, from MONAI's cache, and from either of ours."""
     with tempfile.TemporaryDirectory() as folder:
         _write_cases(Path(folder), cases, shape)
-        found = {side: _side("volume_input", side, folder, patches) for side in INPUTS}
+        found = {side: run_side("volume_input_side", side, folder, patches) for side in INPUTS}
     return {
         "settings": {"cases": cases, "voxels": list(shape), "patches": patches, "patch": [128, 128, 32], "threads": 1},
         "MB_is": "peak resident memory of the process, less what it held before the data set was made",
@@ -212,9 +211,3 @@ def volume_input_side(side: str, folder: str, patches: int) -> None:
     peak = getrusage(RUSAGE_SELF).ru_maxrss - before
     rates = {"build_s": round(built, 2), "epoch_s": round(seconds, 2), "patches_per_s": round(patches / seconds, 2)}
     print(json.dumps({**rates, "MB": round(peak / 1024)}))
-
-
-def _side(benchmark: str, *arguments: Any) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("benchmark.py")), f"{benchmark}_side"]
-    done = subprocess.run([*command, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
