@@ -31,22 +31,30 @@ from typing import Any
 import fire
 import numpy as np
 import torch
-from benchmark_evaluation import compare_evaluation
-from benchmark_networks import EXPORTED, GROUPS, VARIANTS, compare_export, compare_knobs, compare_networks, network_side
-from benchmark_stacks import stack_passes, write_scans
-from benchmark_startup import measure_startup
-from benchmark_timing import alternate, quartiles
-from benchmark_volumes import compare_inference, compare_volume_input, draw_growth, inference_side, volume_input_side
+from benchmarks.evaluation import compare_evaluation
+from benchmarks.networks import (
+    EXPORTED,
+    GROUPS,
+    VARIANTS,
+    compare_export,
+    compare_knobs,
+    compare_networks,
+    network_side,
+)
+from benchmarks.stacks import stack_passes, write_scans
+from benchmarks.startup import measure_startup
+from benchmarks.timing import alternate, quartiles
+from benchmarks.volumes import compare_inference, compare_volume_input, draw_growth, inference_side, volume_input_side
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from vdt_transforms import MEAN, STD, ImageToVolumed, LoadNaturalImaged, RandResizedCropImaged, RandSliceShuffled
-from vdt_workflows import CacheRules, cache_images
-from vdt_workflows.cells import find_commit
-from vdt_workflows.image_folders import collate_images, scan_class_folders
-from vdt_workflows.seeded import SeededDataset
+from vdt_workflows.data.images import collate_images, scan_class_folders
+from vdt_workflows.data.sampling import SeededDataset
+from vdt_workflows.preparation.image_cache import CacheRules, cache_images
+from vdt_workflows.report.cells import find_commit
 
 BATCH = 32  # images, in the input pipeline
 
@@ -63,7 +71,7 @@ def input_pipeline(
 
     Theirs is ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize. Both sides draw, and then use
     the same boxes and flips, so that they do the same work and their pixels can be compared. Each side reads the
-    pictures as they are, and as `prepare_imagenet.py` writes them. The rates are by the processor's time, which other
+    pictures as they are, and as `prepare_images.py` writes them. The rates are by the processor's time, which other
     work on the machine hardly changes; those of loader processes are by the clock.
 
     Args:

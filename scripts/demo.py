@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import compare
-from comparison_report import draw_example
 from make_demo_data import make_demo_data
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from run_bundles import run_bundle
 
 from vdt_transforms import ImageToVolume, LoadNaturalImage, RandSliceShuffle
-from vdt_workflows import claim, find_images, run_script, write_atomic
+from vdt_workflows.cli import run_function
+from vdt_workflows.data.images import find_images
+from vdt_workflows.files import claim, write_atomic
+from vdt_workflows.report.comparison_page import draw_example
+from vdt_workflows.report.matrix import compare
+from vdt_workflows.report.run_bundles import run_bundle
 
 PRETRAINING = "imagenet_vdt_pretraining"
 TRANSFER = {
@@ -212,4 +214,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    run_script(demo)
+    run_function(demo)

@@ -15,7 +15,8 @@ import torch
 
 from networks import ResNet3D
 from vdt_transforms import ImageToVolume, RandSliceShuffle
-from vdt_workflows import run_script, write_atomic
+from vdt_workflows.cli import run_function
+from vdt_workflows.files import write_atomic
 
 
 def draw_vdt(output: str, size: int = 96) -> dict[str, list[list[int]]]:
@@ -77,4 +78,4 @@ def make_picture(size: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run_script(draw_vdt)
+    run_function(draw_vdt)

@@ -21,7 +21,8 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from vdt_workflows import run_script, write_atomic
+from vdt_workflows.cli import run_function
+from vdt_workflows.files import write_atomic
 
 RECORD = "demo_data.json"
 LABELS = {"0": "background", "1": "organ", "2": "vessel", "3": "lesion"}
@@ -315,4 +316,4 @@ def _noise(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> np
 
 
 if __name__ == "__main__":
-    run_script(make_demo_data)
+    run_function(make_demo_data)

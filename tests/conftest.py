@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
 from functools import cache
 from pathlib import Path
@@ -11,11 +10,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundle_runs import BASE, BUNDLES, ROOT, run
-from deeplesion import make_deeplesion
 from PIL import Image
-from preloaded import Preloaded
-from synthetic_nodules import write_nodules
+
+from tests.makers.deeplesion import make_deeplesion
+from tests.makers.nodules import write_nodules
+from tests.support.bundle_runs import BASE, BUNDLES, run
+from tests.support.preloaded import Preloaded
+from vdt_workflows.preparation.deeplesion import prepare_deeplesion
 
 torch.set_num_threads(1)  # threads of small networks wait for each other more than they work
 
@@ -72,8 +73,7 @@ def nodules(tmp_path_factory):
 def key_slices(tmp_path_factory):
     """Four training, two validation and two test patients with a ball in 11 slices, prepared."""
     root = make_deeplesion(tmp_path_factory.mktemp("key_slices"))
-    prepare = runpy.run_path(str(ROOT / "scripts" / "prepare_deeplesion.py"))["prepare_deeplesion"]
-    prepare(str(root))
+    prepare_deeplesion(str(root))
     return root
 
 

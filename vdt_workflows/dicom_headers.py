@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from vdt_workflows.checkpoints import write_atomic
+from vdt_workflows.files import write_atomic
 from vdt_workflows.parallel import run_parallel
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,214 @@
+"""The benchmarks of whole-volume inference and of training input; `benchmark.py` is their command line.
+
+Each side runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from benchmarks.timing import run_side
+from matplotlib.figure import Figure
+from monai.data import CacheDataset, Dataset
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from monai.inferers import SlidingWindowInferer
+from monai.transforms import (
+    ClassesToIndicesd,
+    Compose,
+    EnsureChannelFirstd,
+    EnsureTyped,
+    LoadImaged,
+    NormalizeIntensityd,
+    Orientationd,
+    RandCropByLabelClassesd,
+    ScaleIntensityRanged,
+    SpatialPadd,
+)
+
+from networks import DepthFirst
+from vdt_transforms import Spacingd
+from vdt_workflows.data.cache import SeededCacheDataset
+from vdt_workflows.evaluation.inference import SlabInferer
+
+ROI, OVERLAP = (256, 256, 32), (0.5, 0.5, 0.625)  # the published windows, at strides of 128, 128 and 12
+CLOSE = 1e-4  # logits that differ by less may be ordered either way by rounding
+INFERERS = ("ours", "theirs", "loop")
+INPUTS = ("each epoch", "CacheDataset", "memory", "disk")
+
+
+def compare_inference(slices: Sequence[int], size: int, classes: int, mode: str) -> dict[str, Any]:
+    """Measure ours, MONAI's default inferer and a plain loop on volumes of `size` x `size` x each of `slices`.
+
+    How the first two agree is told too.
+    """
+    rows = {}
+    for depth in slices:
+        with tempfile.TemporaryDirectory() as folder:
+            found = {side: run_side("inference_side", side, size, depth, classes, mode, folder) for side in INFERERS}
+            ours, theirs, clear = (
+                np.load(Path(folder, f"{n}.npy"), mmap_mode="r") for n in ("ours", "theirs", "clear")
+            )
+            differ = int((np.not_equal(ours, theirs) & clear).sum())
+            dice = [_dice(ours, theirs, c) for c in range(classes)]
+            found |= {
+                "labels_that_differ_where_logits_do_by_1e-4": differ,
+                "share_of_such_voxels": round(float(clear.mean()), 6),
+                "classes_present": len(np.unique(theirs)),
+                "least_dice_between_the_two": round(min(dice), 6),
+            }
+        rows[f"{size} x {size} x {depth}"] = found
+    return {
+        "settings": {"classes": classes, "window": ROI, "overlap": OVERLAP, "mode": mode, "threads": 1},
+        "network": f"one 3 x 3 x 3 convolution from 1 to {classes} channels: the stitching is what is measured",
+        "MB_is": "peak resident memory of the process in inference, less what it held with the input volume, after the"
+        " network had seen one window",
+        **rows,
+    }
+
+
+def draw_growth(result: dict[str, Any], path: Path) -> None:
+    """Draw seconds and memory against the number of slices, for both sides."""
+    named = {name: row for name, row in result.items() if isinstance(row, dict) and "ours" in row}
+    rows = {int(name.split()[-1]): row for name, row in named.items()}
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    labels = {"ours": "SlabInferer", "theirs": "MONAI's SlidingWindowInferer", "loop": "a plain loop"}
+    for axes, (key, unit) in zip(figure.subplots(1, 2), (("seconds", "seconds"), ("MB", "MB")), strict=True):
+        for side, label in labels.items():
+            axes.plot(list(rows), [row[side][key] for row in rows.values()], marker="o", label=label)
+        axes.set(xlabel="slices", ylabel=unit, xticks=list(rows), ylim=(0, None), xlim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_title("time")
+    figure.axes[1].set_title("peak memory beyond the input")
+    figure.axes[0].legend()
+    figure.suptitle(f"{next(iter(named)).rpartition(' x ')[0]} x slices; the stitching alone, one thread")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _dice(a: np.ndarray, b: np.ndarray, value: int) -> float:
+    first, second = a == value, b == value
+    return 2 * float((first & second).sum()) / max(float(first.sum() + second.sum()), 1.0)
+
+
+def inference_side(side: str, size: int, slices: int, classes: int, mode: str, folder: str) -> None:
+    """Segment one volume in this process; print seconds and MB as a line of JSON, and leave the labels in `folder`."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = DepthFirst(torch.nn.Conv3d(1, classes, 3, padding=1)).requires_grad_(False)
+    volume = torch.empty(1, 1, size, size, slices)
+    for index in range(slices):  # smooth in the plane, so that classes have areas
+        coarse = torch.randn(1, 1, size // 16, size // 16)
+        volume[0, 0, :, :, index] = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")[0, 0]
+    settings: dict[str, Any] = {"roi_size": ROI, "overlap": OVERLAP, "mode": mode}
+    with torch.inference_mode():
+        network(volume[..., : ROI[0], : ROI[1], : ROI[2]])
+        before = getrusage(RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        if side == "ours":
+            labels = SlabInferer(**settings)(volume, network)[0, 0]
+            seconds, peak = time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss
+        else:
+            segment = SlidingWindowInferer(**settings) if side == "theirs" else partial(add_windows, mode=mode)
+            logits = segment(volume, network)
+            labels = torch.empty(logits.shape[2:], dtype=torch.uint8)
+            for index in range(slices):  # a plain argmax would take as much memory again
+                labels[:, :, index] = logits[0, ..., index].argmax(0)
+            seconds, peak = time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss
+            if side == "theirs":
+                best = [logits[0, ..., i].topk(2, 0).values for i in range(slices)]
+                np.save(Path(folder, "clear.npy"), torch.stack([b[0] - b[1] > CLOSE for b in best], -1).numpy())
+    np.save(Path(folder, f"{side}.npy"), labels.numpy())
+    print(json.dumps({"seconds": round(seconds, 1), "MB": round((peak - before) / 1024)}))
+
+
+def add_windows(volume: torch.Tensor, network: torch.nn.Module, mode: str) -> torch.Tensor:
+    """Do what one would write first: add each window's logits to the volume's, count, and divide."""
+    roi = [min(a, b) for a, b in zip(ROI, volume.shape[2:], strict=True)]
+    steps = [max(int(a * (1 - b)), 1) for a, b in zip(roi, OVERLAP, strict=True)]
+    weights = compute_importance_map(tuple(roi), mode=mode, sigma_scale=0.125)
+    total, count = None, torch.zeros(volume.shape[2:])
+    for window in dense_patch_slices(volume.shape[2:], roi, steps):
+        logits = network(volume[(slice(None), slice(None), *window)])
+        if total is None:
+            total = torch.zeros(1, logits.shape[1], *volume.shape[2:])
+        total[(slice(None), slice(None), *window)] += logits * weights
+        count[window] += weights
+    assert total is not None  # there is a window
+    return total.div_(count)
+
+
+def compare_volume_input(cases: int, shape: Sequence[int], patches: int) -> dict[str, Any]:
+    """Measure an epoch of training patches read anew each time, from MONAI's cache, and from either of ours."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_cases(Path(folder), cases, shape)
+        found = {side: run_side("volume_input_side", side, folder, patches) for side in INPUTS}
+    return {
+        "settings": {"cases": cases, "voxels": list(shape), "patches": patches, "patch": [128, 128, 32], "threads": 1},
+        "MB_is": "peak resident memory of the process, less what it held before the data set was made",
+        **found,
+    }
+
+
+def _write_cases(folder: Path, cases: int, shape: Sequence[int]) -> None:
+    affine = np.diag([-0.75, -0.75, 2.5, 1.0])
+    rng = np.random.default_rng(0)
+    for number in range(cases):
+        image = rng.normal(0, 60, shape).astype(np.int16)
+        label = np.zeros(shape, np.uint8)
+        for value in range(1, 14):
+            corner = [int(rng.integers(0, n - n // 6)) for n in shape]
+            box = tuple(slice(c, c + n // 6) for c, n in zip(corner, shape, strict=True))
+            label[box], image[box] = value, image[box] + 20 * value
+        nib.save(nib.Nifti1Image(image, affine), folder / f"img{number}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), folder / f"label{number}.nii.gz")
+
+
+def volume_input_side(side: str, folder: str, patches: int) -> None:
+    """Make one kind of data set in this process and draw an epoch of patches; print seconds and MB as JSON."""
+    torch.set_num_threads(1)
+    keys = ["image", "label"]
+    images = sorted(Path(folder).glob("img*.nii.gz"))
+    data = [{"image": str(i), "label": str(i.with_name(i.name.replace("img", "label")))} for i in images]
+    transform = Compose(
+        [
+            LoadImaged(keys),
+            EnsureChannelFirstd(keys),
+            Orientationd(keys, "RAS", labels=None),
+            Spacingd(keys, (0.8, 0.8, 3.0), mode=["bilinear", "nearest"], dtype=np.float32),
+            ScaleIntensityRanged("image", -958, 327, -958, 327, clip=True),
+            NormalizeIntensityd("image", 83, 137),
+            SpatialPadd(keys, (128, 128, 32)),
+            EnsureTyped(keys, dtype=[torch.float32, torch.uint8]),
+            ClassesToIndicesd("label", num_classes=14, max_samples_per_class=5000),
+            RandCropByLabelClassesd(
+                keys, "label", (128, 128, 32), num_classes=14, indices_key="label_cls_indices", warn=False
+            ),
+        ]
+    )
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    dataset: Any
+    if side == "each epoch":
+        dataset = Dataset(data, transform)
+    elif side == "CacheDataset":
+        dataset = CacheDataset(data, transform, progress=False, num_workers=1)
+    else:
+        dataset = SeededCacheDataset(data, transform, cache=side, cache_dir=Path(folder, "cache"), progress=False)
+    built = time.perf_counter() - start
+    start = time.perf_counter()
+    for number in range(patches):
+        dataset[number % len(data)]
+    seconds = time.perf_counter() - start
+    peak = getrusage(RUSAGE_SELF).ru_maxrss - before
+    rates = {"build_s": round(built, 2), "epoch_s": round(seconds, 2), "patches_per_s": round(patches / seconds, 2)}
+    print(json.dumps({**rates, "MB": round(peak / 1024)}))

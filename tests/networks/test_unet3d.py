@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from networks import ResUNet3D
+from tests.support.network_checks import (
+    COPIES,
+    NORMS,
+    assert_compiled_step_is_the_eager_step,
+    assert_copy_answers_alike,
+    assert_every_parameter_gets_a_gradient,
+    count,
+    probe_loss,
+    randomise,
+)
+
+SIZES = [
+    pytest.param((16, 32, 48), id="multiples-of-16"),
+    pytest.param((17, 35, 50), id="no-multiples"),
+    pytest.param((5, 48, 64), id="five-slices"),
+    pytest.param((33, 33, 33), id="33-cubed"),
+    pytest.param((1, 20, 40), id="one-slice"),
+]
+VARIANTS = [
+    pytest.param({}, id="published"),
+    pytest.param({"stem": "strided"}, id="strided-stem"),
+    pytest.param({"depth_stride": False}, id="depth-not-strided"),
+    pytest.param({"norm": "group"}, id="group-norm"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+def narrow(num_classes=3, **arguments):
+    return ResUNet3D(num_classes, **{"base_channels": 8, **arguments})
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_have_the_size_of_the_input(size, arguments):
+    logits = randomise(narrow(**arguments)).eval()(torch.randn(1, 1, *size))
+    assert logits.shape == (1, 3, *size)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+@pytest.mark.parametrize("size", [(17, 35, 50), (16, 32, 32)], ids=["odd", "multiples-of-16"])
+def test_every_parameter_learns(size, arguments):
+    network = narrow(dropout=0.0, zero_init_residual=False, **arguments)
+    assert_every_parameter_gets_a_gradient(network, torch.randn(2, 1, *size))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({"depth": 50}, id="depth-50"),
+        pytest.param({"in_channels": 2}, id="two-channels"),
+        pytest.param({"shortcut": "A"}, id="shortcut-A"),
+        pytest.param({"head_channels": 5, "norm": "group"}, id="odd-head-width"),
+        pytest.param({"norm": "instance"}, id="instance-norm"),
+        pytest.param({"checkpointing": True}, id="checkpointing"),
+        pytest.param({"base_channels": 6, "norm": "group"}, id="width-6"),
+    ],
+)
+def test_encoder_arguments_arrive_and_every_parameter_learns(arguments):
+    network = narrow(dropout=0.0, zero_init_residual=False, **arguments)
+    x = torch.randn(1, arguments.get("in_channels", 1), 16, 32, 33)
+    assert network(x).shape == (1, 3, 16, 32, 33)
+    assert_every_parameter_gets_a_gradient(network, x)
+
+
+@pytest.mark.parametrize("depth_stride", [True, False])
+def test_multiples_of_16_are_upsampled_by_two(depth_stride):
+    network = randomise(narrow(depth_stride=depth_stride)).eval()
+    double = nn.Upsample(scale_factor=(2 if depth_stride else 1, 2, 2), mode="trilinear", align_corners=False)
+    with torch.inference_mode():
+        x = torch.randn(1, 1, 16, 32, 48)
+        *skips, deep = network.backbone(x)
+        for number, skip in reversed(list(enumerate(skips))):
+            stage = network.neck.decoder[str(number)]
+            deep = stage.fuse(torch.cat([skip, stage.reduce(double(deep))], dim=1))
+        torch.testing.assert_close(network(x), network.decode_head(deep))
+
+
+def test_decoder_without_depth_stride_answers_each_number_of_slices():
+    network = randomise(narrow(depth_stride=False)).eval()
+    assert [tuple(level[1:]) for level in network.backbone.reductions] == [(r, r) for r in (1, 2, 4, 8, 16)]
+    assert {level[0] for level in network.backbone.reductions} == {1}
+    for slices in (1, 3, 4):
+        assert network(torch.randn(1, 1, slices, 32, 32)).shape[2] == slices
+
+
+def test_strided_stem_interpolates_the_logits_of_half_the_resolution():
+    network = randomise(narrow(stem="strided")).eval()
+    x = torch.randn(1, 1, 32, 32, 64)
+    with torch.inference_mode():
+        half = network.decode_head(network.neck(network.backbone(x)))
+        assert half.shape == (1, 3, 16, 16, 32)
+        want = nn.functional.interpolate(half, scale_factor=2, mode="trilinear", align_corners=False)
+        torch.testing.assert_close(network(x), want)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norm_reaches_encoder_decoder_and_head(norm):
+    network = narrow(norm=norm)
+    for part, norms in ((network.backbone, 20), (network.neck, 12), (network.decode_head, 2)):
+        assert {kind: count(part, NORMS[kind]) for kind in NORMS} == {kind: norms * (kind == norm) for kind in NORMS}
+
+
+def test_head_width_dropout_and_classes_arrive():
+    head = narrow(num_classes=7, head_channels=5, dropout=0.25).decode_head
+    assert [m.out_channels for m in head.modules() if isinstance(m, nn.Conv3d)] == [5, 5, 7]
+    assert head.dropout.p == 0.25
+
+
+def test_dropout_drops_whole_channels_while_training_only():
+    network = randomise(narrow(dropout=0.5, head_channels=64, norm="group"))
+    seen = []
+    network.decode_head.dropout.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    network(torch.randn(1, 1, 16, 32, 32))
+    network.eval()(torch.randn(1, 1, 16, 32, 32))
+    (before, after), (same, again) = seen
+    dropped = [not channel.any() for channel in after[0]]
+    assert any(dropped)
+    assert not all(dropped)
+    assert all(torch.equal(a, 2 * b) for a, b, gone in zip(after[0], before[0], dropped, strict=True) if not gone)
+    assert torch.equal(same, again)
+
+
+def test_logits_start_small_around_zero():
+    head = narrow(num_classes=14).decode_head
+    assert not head.conv_seg.bias.any()
+    assert head.conv_seg.weight.std().item() == pytest.approx(0.01, rel=0.25)
+
+
+def test_logits_are_not_probabilities():
+    logits = randomise(narrow()).eval()(torch.randn(1, 1, 16, 16, 32))
+    assert logits.min() < 0
+    assert not torch.allclose(logits.sum(1), torch.ones(1))
+
+
+def test_each_image_of_a_batch_is_segmented_as_if_alone():
+    network = randomise(narrow()).eval()
+    x = torch.randn(2, 1, 16, 17, 32)
+    torch.testing.assert_close(network(x), torch.cat([network(x[:1]), network(x[1:])]))
+
+
+def test_checkpointing_changes_no_bit_of_the_gradients():
+    networks = [randomise(narrow(dropout=0.0, checkpointing=checkpointing)) for checkpointing in (False, True)]
+    x = torch.randn(1, 1, 16, 32, 33)
+    for network in networks:
+        probe_loss(network(x)).backward()
+    for (name, a), b in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        pytest.param({"num_classes": 0}, "num_classes must be at least 1, got 0", id="num_classes"),
+        pytest.param({"norm": "layer"}, "norm must be one of", id="norm"),
+        pytest.param({"depth": 20}, "depth must be one of", id="depth"),
+        pytest.param({"stem": "none"}, "stem must be one of", id="stem"),
+    ],
+)
+def test_wrong_argument_is_named_with_its_value(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        narrow(**arguments)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copy_answers_as_the_network_does(how):  # with a strided stem, which takes every path of the code
+    assert_copy_answers_alike(narrow(stem="strided"), torch.randn(1, 1, 16, 17, 35), how)
+
+
+@pytest.mark.slow  # compiling takes seconds
+def test_compiled_training_step_is_the_eager_one():
+    network = narrow(dropout=0.0, norm="batch", checkpointing=True)
+    assert_compiled_step_is_the_eager_step(network, torch.randn(2, 1, 16, 32, 33))

@@ -1,0 +1,67 @@
+"""Each benchmark that the documents name is run once, on next to nothing, and both of its sides must still agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import benchmarks.startup as benchmark_startup
+import pytest
+
+from tests.support.bundle_runs import ROOT
+from tests.support.documents import DOCUMENTS, inline
+
+SHORT = {
+    "input_pipeline": {"images": 4, "repeats": 1, "size": 32, "workers": [1]},
+    "network": {"groups": ["encoder"], "steps": 1, "repeats": 1},
+    "knobs": {"groups": ["encoder"], "variants": ["plain", "checkpointing"], "steps": 1, "repeats": 1},
+    "export": {"names": ["ResNet3D-18 classifier"], "repeats": 1},
+    "inference": {"slices": [14], "size": 64, "classes": 2},
+    "volume_input": {"cases": 1, "shape": [32, 32, 16], "patches": 1},
+    "stack_input": {"slices": 12, "intervals": [5], "repeats": 1},
+    "evaluation": {"images": 20, "boxes": 5, "shape": [96, 96, 60], "spacing": [4, 4, 6], "repeats": 1},
+}
+DOCUMENTED = {
+    shlex.split(line)[2]: line
+    for path in DOCUMENTS
+    for line in inline(path)
+    if line.startswith("python scripts/benchmark.py")
+}
+
+
+def differences(result):
+    """All numbers of a result that say how far apart the sides are."""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            yield from differences(value)
+        elif "differ" in name:
+            yield value
+
+
+def test_every_documented_benchmark_is_run_here():
+    assert DOCUMENTED.keys() == {*SHORT, "startup"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
+def test_a_documented_benchmark_runs_and_its_sides_agree(name, tmp_path):
+    words = shlex.split(DOCUMENTED[name])
+    options = [text for key, value in SHORT[name].items() for text in (f"--{key}", repr(value))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-W", "ignore", *words[1:], *options, "--json", str(tmp_path / "result.json")]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result[name]
+    assert all(abs(value) < 1e-3 for value in differences(result)), result
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_start_times_imports_and_reaches_a_first_batch(monkeypatch):
+    monkeypatch.setattr(benchmark_startup, "IMPORTS", {"numpy": ("", "import numpy")})  # of eight, in processes each
+    seconds = benchmark_startup.measure_startup(1)["seconds_by_the_clock"]
+    assert len(seconds) == 2
+    assert all(part["median"] > 0 for part in seconds.values())

@@ -1,0 +1,26 @@
+"""The documents, and what they show as code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.support.bundle_runs import ROOT
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def inline(path: Path) -> list[str]:
+    """The calls of scripts within sentences."""
+    found = re.findall(r"`((?:python\s+(?:scripts|tests)/|vdt\s+\w)[^`]+)`", path.read_text())
+    return [" ".join(line.split()) for line in found]
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a shell text, each on one line."""
+    lines = (" ".join(line.split()) for line in text.replace("\\\n", " ").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Orientation
+
+from vdt_workflows.evaluation.lesions import SaveLesions
+
+
+def save(tmp_path, affine, axes="LPI", boxes=((1.0, 2, 3, 3, 6, 9),)):
+    """Write lesions whose boxes are given in the voxels of the turned volume."""
+    image = MetaTensor(torch.zeros(1, 10, 20, 30), affine=torch.as_tensor(affine).double(), meta={
+        "filename_or_obj": "/somewhere/ct.nii.gz", "original_affine": np.asarray(affine)})  # fmt: skip
+    image = Orientation(axes, labels=None)(image)
+    data = {"image": image, "box": torch.tensor(boxes), "label": torch.zeros(len(boxes)).long(),
+            "label_scores": torch.linspace(0.9, 0.5, len(boxes))}  # fmt: skip
+    SaveLesions(str(tmp_path))(data)
+    lesions = json.loads((tmp_path / "ct_lesions.json").read_text())["lesions"]
+    return lesions, json.loads((tmp_path / "ct_lesions.mrk.json").read_text()), image
+
+
+def test_voxels_are_those_of_the_file_whatever_way_the_volume_was_turned(tmp_path):
+    affine = np.array([[0.7, 0, 0, -50], [0, 0.8, 0, -60], [0, 0, 2.5, 100], [0, 0, 0, 1.0]])  # RAS
+    (lesion,), _, _ = save(tmp_path, affine)
+    assert lesion["box_voxel"] == [6, 13, 20, 8, 17, 26]  # 9 - 3, 19 - 6, 29 - 9, ...
+    centre = affine @ [7, 15, 23, 1]
+    np.testing.assert_allclose(lesion["center_ras_mm"], centre[:3], atol=1e-3)
+    np.testing.assert_allclose(lesion["center_lps_mm"], centre[:3] * [-1, -1, 1], atol=1e-3)
+    np.testing.assert_allclose(lesion["size_mm"], [2 * 0.7, 4 * 0.8, 6 * 2.5], atol=1e-3)
+
+
+def test_corners_of_the_markup_are_those_of_the_box_also_in_a_tilted_volume(tmp_path):
+    angle = 0.3
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([0.7, 0.8, 2.5])
+    affine[:3, 3] = [5, -7, 11]
+    (lesion,), content, _ = save(tmp_path, affine)
+    markup = content["markups"][0]
+    assert (markup["type"], markup["coordinateSystem"]) == ("ROI", "LPS")
+    axes = np.reshape(markup["orientation"], (3, 3))
+    assert np.linalg.det(axes) == pytest.approx(1, abs=1e-4)
+    signs = np.array(np.meshgrid(*[(-1, 1)] * 3)).reshape(3, -1).T
+    corners = markup["center"] + (signs * np.array(markup["size"]) / 2) @ axes.T
+    low, high = np.reshape(lesion["box_voxel"], (2, 3))
+    voxels = np.where(signs < 0, low, high)
+    wanted = (voxels @ affine[:3, :3].T + affine[:3, 3]) * [-1, -1, 1]
+    distances = np.linalg.norm(corners[:, None] - wanted[None], axis=-1)
+    assert distances.min(1).max() < 0.01
+    assert distances.min(0).max() < 0.01
+
+
+def test_nothing_found_is_written_too(tmp_path):
+    lesions, content, _ = save(tmp_path, np.eye(4), boxes=np.zeros((0, 6)).tolist())
+    assert lesions == []
+    assert content["markups"] == []

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from monai.data import MetaTensor
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from PIL import Image
+
+from vdt_workflows.evaluation.segmentation import CaseScores, OrganScore, score_organs, summarise
+
+NAMES = ["background", "liver", "left kidney", "right kidney"]
+
+
+def box(shape, *ranges, value=1):
+    volume = np.zeros(shape, np.uint8)
+    volume[tuple(slice(*r) for r in ranges)] = value
+    return volume
+
+
+def random_maps(shape=(24, 20, 16), seed=0):
+    """Two maps of three overlapping blobs each, the second somewhat off the first."""
+    rng = np.random.default_rng(seed)
+    grid = np.indices(shape)
+    maps = []
+    for off in (0, 1):
+        volume = np.zeros(shape, np.uint8)
+        for value, centre in ((1, (8, 9, 7)), (2, (16, 9, 8)), (3, (12, 14, 6))):
+            distance = sum((g - c - off) ** 2 for g, c in zip(grid, centre, strict=True))
+            volume[distance + rng.normal(0, 3, shape) < 20] = value
+        maps.append(volume)
+    return maps
+
+
+def test_scores_are_those_of_monai_on_whole_one_hot_volumes():
+    pred, label = random_maps()
+    spacing = (0.8, 1.2, 2.5)
+    one_hot = [torch.stack([torch.as_tensor(v == i) for i in range(4)])[None] for v in (pred, label)]
+    hd95 = compute_hausdorff_distance(*one_hot, percentile=95, spacing=list(spacing))[0]
+    asd = compute_average_surface_distance(*one_hot, symmetric=True, spacing=list(spacing))[0]
+    for i, score in enumerate(score_organs(pred, label, NAMES, spacing)):
+        assert score.organ == NAMES[i + 1]
+        assert score.hd95_mm == pytest.approx(float(hd95[i]), abs=1e-5)
+        assert score.asd_mm == pytest.approx(float(asd[i]), abs=1e-5)
+        a, b = pred == i + 1, label == i + 1
+        assert score.dice == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+        assert (score.common, score.predicted, score.labelled) == ((a & b).sum(), a.sum(), b.sum())
+        assert score.labelled_ml == pytest.approx(b.sum() * 0.8 * 1.2 * 2.5 / 1000)
+
+
+def test_organ_at_the_border_of_the_volume_is_measured_as_in_the_whole():
+    pred, label = box((12, 10, 8), (0, 5), (0, 10), (3, 8)), box((12, 10, 8), (0, 6), (1, 10), (2, 8))
+    one_hot = [torch.as_tensor(v == 1)[None, None] for v in (pred, label)]
+    (score,) = score_organs(pred, label, NAMES[:2], (1, 1, 1))
+    want = compute_hausdorff_distance(*one_hot, percentile=95, include_background=True, spacing=[1.0, 1.0, 1.0])
+    assert score.hd95_mm == pytest.approx(float(want))
+
+
+def test_distance_of_shifted_boxes_is_the_shift_in_mm():
+    a, b = box((20, 20, 20), (5, 10), (5, 10), (5, 10)), box((20, 20, 20), (5, 10), (5, 10), (8, 13))
+    (score,) = score_organs(a, b, NAMES[:2], (1, 1, 2.5))
+    assert score.hd95_mm == pytest.approx(7.5)
+    assert score.dice == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("pred", "label", "dice"),
+    [(0, 0, math.nan), (1, 0, 0.0), (0, 1, 0.0)],
+    ids=["absent", "invented", "missed"],
+)
+def test_missing_organ_has_no_distance(pred, label, dice):
+    maps = [box((6, 6, 6), (1, 4), (1, 4), (1, 4), value=v) for v in (pred, label)]
+    (score,) = score_organs(*maps, NAMES[:2], (1, 1, 1))
+    assert score.dice == pytest.approx(dice, nan_ok=True)
+    assert math.isnan(score.hd95_mm)
+    assert math.isnan(score.asd_mm)
+
+
+def test_surfaces_may_be_left_out():
+    assert all(math.isnan(s.hd95_mm) for s in score_organs(*random_maps(), NAMES, (1, 1, 1), surfaces=False))
+
+
+def test_shapes_that_differ_are_named():
+    with pytest.raises(
+        ValueError, match=r"a.nii: prediction \(2, 2, 2\) and label \(2, 2, 3\) must have the same shape"
+    ):
+        score_organs(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)), NAMES, (1, 1, 1), "a.nii")
+
+
+def organ(case, common, predicted, labelled):
+    dice = 2 * common / (predicted + labelled) if predicted + labelled else math.nan
+    return OrganScore(case, "liver", dice, math.nan, math.nan, common, predicted, labelled, 0.0, 0.0)
+
+
+def test_pooled_dice_counts_all_voxels_as_one_volume():
+    scores = [organ("large", 900, 1000, 1000), organ("small", 0, 10, 10)]
+    found = summarise(scores, NAMES[:2])["organs"]["liver"]
+    # I = 900, U = 1100 + 20: (2 * 900 + 0) / (900 + 1120 + 1e-5)
+    assert found["pooled_dice"] == pytest.approx(1800 / 2020)
+    assert found["dice"]["mean"] == pytest.approx(0.45)
+    assert found["dice"]["sd"] == pytest.approx(0.45 * math.sqrt(2))
+
+
+def test_pooled_dice_of_an_organ_that_nobody_has_is_one():
+    found = summarise([organ("a", 0, 0, 0), organ("b", 0, 0, 0)], NAMES[:2])["organs"]["liver"]
+    assert found["pooled_dice"] == pytest.approx(1.0)
+    assert found["dice"]["n"] == 0
+
+
+def test_missed_and_invented_organs_are_counted():
+    scores = [organ("a", 0, 0, 5), organ("b", 0, 5, 0), organ("c", 4, 5, 5)]
+    found = summarise(scores, NAMES[:2])["organs"]["liver"]
+    assert (found["missed"], found["invented"]) == (1, 1)
+
+
+def evaluated(tmp_path, cases=4, names=NAMES, **options):
+    """The folder of a handler that saw some cases, oblique and anisotropic ones among them."""
+    affine = np.array([[-0.9, 0.1, 0, 5], [0.1, 0.9, 0, -7], [0, 0, 3, 11], [0, 0, 0, 1]])
+
+    def step(engine, seed):
+        pred, label = random_maps(seed=seed)
+        image = torch.as_tensor(label * 50.0 + np.random.default_rng(seed).normal(0, 9, label.shape))
+        meta = {"filename_or_obj": f"scans/case{seed}.nii.gz", "original_affine": affine, "spatial_shape": label.shape}
+        volumes = {"image": image, "label": torch.as_tensor(label), "pred": torch.as_tensor(pred)}
+        return [{k: MetaTensor(v[None], affine=affine, meta=dict(meta)) for k, v in volumes.items()}]
+
+    engine = Engine(step)
+    CaseScores(str(tmp_path), names, {"protocol": "paper"}, **options).attach(engine)
+    engine.run(range(cases))
+    return tmp_path
+
+
+def test_handler_writes_a_row_for_each_case_and_organ_and_a_summary(tmp_path):
+    folder = evaluated(tmp_path)
+    rows = list(csv.DictReader(io.StringIO((folder / "cases.csv").read_text())))
+    assert [(row["case"], row["organ"]) for row in rows] == [
+        (f"case{i}.nii.gz", n) for i in range(4) for n in NAMES[1:]
+    ]
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["_run_"] == {"protocol": "paper"}
+    by_case = [np.mean([float(r["dice"]) for r in rows if r["case"] == f"case{i}.nii.gz"]) for i in range(4)]
+    assert scores["mean_dice"]["mean"] == pytest.approx(np.mean(by_case), abs=1e-4)
+    assert scores["mean_dice"]["sd"] == pytest.approx(np.std(by_case, ddof=1), abs=1e-4)
+    assert set(scores["organs"]) == set(NAMES[1:])
+
+
+def test_a_case_without_organs_is_no_number_but_no_fault(tmp_path):
+    folder = evaluated(tmp_path, names=[*NAMES, "spleen"])
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["organs"]["spleen"]["dice"] == {"mean": None, "sd": None, "n": 0}
+    rows = list(csv.DictReader(io.StringIO((folder / "cases.csv").read_text())))
+    assert {row["dice"] for row in rows if row["organ"] == "spleen"} == {""}
+
+
+@pytest.mark.parametrize("cases", [1, 2, 5])
+def test_pictures_are_drawn_for_any_number_of_cases(tmp_path, cases):
+    folder = evaluated(tmp_path, cases)
+    assert Image.open(folder / "scores.png").size[0] > 500
+    assert Image.open(folder / "examples.png").size[0] > 1000
+
+
+def test_running_twice_scores_each_case_once(tmp_path):
+    engine = Engine(lambda engine, batch: [])
+    handler = CaseScores(str(tmp_path), NAMES, writes=False)
+    handler.attach(engine)
+    handler.scores = score_organs(*random_maps(), NAMES, (1, 1, 1), "of the run before")
+    engine.run([0])
+    assert handler.scores == []
+
+
+def test_other_processes_write_nothing(tmp_path):
+    assert not list(evaluated(tmp_path, writes=False).iterdir())

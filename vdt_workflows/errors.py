@@ -1,0 +1,92 @@
+"""An error as one sentence, where these packages or the machine can say what is wrong."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from traceback import walk_tb
+
+_PACKAGES = {"networks", "vdt_transforms", "vdt_workflows"}
+DISK_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+LESS_MEMORY = {  # settings that lower the need for memory, and how
+    "micro_batch": "with fewer samples",
+    "batch_size": "with fewer samples",
+    "patch_size": "with fewer voxels",
+    "checkpointing": "True",
+    "cache": "disk",
+    "num_workers": "0",
+}
+
+
+def explanation(error: BaseException, settings: Iterable[str] = ()) -> str | None:
+    """Give the sentence that says what went wrong, from wherever in the chain of causes these packages raised it.
+
+    Args:
+        error: what ended a run.
+        settings: names of the settings that the user can change, for advice on memory.
+
+    Returns:
+        The sentence, or None for an error that nobody foresaw.
+    """
+    try:
+        return _explanation(error, settings)
+    except RuntimeError as dead:  # a loader process died, whose signal torch turns into an error wherever it arrives
+        return _explanation(dead, settings)
+
+
+def _explanation(error: BaseException, settings: Iterable[str]) -> str | None:
+    inner: BaseException | None = error
+    while inner is not None:
+        if is_out_of_memory(inner):
+            return out_of_memory(inner, settings)
+        if _is_of_a_dead_loader(inner):
+            return (
+                "a loader process died, most likely for want of memory or of shared memory (/dev/shm);"
+                " use fewer --num_workers, or 0"
+            )
+        if isinstance(inner, ValueError | OSError):
+            lines = str(inner).strip().splitlines()
+            if lines and "DataLoader worker process" in lines[0]:
+                return lines[-1].partition(": ")[2]
+            if _raised_here(inner):
+                return str(inner)
+            if isinstance(inner, OSError) and inner.errno in DISK_ERRORS and inner.filename:  # of a library's own file
+                return f"{inner.filename}: {inner.strerror}; free space or choose a folder you may write"
+        inner = inner.__cause__
+    return None
+
+
+def _is_of_a_dead_loader(error: BaseException) -> bool:
+    """Whether torch tells that a loader process died, or reading from one broke off."""
+    if isinstance(error, ConnectionError | EOFError):
+        frames = walk_tb(error.__traceback__)
+        return any(frame.f_globals.get("__name__") == "torch.utils.data.dataloader" for frame, _ in frames)
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is want of memory, of the machine or of the device; torch has no type of its own on the CPU."""
+    phrases = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(phrase in str(error) for phrase in phrases)
+    )
+
+
+def out_of_memory(error: BaseException, settings: Iterable[str]) -> str:
+    """Say in a sentence what takes less memory, of the settings that there are."""
+    known = [f"--{name} {value}" for name, value in LESS_MEMORY.items() if name in settings]
+    what = next(iter(str(error).strip().splitlines()), "")
+    advice = f"try {' or '.join(known)}" if known else "use smaller batches or patches"
+    return f"out of memory ({what[:200] or type(error).__name__}); {advice}, or a device with more memory"
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Give the error that began a chain of causes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _raised_here(error: BaseException) -> bool:
+    frames = list(walk_tb(error.__traceback__))
+    return bool(frames) and bool({*frames[-1][0].f_globals["__name__"].split(".")} & _PACKAGES)

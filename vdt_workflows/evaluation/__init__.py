@@ -1,0 +1,1 @@
+"""Inference, scores, and what a run leaves of them."""

@@ -1,0 +1,198 @@
+"""Detection scores inside MONAI's evaluator, and what an evaluation leaves: detections, scores, curve, pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
+
+from vdt_workflows.data.key_slices import as_key_slices
+from vdt_workflows.evaluation.detection import (
+    RULES,
+    KeySlice,
+    average_precision,
+    box_iou,
+    draw_froc,
+    froc,
+    score_detections,
+)
+from vdt_workflows.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+
+def _gathered(slices: list[KeySlice]) -> list[KeySlice]:
+    """The key slices of all processes, in the order of the processes."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return slices
+    parts: list[list[KeySlice]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, slices)
+    return [slice_ for part in parts for slice_ in part]
+
+
+class DetectionScores(Metric):
+    """Metric: the mean sensitivity at 0.5, 1, 2 and 4 false positives per image, by the rule asked for.
+
+    It takes the network's detections (N, 100, 6) and the labels of `collate_key_slices`. Under its own name with an
+    ending, the evaluator's metrics also get the sensitivities at the single rates and COCO's average precision.
+
+    Args:
+        rule: "lenient", as published, or "strict" (see `detection_scores.Matches`).
+
+    Attributes:
+        slices: what was scored, of all processes, once the evaluation is complete.
+    """
+
+    def __init__(self, rule: str = "lenient") -> None:
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
+        self.rule = rule
+        self.slices: list[KeySlice] = []
+        super().__init__(output_transform=lambda output: (output["pred"], output["label"]))
+
+    def reset(self) -> None:
+        """Forget what was scored."""
+        self.slices = []
+
+    def update(self, output: tuple[torch.Tensor, Sequence[Mapping[str, Any]]]) -> None:
+        """Take a batch of detections and labels."""
+        self.slices += as_key_slices(*output)
+
+    def compute(self) -> float:
+        """Score all slices of all processes."""
+        self.slices = _gathered(self.slices)
+        return froc(self.slices, self.rule).scores()["mean_sensitivity_0.5_to_4"]
+
+    def completed(self, engine: Engine, name: str) -> None:
+        """Put the score, and the others under `<name>_...`, among the metrics of the engine."""
+        super().completed(engine, name)
+        found = {f"at_{r:g}": froc(self.slices, self.rule).at(r) for r in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)}
+        precision = average_precision(self.slices)
+        found |= {"AP_50": precision["AP_50"], "mAP": precision["mAP"]}
+        engine.state.metrics.update({f"{name}_{ending}": value for ending, value in found.items()})
+
+
+class DetectionReport:
+    """Handler: write what an evaluation found.
+
+    - `detections.json`: boxes and scores of each slice, in pixels of its file
+    - `scores.json`: everything that `score_detections` knows, with what was scored
+    - `froc.png`: the curve by both rules
+    - `slices/*.png`: key slices with lesions found and missed and false positives, at the threshold of one false
+      positive per image
+
+    Args:
+        folder: where they go.
+        scores: the evaluator's metric.
+        intervals: number of bootstrap samples of patients, 0 for no intervals.
+        pictures: number of slices to draw, evenly spread over the evaluation.
+        notes: plain values for the record (checkpoint, split, ...).
+        writes: whether this process writes (rank 0).
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        scores: DetectionScores,
+        *,
+        intervals: int = 1000,
+        pictures: int = 24,
+        notes: Mapping[str, Any] | None = None,
+        writes: bool = True,
+    ) -> None:
+        self.folder = Path(folder)
+        self.scores = scores
+        self.intervals = intervals
+        self.pictures = pictures
+        self.notes = notes or {}
+        self.writes = writes
+        self._seen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._step = 1
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the evaluator, after its metric."""
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._keep)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _begin(self, engine: Engine) -> None:
+        self._seen, self._step = {}, max(1, (engine.state.epoch_length or 1) // max(self.pictures, 1))
+
+    def _keep(self, engine: Engine) -> None:
+        """Keep the centre slice of a batch now and then, for the pictures."""
+        if (engine.state.iteration - 1) % self._step or len(self._seen) >= self.pictures:
+            return
+        stack, label = engine.state.output["image"][0], engine.state.output["label"][0]
+        self._seen[label["truth"]["name"]] = stack[len(stack) // 2].float().cpu().numpy(), np.asarray(label["scale"])
+
+    def _write(self, engine: Engine) -> None:
+        if not self.writes:
+            return
+        slices = self.scores.slices
+        values = {name: float(value) for name, value in engine.state.metrics.items()}
+        scored = {**values, **score_detections(slices, intervals=self.intervals), "_run_": dict(self.notes)}
+        write_atomic(self.folder / "scores.json", json.dumps(scored, indent=2).encode())
+        listed = [
+            {"image": s.name, "boxes": s.boxes.round(2).tolist(), "scores": s.scores.round(6).tolist()} for s in slices
+        ]
+        write_atomic(self.folder / "detections.json", json.dumps(listed).encode())
+        curves = {rule: froc(slices, rule) for rule in RULES}
+        write_atomic(self.folder / "froc.png", draw_froc(curves, f"{len(slices)} key slices"))
+        curve = curves["lenient"]
+        allowed = np.flatnonzero(curve.false_positives <= 1)
+        threshold = float(curve.thresholds[allowed[-1]]) if len(allowed) else 1.0
+        for slice_ in slices:
+            if slice_.name in self._seen:
+                name = slice_.name.removeprefix("Images_png/").replace("/", "_").rpartition(".")[0]
+                picture = draw_slice(*self._seen[slice_.name], slice_, threshold)
+                write_atomic(self.folder / "slices" / f"{name}.png", picture)
+        for rule in RULES:
+            found = curves[rule].scores()
+            shown = ", ".join(f"{k.removeprefix('sensitivity_')} {100 * v:.2f}" for k, v in found.items() if "_at" in k)
+            logger.info("%s: sensitivity (%%) %s", rule, shown)
+
+
+def draw_slice(pixels: np.ndarray, scale: np.ndarray, slice_: KeySlice, threshold: float) -> bytes:
+    """Draw a key slice (X, Y), `scale` times as large as its file, with lesions and detections from `threshold` on.
+
+    Lesions: green where found, orange where missed, grey where ignored. Detections: blue with their score, red where
+    they overlap no lesion.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that only a run that draws pays
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    width, height = pixels.shape / scale
+    figure = Figure(figsize=(6, 6 * height / width + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(pixels.T, cmap="gray", extent=(0, width, height, 0))
+    shown = slice_.scores >= threshold
+    overlap = box_iou(slice_.boxes[shown], slice_.lesions) >= 0.5
+    found, hits = np.asarray(overlap.any(0)), np.asarray(overlap.any(1))
+
+    def outline(box: np.ndarray, colour: str, **style: Any) -> None:
+        x1, y1, x2, y2 = box
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, **style))
+
+    for box, is_found, ignored in zip(slice_.lesions, found, slice_.ignored, strict=True):
+        outline(box, "0.6" if ignored else "limegreen" if is_found else "orange", linewidth=2)
+    for box, score, hit in zip(slice_.boxes[shown], slice_.scores[shown], hits, strict=True):
+        colour = "deepskyblue" if hit else "red"
+        outline(box, colour, linewidth=1, linestyle="--")
+        axes.text(box[2] + 2, box[1], f"{score:.2f}", color=colour, fontsize=7, va="top")
+    missed, false = int((~found & ~slice_.ignored).sum()), int((~hits).sum())
+    axes.set_title(f"{slice_.name}\nmissed {missed} of {int((~slice_.ignored).sum())}, false {false}, "
+                   f"from score {threshold:.2f}", fontsize=8, parse_math=False)  # fmt: skip
+    axes.set_axis_off()
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    return png.getvalue()

@@ -1,0 +1,265 @@
+"""Label maps as DICOM SEG objects that refer to the series they were made from."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from pydicom import Dataset, dcmread
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+
+from vdt_workflows.dicom import LPS_TO_RAS, DicomSeries, find_series
+from vdt_workflows.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+STRUCTURES = {
+    "spleen": "Spleen",
+    "kidney": "Kidney",
+    "gallbladder": "Gallbladder",
+    "esophagus": "Esophagus",
+    "liver": "Liver",
+    "stomach": "Stomach",
+    "aorta": "Aorta",
+    "inferior vena cava": "InferiorVenaCava",
+    "portal vein": "PortalVein",
+    "splenic vein": "SplenicVein",
+    "pancreas": "Pancreas",
+    "adrenal gland": "AdrenalGland",
+    "lung": "Lung",
+    "hippocampus": "Hippocampus",
+}
+FINDINGS = {"nodule": "Nodule", "tumor": "Neoplasm", "lesion": "Lesion", "mass": "Mass"}
+SPELLINGS = {"oesophagus": "esophagus", "tumour": "tumor"}
+SIDES = {"right": "Right", "left": "Left"}
+OWN_SCHEME = "99VDT"  # DICOM's prefix for a private coding scheme
+# What of the source's headers comes into the result; patient's name, birth date, sex and all else do not.
+COPIED = ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID")
+GEOMETRY = (
+    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "Rows", "Columns", "ImagePositionPatient"),
+    *("ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices", "InstanceNumber"),
+)
+EMPTY = (
+    *("PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime"),
+    "ReferringPhysicianName",
+)
+
+
+def writes_dicom(output_format: str) -> bool:
+    """Say whether an inference's `output_format` asks for DICOM SEG beside NIfTI.
+
+    Raises:
+        ValueError: if it is neither "nifti" nor "dicom_seg".
+    """
+    if output_format not in ("nifti", "dicom_seg"):
+        raise ValueError(f"output_format must be 'nifti' or 'dicom_seg', got {output_format!r}")
+    return output_format == "dicom_seg"
+
+
+class SaveDicomSegd(MapTransform):
+    """Write the label map of a DICOM series as a binary DICOM SEG, `<folder>_seg.dcm`.
+
+    Each label but the background is a segment. Each frame lies on one image of the series, in that image's rows and
+    columns, and refers to it; frames without the label are left out, unless all are. Names that are known get their
+    SNOMED CT code ("right kidney": Kidney, with the modifier Right), others one of a private scheme, 99VDT.
+
+    Of the source's headers the patient's id, the study's uid and the frame of reference are copied, and the images'
+    uids and geometry are referred to. Names, dates of birth, dates, institutions and all else are not.
+
+    Args:
+        keys: label maps (1, X, Y, Z) on the grid of the series, as `vdt_transforms.RestoreGridd` gives them.
+        output_dir: where the file goes.
+        label_names: by label value; the first is the background.
+        algorithm: what made the labels, as the file names it.
+        allow_missing_keys: do not raise if a key is missing.
+
+    Raises:
+        ImportError: if highdicom is missing.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_dir: str | os.PathLike,
+        label_names: Sequence[str],
+        algorithm: str = "vdt-bundles",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        import_highdicom()
+        self.output_dir = Path(output_dir)
+        self.label_names = list(label_names)
+        self.algorithm = algorithm
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write each label map, and give the data as they are.
+
+        Raises:
+            ValueError: naming the source, if it is no DICOM series, lacks an identifier, or has another grid.
+        """
+        for key in self.key_iterator(data):
+            labels = data[key]
+            source = Path(str(labels.meta["filename_or_obj"]))
+            source = source if source.is_dir() else source.parent if _is_slice(source) else source
+            series = _only_series(source)
+            frames = place_on_slices(np.asarray(labels[0].cpu()), np.asarray(labels.affine, float), series)
+            path = self.output_dir / f"{source.name}_seg.dcm"
+            write_atomic(path, make_segmentation(frames, series, self.label_names, self.algorithm))
+            logger.info("%s: written as %s", source, path)
+        return dict(data)
+
+
+def place_on_slices(labels: np.ndarray, affine: np.ndarray, series: DicomSeries) -> np.ndarray:
+    """Labels (X, Y, Z) with their affine to RAS mm -> (slices, rows, columns), in the order of the series' files.
+
+    Raises:
+        ValueError: naming the folder, if the voxels do not lie on the pixels of the images.
+    """
+    first = np.append(series.positions[0], 1.0)
+    own = np.eye(4)
+    own[:3, 0] = series.orientation[0] * series.pixel_spacing[1]
+    own[:3, 1] = series.orientation[1] * series.pixel_spacing[0]
+    own[:3, 3] = first[:3]
+    to_voxel = np.linalg.inv(affine) @ LPS_TO_RAS
+    starts = np.column_stack([series.positions, np.ones(len(series.files))]) @ to_voxel.T
+    steps = (to_voxel @ own)[:3, :2]  # voxels that one column, and one row, of an image are
+    axes = [int(np.abs(steps[:, 0]).argmax()), int(np.abs(steps[:, 1]).argmax())]
+    signs = [int(np.sign(steps[axis, i])) for i, axis in enumerate(axes)]
+    size = (series.columns, series.rows)
+    ideal = np.zeros((3, 2))
+    ideal[axes, [0, 1]] = signs
+    off = max(
+        float(np.abs((steps - ideal) * size).max()),
+        float(np.abs(starts[:, :3] - starts[:, :3].round()).max()),
+    )
+    through = 3 - sum(axes)
+    places = starts[:, through].round().astype(int)
+    expected = sorted(places.tolist()) == list(range(labels.shape[through])) if axes[0] != axes[1] else False
+    if not expected or off > 0.1 or tuple(labels.shape[axis] for axis in axes) != size:
+        raise ValueError(
+            f"{series.folder}: the labels do not lie on the pixels of its {len(series.files)} images of"
+            f" {series.rows} x {series.columns}; are its instance numbers in the order of the slices?"
+        )
+    for axis, sign in zip(axes, signs, strict=True):
+        labels = np.flip(labels, axis) if sign < 0 else labels
+    return labels.transpose(through, axes[1], axes[0])[places]
+
+
+def make_segmentation(frames: np.ndarray, series: DicomSeries, label_names: Sequence[str], algorithm: str) -> bytes:
+    """Give the bytes of a DICOM SEG of labels (slices, rows, columns) that lie on the images of a series.
+
+    Raises:
+        ImportError: if highdicom is missing.
+        ValueError: naming a file without PatientID, StudyInstanceUID or FrameOfReferenceUID.
+    """
+    highdicom = import_highdicom()
+    version = _version()
+    identification = highdicom.AlgorithmIdentificationSequence(
+        name=algorithm, version=version, family=codes.DCM.ArtificialIntelligence
+    )
+    segments = []
+    for number, name in enumerate(label_names[1:], 1):
+        category, kind, side = code_label(name)
+        segment = highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name[:64],
+            segmented_property_category=category,
+            segmented_property_type=kind,
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=identification,
+        )
+        if side is not None:
+            modifier = highdicom.sr.CodedConcept.from_code(side)
+            segment.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [modifier]
+        segments.append(segment)
+    segmentation = highdicom.seg.Segmentation(
+        source_images=[_source_header(file) for file in series.files],
+        pixel_array=frames.astype(np.uint8),
+        segmentation_type="BINARY",
+        segment_descriptions=segments,
+        series_instance_uid=highdicom.UID(),
+        series_number=100,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+        manufacturer="vdt-bundles",
+        manufacturer_model_name=algorithm,
+        software_versions=version,
+        device_serial_number="0",
+        content_label="SEGMENTATION",
+        content_description=algorithm[:64],
+        series_description=f"{algorithm} segmentation"[:64],
+    )
+    content = io.BytesIO()
+    segmentation.save_as(content)
+    return content.getvalue()
+
+
+def code_label(name: str) -> tuple[Code, Code, Code | None]:
+    """Give the category, the type, and the side of a label by its name, as coded concepts."""
+    words = [SPELLINGS.get(word, word) for word in name.lower().replace("_", " ").split()]
+    side = next((SIDES[word] for word in words if word in SIDES), None)
+    plain = " ".join(word for word in words if word not in SIDES)
+    modifier = getattr(codes.SCT, side) if side else None
+    if plain in STRUCTURES:
+        return codes.SCT.AnatomicalStructure, getattr(codes.SCT, STRUCTURES[plain]), modifier
+    if words and words[-1] in FINDINGS:  # a liver tumor is a tumor
+        return codes.SCT.MorphologicallyAbnormalStructure, getattr(codes.SCT, FINDINGS[words[-1]]), modifier
+    own = Code("_".join(words)[:16].upper(), OWN_SCHEME, name[:64])
+    return codes.SCT.AnatomicalStructure, own, None
+
+
+def import_highdicom() -> Any:
+    """Import highdicom, or say how to get it."""
+    try:
+        import highdicom
+        import highdicom.seg
+    except ImportError as error:
+        message = "DICOM SEG needs highdicom; install it with: pip install highdicom (the extra [dicom] has it)"
+        raise ImportError(message) from error
+    return highdicom
+
+
+def _version() -> str:
+    try:
+        return metadata.version("vdt-bundles")
+    except metadata.PackageNotFoundError:  # the code came with a packaged bundle
+        return "unknown"
+
+
+def _is_slice(path: Path) -> bool:
+    return path.is_file() and not path.name.endswith((".nii", ".nii.gz", ".npz"))
+
+
+def _only_series(source: Path) -> DicomSeries:
+    if not source.is_dir():
+        raise ValueError(f"{source}: no DICOM folder, whose images a DICOM SEG must refer to; use output_format: nifti")
+    series = find_series(source, modalities=("CT", "MR"), workers=1).series
+    if len(series) != 1:
+        raise ValueError(f"{source}: holds {len(series)} DICOM series; a DICOM SEG is made of one")
+    series[0].check()
+    return series[0]
+
+
+def _source_header(file: Path) -> Dataset:
+    """Read of an image's header what its segmentation refers to, and nothing else."""
+    full = dcmread(file, stop_before_pixels=True)
+    header = Dataset()
+    for name in COPIED:
+        if not full.get(name):
+            raise ValueError(f"{file}: has no {name}, which a DICOM SEG of it must have")
+    for name in (*COPIED, *GEOMETRY):
+        if name in full:
+            setattr(header, name, full[name].value)
+    for name in EMPTY:
+        setattr(header, name, None)
+    header.file_meta = full.file_meta
+    return header

@@ -1,0 +1,1 @@
+"""A bundle as a zip that stands alone: made, checked, served."""

@@ -1,0 +1,356 @@
+"""Make a bundle's folder into a zip that needs nothing of this repository.
+
+    vdt package lits_liver_segmentation
+    vdt package lits_liver_segmentation --weights bundles/lits_liver_segmentation/models/model.pt
+
+The zip is as the Model Zoo and MONAI Label take it: JSON configs (`monai.bundle.load` opens no YAML), metadata,
+licences, README, the weights or a `large_files.yml`, and the packages as `scripts.networks`, `scripts.vdt_transforms`
+and `scripts.vdt_workflows`, since `scripts` is what MONAI Label keeps apart between bundles. The same files give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from vdt_workflows.files import hash_file, write_atomic
+from vdt_workflows.locator import find_bundles
+from vdt_workflows.training.checkpoints import load_weights, read_provenance
+
+ROOT = Path(__file__).resolve().parents[2]  # of the packages
+LEFT_OUT = ("preparation", "report", "packaging", "cli.py", "locator.py")  # of vdt_workflows: no bundle reaches them
+PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
+COMPLETE = ("train", "inference")  # configs that stand alone; the others are overlays
+OURS = ("scratch", "vdt", "i3d", "acs", "2.5d")  # initialisations that can rest on weights of our own
+
+# MONAI does not tell a config where it lies, and only `run` puts the bundle's folder on the search path, after
+# `initialize`. So the config asks its caller: a workflow, or a command that was given the file. Everywhere else the
+# folder is `bundle_root`, which MONAI Label sets. Components wait for it by `_requires_`.
+FIND_CODE = {
+    "code_root": "$next((os.path.dirname(os.path.abspath(folder)) for call in inspect.stack(0) for folder in "
+    "[str(workflow.config_root_path) for workflow in [call.frame.f_locals.get('self')] "
+    "if isinstance(workflow, monai.bundle.ConfigWorkflow)] + [os.path.dirname(os.path.abspath(file)) for file in "
+    "monai.utils.ensure_tuple(call.frame.f_locals.get('config_file_', ()))[:1]]), os.path.abspath(@bundle_root))",
+    "code": "$[sys.path.insert(0, @code_root)] + [sys.modules.pop(name) for name in [*sys.modules] "
+    "if name.partition('.')[0] == 'scripts' and os.path.join(@code_root, 'scripts') not in "
+    "getattr(sys.modules.get('scripts'), '__path__', [])] and pkgutil.resolve_name",
+    **{name: f"$@code('scripts.{name}')" for name in PACKAGES},
+}
+NEEDED = ("inspect", "os", "pkgutil", "sys")  # modules of those expressions
+
+_IMPORT = re.compile(rf"^(\s*from )({'|'.join(PACKAGES)})(?=[ .])", re.MULTILINE)
+_PATH = re.compile(rf"^({'|'.join(PACKAGES)})(\.\w+)+$")
+_TEXT = re.compile(rf"({'|'.join(PACKAGES)})(\.|$)")
+_NAME = re.compile(rf"(?<![\w.@:'\"])({'|'.join(PACKAGES)})(?=\.)")
+
+
+def package_bundle(
+    name: str,
+    output_dir: str = "dist",
+    weights: str | None = None,
+    run: str | None = None,
+    scores: str | None = None,
+    weights_url: str | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write `<output_dir>/<name>_v<version>.zip` and return its path.
+
+    Args:
+        name: a folder of `bundles/`.
+        output_dir: folder for the zip.
+        weights: a trained `model.pt` of this bundle. Without it the zip has code and configs alone.
+        run: the `run.json` of that training; by default the one beside the weights. Its settings become the defaults
+            of the configs, and the metadata follow them.
+        scores: `scores.json` of an evaluation; its figures become `eval_metrics` of the metadata.
+        weights_url: where the weights will be downloaded from; then the zip has a `large_files.yml` with their SHA-256
+            instead of the file.
+        overwrite: replace a zip of the same version that has other content.
+
+    Raises:
+        FileNotFoundError: if there is no such bundle or file.
+        ValueError: if the weights do not fit the settings, or rest on weights of others.
+        FileExistsError: if a zip of this version with other content is there and `overwrite` is off.
+    """
+    bundle = find_bundles() / name
+    if not (bundle / "configs").is_dir():
+        known = sorted(path.parent.name for path in find_bundles().glob("*/configs"))
+        raise FileNotFoundError(f"{name}: no such bundle; there are {', '.join(known)}")
+    given = [option for option, value in (("run", run), ("scores", scores), ("weights_url", weights_url)) if value]
+    if given and not weights:
+        raise ValueError(f"--{given[0]} describes weights; give --weights too")
+    settings: dict[str, Any] = {}
+    files = dict(collect_code())
+    if weights:
+        settings, record = read_run(Path(run) if run else Path(weights).parent / "run.json")
+        refuse_others(weights, record)
+        refuse_misfit(bundle, settings, weights)
+        files["models/run.json"] = to_json(settings)
+        files.update(describe_weights_file(Path(weights), weights_url))
+    files["LICENSE"] = (bundle / "LICENSE").read_bytes()
+    files["docs/data_license.txt"] = (bundle / "docs" / "data_license.txt").read_bytes()
+    files["configs/logging.conf"] = (bundle / "configs" / "logging.conf").read_bytes()
+    for config, content in convert_configs(bundle, settings).items():
+        files[f"configs/{config}.json"] = to_json(content)
+    metadata = describe(json.loads((bundle / "configs" / "metadata.json").read_text()), settings, bundle)
+    if scores:
+        metadata["eval_metrics"] = read_scores(Path(scores))
+    files["configs/metadata.json"] = to_json(metadata)
+    packages = list_packages(metadata)
+    files["docs/requirements.txt"] = ("\n".join(packages) + "\n").encode()
+    files["docs/README.md"] = write_readme(bundle, bool(weights), weights_url).encode()
+    target = Path(output_dir) / f"{name}_v{metadata['version']}.zip"
+    content = make_zip(name, files)
+    if target.exists() and target.read_bytes() != content and not overwrite:
+        raise FileExistsError(
+            f"{target}: there is another package of version {metadata['version']}; raise the version in metadata.json,"
+            " or give --overwrite"
+        )
+    write_atomic(target, content)
+    return str(target)
+
+
+@cache
+def collect_code() -> dict[str, bytes]:
+    """Copy the packages, as parts of one package `scripts`."""
+    files = {"scripts/__init__.py": b'"""The bundle\'s own copy of the packages that its configs name."""\n'}
+    for path in sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        if path.relative_to(ROOT).parts[1] in LEFT_OUT:
+            continue
+        files[f"scripts/{place}"] = vendor_source(path.read_text(), place).encode()
+    return files
+
+
+def vendor_source(source: str, place: str) -> str:
+    """Let a module import its neighbours from `scripts`.
+
+    Raises:
+        ValueError: naming the line, if the module imports one of the packages in another way than `from ... import`,
+            or by a name in quotes.
+    """
+    changed = _IMPORT.sub(r"\1scripts.\2", source)
+    for node in ast.walk(ast.parse(changed)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if any(name.partition(".")[0] in PACKAGES for name in names):
+            raise ValueError(f"{place}, line {node.lineno}: write `from ... import` for a package that is copied")
+        named = list(ast.walk(node)) if isinstance(node, ast.Call) and "import" in ast.unparse(node.func) else []
+        if any(isinstance(part, ast.Constant) and _TEXT.match(str(part.value)) for part in named):
+            raise ValueError(f"{place}, line {node.lineno}: import by `__name__`; a copied package has another name")
+    return changed
+
+
+def convert_configs(bundle: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the YAML configs, with the settings of a run as their defaults, and let them find the code in `scripts`."""
+    configs = {path.stem: ConfigParser.load_config_file(str(path)) for path in (bundle / "configs").glob("*.yaml")}
+    base, protocol = configs["train"], settings.get("protocol")
+    if protocol in configs and protocol != base.get("protocol"):
+        base = configs["train"] = overlay(base, configs[protocol])
+    for config in (configs[name] for name in COMPLETE):
+        for id, value in settings.items():
+            derived = config is base and str(config.get(id)).startswith("$")  # counted from the data in training
+            if id in config and not derived:
+                config[id] = value
+    return {name: vendor_config(config, complete=name in COMPLETE) for name, config in sorted(configs.items())}
+
+
+def overlay(base: dict, over: Mapping[str, Any]) -> dict:
+    """Merge two config files as MONAI does."""
+    parser = ConfigParser(base)
+    parser.update({id: value for id, value in over.items() if id != "protocol"})
+    return parser.get()
+
+
+def vendor_config(config: Any, *, complete: bool) -> dict[str, Any]:
+    """Point a config's targets and expressions to the code in `scripts`."""
+    out = _vendor(config)
+    key = "imports" if complete else "+imports"
+    imports = [line for line in out.pop(key, []) if line.removeprefix("$import ") not in PACKAGES]
+    if complete:
+        imports = sorted({*imports, *(f"$import {name}" for name in NEEDED)})
+        return {key: imports, "bundle_root": out.pop("bundle_root"), **FIND_CODE, **out}
+    return {key: imports, **out} if imports else out
+
+
+def _vendor(value: Any) -> Any:
+    if isinstance(value, dict):
+        out = {name: _vendor(inner) for name, inner in value.items()}
+        if any(isinstance(inner, str) and _PATH.match(inner) for inner in value.values()):
+            out["_requires_"] = "@code"
+        return out
+    if isinstance(value, list):
+        return [_vendor(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("$"):
+        return _NAME.sub(r"@\1", value)
+    return f"scripts.{value}" if _PATH.match(value) else value
+
+
+def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a run's settings and its record.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not what training writes.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; give --run, the run.json that training wrote beside the weights"
+        )
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); give the run.json that training wrote") from error
+    if not isinstance(content, dict) or "_run_" not in content:
+        raise ValueError(f"{path}: not the record of a run; give the run.json that training wrote")
+    return {id: value for id, value in content.items() if id != "_run_"}, content["_run_"]
+
+
+def refuse_others(weights: str, record: Mapping[str, Any]) -> None:
+    """Refuse weights that are, or started from, files that other people published: they are not ours to pass on.
+
+    Raises:
+        ValueError: naming what they rest on.
+    """
+    provenance = read_provenance(weights)
+    if not provenance:
+        raise ValueError(f"{weights}: says nothing of its origin; only what these bundles' training wrote is packaged")
+    while provenance:
+        for origin in (provenance, record):
+            if (init := origin.get("init", "scratch")) not in OURS:
+                raise ValueError(f"{weights}: started from published weights of others (init {init!r}); not packaged")
+        pretrained, record = provenance.get("pretrained"), {}
+        if pretrained and not pretrained["provenance"]:
+            raise ValueError(
+                f"{weights}: started from {pretrained['file']} (SHA-256 {pretrained['sha256'][:12]}...), which these"
+                " bundles did not write; weights that rest on those of others are not packaged"
+            )
+        provenance = pretrained and pretrained["provenance"]
+
+
+def refuse_misfit(bundle: Path, settings: Mapping[str, Any], weights: str) -> None:
+    """Load the weights into the network of the settings.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    parser = ConfigParser(ConfigParser.load_config_file(str(bundle / "configs" / "inference.yaml")))
+    parser.update(dict(settings))
+    load_weights(parser.get_parsed_content("network_def"), weights)
+
+
+def describe_weights_file(weights: Path, url: str | None) -> dict[str, bytes]:
+    """Give the file itself, or the `large_files.yml` that says where it is."""
+    if url is None:
+        return {"models/model.pt": weights.read_bytes()}
+    lines = [
+        "large_files:",
+        "- path: models/model.pt",
+        f"  url: {json.dumps(url)}",
+        f"  hash_val: {hash_file(weights)}",
+    ]
+    return {"large_files.yml": "\n".join([*lines, "  hash_type: sha256", ""]).encode()}
+
+
+def describe(metadata: dict[str, Any], settings: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
+    """Let the metadata follow a run's settings: labels, channels, and what the network takes."""
+    taken = metadata["network_data_format"]["inputs"]["image"]
+    given = metadata["network_data_format"]["outputs"]["pred"]
+    names = settings.get("label_names") or settings.get("class_names")
+    if names:
+        given.update(num_channels=len(names), channel_def={str(i): name for i, name in enumerate(names)})
+    if "crop_size" in settings:
+        taken["spatial_shape"] = [settings["crop_size"]] * 3
+    if "image_size" in settings:
+        taken["spatial_shape"] = [3, settings["image_size"], settings["image_size"]]
+    if "slices" in settings:
+        taken["spatial_shape"] = [settings["slices"], *taken["spatial_shape"][1:]]
+    defaults = ConfigParser.load_config_file(str(bundle / "configs" / "inference.yaml"))
+    scaling = [id for id in ("window", "mean", "std", "value_range") if id in settings]
+    if any(settings[id] != defaults.get(id) for id in scaling):
+        taken["value_range"] = []  # not that of the defaults
+    return metadata
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """Take the figures out of an evaluation's `scores.json`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the scores.json that evaluation wrote")
+    content = json.loads(path.read_text())
+    found = {name: value for name, value in content.items() if isinstance(value, int | float)}
+    if not found:
+        raise ValueError(f"{path}: no figures in it; give the scores.json that evaluation wrote")
+    return found
+
+
+def list_packages(metadata: Mapping[str, Any]) -> list[str]:
+    """List what the metadata require, as pip takes it."""
+    versions = {"torch": "pytorch_version", "monai": "monai_version", "numpy": "numpy_version"}
+    listed = {name: metadata[key] for name, key in versions.items()}
+    return [f"{name}=={version}" for name, version in {**listed, **metadata["required_packages_version"]}.items()]
+
+
+def write_readme(bundle: Path, has_weights: bool, url: str | None) -> str:
+    """Write the zip's README: how to use it as it lies, then the bundle's own, with JSON for YAML."""
+    title, _, rest = (bundle / "docs" / "README.md").read_text().partition("\n")
+    rest = re.sub(r"(configs/\w+)\.yaml", r"\1.json", rest)
+    name = bundle.name
+    example = re.search(r"configs/inference\.json.*?(--dataset_dir .*?)\n```", rest, re.DOTALL)
+    data = " ".join(example[1].replace("\\\n", " ").split()) if example else "--dataset_dir DATA"
+    weights = "Its weights are `models/model.pt`; the settings that belong to them are the configs' defaults."
+    if url:
+        weights = (
+            f"Its weights lie elsewhere; `python -m monai.bundle download_large_files --bundle_path {name}` fetches and"
+            " checks them."
+        )
+    if not has_weights:
+        weights = "It has no weights: train it, or put a `model.pt` into `models/`."
+    return f"""{title}
+
+This is a package of the bundle. It holds its code (`scripts/`) and works from any folder; the commands further below
+are given from within it; the command `vdt`, which prepares data among others, comes with the package vdt-bundles alone.
+{weights}
+
+```bash
+pip install -r {name}/docs/requirements.txt
+python -m monai.bundle run --config_file {name}/configs/inference.json --bundle_root {name} \\
+    {data}
+```
+
+```python
+import monai
+
+network = monai.bundle.load("{name}", bundle_dir=".", workflow_type="inference")
+```
+{rest}"""
+
+
+def to_json(content: Any) -> bytes:
+    """Write JSON as the Model Zoo keeps it."""
+    return (json.dumps(content, indent=4) + "\n").encode()
+
+
+def make_zip(name: str, files: Mapping[str, bytes]) -> bytes:
+    """Pack files into a folder of a zip: sorted, of one time and permission, and stored, so that no zlib matters."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(files):
+            entry = zipfile.ZipInfo(f"{name}/{path}", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            archive.writestr(entry, files[path])
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Data sets and weights as people have them, made ready once."""

@@ -1,0 +1,152 @@
+"""Turn the weights people have into a file of a native 3D encoder, or of another tool, tensor by tensor.
+
+    vdt convert --source resnet18.pth --output encoder.pt --init i3d
+
+The file written is what every bundle takes by --init vdt --pretrained encoder.pt. With --target monai it is what
+`monai.networks.nets.resnet18(pretrained="encoder.pt", spatial_dims=3, n_input_channels=1, feed_forward=False, ...)`
+takes, and with --target 2d the way back to torchvision's names and kernels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from networks import ResNet3D, describe_encoder, load_pretrained, read_checkpoint
+from networks.conversion import METHODS, to_2d, to_3d
+from networks.weights import native_names
+from vdt_workflows.files import save_atomic, write_atomic
+from vdt_workflows.training.checkpoints import save_weights
+
+TARGETS = ("native", "monai", "2d")
+MONAI = {  # what MONAI's networks must be called with to be the written one
+    "spatial_dims": 3,
+    "n_input_channels": 1,
+    "conv1_t_size": 7,
+    "conv1_t_stride": 2,
+    "feed_forward": False,
+    "bias_downsample": False,
+}
+LOSSY = (
+    "MONAI's ResNet strides the slice axis in its stem, its max-pool and three stages, as networks of this package with"
+    " depth_stride=True do; an encoder trained without (VDT pre-training) keeps its weights, not its answers, and needs"
+    " fine-tuning there. Other stems and strides (the U-Net's) do not exist there"
+)
+
+
+def convert_weights(
+    source: str,
+    output: str,
+    *,
+    init: str | None = None,
+    stem: str = "sum",
+    target: str = "native",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Convert a file of weights.
+
+    Args:
+        source: an encoder, alone or within a classifier or a segmentation network: of this package, MedicalNet, MONAI's
+            ResNet or a video ResNet; or a 2D ResNet of torchvision, timm or the pre-training bundle.
+        output: the file to write; a report lies beside it, its suffix replaced by .json.
+        init: how 2D kernels become 3D: i3d, acs or 2.5d; with --target 2d, how they had become so.
+        stem: how an RGB stem becomes one for grey volumes: sum or mean (see `networks.load_pretrained`).
+        target: native (this package), monai (`monai.networks.nets.resnet*`) or 2d.
+        overwrite: replace an existing output.
+
+    Returns:
+        The output, the architecture, how many tensors were copied, summed, inflated, changed otherwise or dropped, and
+        what is lost, if anything.
+
+    Raises:
+        ValueError: if an argument is not one of these values, or the source does not hold such a network.
+        FileNotFoundError: if there is no such source.
+        FileExistsError: if the output exists.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {TARGETS}, got {target!r}")
+    if init is not None and init not in METHODS:
+        raise ValueError(f"init must be one of {METHODS}, or left out for a 3D source, got {init!r}")
+    if Path(output).exists() and not overwrite:
+        raise FileExistsError(f"{output}: exists already; name another output, or add --overwrite")
+    if target == "2d" and init is None:
+        raise ValueError("target '2d' needs init, the conversion to undo: i3d, acs or 2.5d")
+    tensors = native_names(read_checkpoint(source))
+    architecture = describe_encoder(tensors)
+    if not architecture:
+        raise ValueError(
+            f"{source}: holds no ResNet of 18, 34, 50, 101 or 152 layers; its first tensor is {next(iter(tensors))}"
+        )
+    if target == "monai" and architecture["norm"] != "batch":
+        raise ValueError(f"{source}: has no running statistics; target 'monai' takes networks with batch norm alone")
+    network = ResNet3D(**{**architecture, "in_channels": 1 if target != "2d" else architecture["in_channels"]})
+    report = load_pretrained(network, source, stem=stem, conversion=None if target == "2d" else init)
+    record = _record(report)
+    lost: list[str] = []
+    if target == "native":
+        save_weights(network, output, {"source": Path(source).name, "init": init, "stem": stem})
+    elif target == "monai":
+        lost.append(LOSSY)
+        save_atomic(OrderedDict((name, tensor) for name, tensor in network.state_dict().items()), output)
+    elif init is not None:
+        flat = {name: _flatten(source, name, tensor, init) for name, tensor in network.state_dict().items()}
+        save_atomic(OrderedDict(flat), output)
+        record = {n: ("summed along depth" if init == "i3d" else "taken from its plane") if t.dim() == 4 else record[n]
+                  for n, t in flat.items()}  # fmt: skip
+        if init == "i3d":
+            lost.append("the sum of K equal taps is rounded, to about 1e-7 of a weight")
+    return _write_report(output, source, architecture, record, target, lost)
+
+
+def _record(report: Any) -> dict[str, str]:
+    """Say for each tensor what became of it."""
+    record = dict.fromkeys(report.matched, "copied")
+    for names, what in ((report.folded, "summed over the channels of its input"), (report.inflated, "inflated")):
+        for name in names:
+            record[name] = f"{record[name]}, {what}" if name in record else what
+    for name, what in report.adapted.items():
+        record[name] = f"{record[name]}, {what}" if name in record else what
+    return record | {name: f"dropped, {why}" for name, why in report.skipped.items()}
+
+
+def _flatten(source: str, name: str, tensor: Tensor, init: str) -> Tensor:
+    if tensor.dim() != 5:
+        return tensor
+    if tensor.shape[-1] == 1:
+        return tensor.squeeze(2)
+    kernel = to_2d(tensor, init)
+    if not torch.allclose(to_3d(kernel, init), tensor, rtol=1e-5, atol=1e-7 * float(tensor.abs().max())):
+        raise ValueError(
+            f"{source}: {name} was not made by {init!r}, or was trained natively since; only kernels that a conversion"
+            " made have a way back to 2D"
+        )
+    return kernel
+
+
+def _write_report(
+    output: str, source: str, architecture: dict[str, Any], record: dict[str, str], target: str, lost: list[str]
+) -> dict[str, Any]:
+    kinds = ("copied", "summed", "inflated", "dropped")
+    counts = {kind: sum(kind in what for what in record.values()) for kind in kinds}
+    counts["changed"] = sum(not any(kind in what for kind in kinds) for what in record.values())
+    result = {
+        "output": output,
+        "source": source,
+        "target": target,
+        "architecture": architecture,
+        **counts,
+        "lost": lost,
+    }
+    if target == "monai":
+        width = architecture["base_channels"]
+        result["call"] = {**MONAI, "shortcut_type": architecture["shortcut"]}
+        if width != 64:  # resnet18 and its like have no other width, the class ResNet has
+            result["call"]["block_inplanes"] = [width * 2**stage for stage in range(4)]
+    content = json.dumps({**result, "tensors": record}, indent=1)
+    write_atomic(Path(output).with_suffix(".json"), content.encode())
+    return result

@@ -1,0 +1,464 @@
+"""Prepare DeepLesion, or CT volumes with lesion masks in its layout, for `bundles/deeplesion_lesion_detection`.
+
+    vdt prepare deeplesion DEEPLESION
+    vdt prepare deeplesion DEEPLESION --annotations DEEPLESION/annotation
+    vdt prepare deeplesion MINE --volumes FOLDER --split_by "[0.7, 0.1, 0.2]"
+
+The first reads `DEEPLESION/DL_info.csv` and `DEEPLESION/Images_png/<series>/<slice>.png` (or `Images_png/Images_png/`,
+as the archives unpack); some of the 56 archives are enough. The second takes the boxes from COCO-style files instead,
+`deeplesion_train.json`, `deeplesion_val.json` and `deeplesion_test.json`. The third first writes the volumes of FOLDER,
+`<name>_image.*` with a mask `<name>_label.*` (NIfTI, or NRRD with pynrrd installed), as such a data set into MINE.
+
+Either writes, beside the images, which are not touched,
+
+    deeplesion.json          the key slices with their boxes, by split, and which slices there are
+    deeplesion_summary.json  how many there are, and everything that is missing or was left out
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.transforms import LoadImage, Orientation
+from PIL import Image
+from skimage.measure import label as connected_components
+from tqdm import tqdm
+
+from vdt_transforms.slice_stacks import HU_OFFSET, ORIENTATION, SLICE_NAME
+from vdt_workflows.files import write_atomic
+from vdt_workflows.parallel import run_parallel
+
+logger = logging.getLogger(__name__)
+
+MADE_BY = "prepare_deeplesion"
+SPLITS = {1: "training", 2: "validation", 3: "test"}
+COCO_FILES = {"train": "training", "val": "validation", "test": "test"}
+OFFICIAL = {  # lesions and key slices of the whole data set
+    "training": (22_919, 22_496),
+    "validation": (4_889, 4_793),
+    "test": (4_927, 4_831),
+}
+SERIES_NAME = re.compile(r"^(\d+)_(\d+)_(\d+)$")  # patient, study, series
+MARGIN = 5  # px, between a lesion's end points and its box
+Lesion = dict[str, Any]
+COLUMNS = (
+    *("File_name", "Patient_index", "Study_index", "Series_ID", "Key_slice_index", "Measurement_coordinates"),
+    *("Bounding_boxes", "Lesion_diameters_Pixel_", "Normalized_lesion_location", "Coarse_lesion_type"),
+    *("Possibly_noisy", "Slice_range", "Spacing_mm_px_", "Image_size", "DICOM_windows", "Patient_gender"),
+    *("Patient_age", "Train_Val_Test"),
+)
+
+
+def prepare_deeplesion(
+    dataset_dir: str,
+    annotations: str | None = None,
+    volumes: str | None = None,
+    split_by: Sequence[float] = (0.7, 0.1, 0.2),
+    key_slices: str = "largest",
+    seed: int = 0,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """List the key slices of a data set that are there, with their boxes, in `dataset_dir/deeplesion.json`.
+
+    Boxes become 0-based, are clipped to the image, and dropped where less than a pixel is left. Lesions marked as noisy
+    are listed with the mark; training and evaluation choose what to do with them.
+
+    Args:
+        dataset_dir: folder of `Images_png`, and of `DL_info.csv` unless `annotations` are given.
+        annotations: another csv file, or a COCO-style json file or folder of them.
+        volumes: folder of CT volumes and masks to write into `dataset_dir` first.
+        split_by: parts of the volumes for training, validation and test.
+        key_slices: of the volumes' lesions: the slice of the "largest" area, or "all" slices of the lesion.
+        seed: of the split of the volumes.
+        workers: processes that write volumes, all cores by default.
+
+    Returns:
+        The summary.
+
+    Raises:
+        FileNotFoundError: if a folder or file is missing.
+        FileExistsError: if a file to be written is there and not from this script.
+        ValueError: if a table is not such a table, or no key slice is there.
+    """
+    root = Path(str(dataset_dir))
+    if volumes is not None:
+        convert_volumes(str(volumes), str(root), split_by, key_slices, seed, workers)
+    images = root / "Images_png"
+    if (images / "Images_png").is_dir():
+        images = images / "Images_png"
+    if not images.is_dir():
+        raise FileNotFoundError(f"{images}: no such folder; expected the unpacked Images_png archives in it")
+    source = Path(str(annotations)) if annotations is not None else root / "DL_info.csv"
+    lesions = list(read_coco(source) if source.is_dir() or source.suffix == ".json" else read_csv(source))
+    stored = list_series(images, sorted({lesion["series"] for lesion in lesions}))
+    problems: dict[str, list[str]] = defaultdict(list)
+    kept = [lesion for lesion in lesions if _usable(lesion, stored, problems)]
+    splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS.values()}
+    slices: dict[tuple[str, int], list[Lesion]] = defaultdict(list)
+    for lesion in kept:
+        slices[lesion["series"], lesion["slice"]].append(lesion)
+    for (series, number), found in sorted(slices.items()):
+        image = images / series / stored[series][number]
+        splits[found[0]["split"]].append(_item(image.relative_to(root).as_posix(), found))
+    if not kept:
+        reasons = "; ".join(f"{len(names)} times {reason}" for reason, names in problems.items())
+        raise ValueError(
+            f"{images}: none of the {len(lesions)} annotated lesions can be used ({reasons or 'none at all'})"
+        )
+    summary = {
+        "source": str(source),
+        "lesions": Counter(lesion["split"] for lesion in kept),
+        "noisy_lesions": sum(lesion["noisy"] for lesion in kept),
+        "key_slices": {name: len(items) for name, items in splits.items()},
+        "patients": {n: len({item["patient"] for item in items}) for n, items in splits.items()},
+        "series": len({series for series, _ in slices}),
+        "official": {n: _count(lesions, n) == OFFICIAL[n] for n in OFFICIAL},  # of the table, whatever is there
+        "left_out": {reason: len(names) for reason, names in problems.items()},
+    }
+    runs = {series: _runs(stored[series]) for series in sorted({series for series, _ in slices})}
+    _write_json(root / "deeplesion.json", {**splits, "slices": runs}, indent=None)
+    _write_json(root / "deeplesion_summary.json", {**summary, "left_out_lesions": problems})
+    for reason, names in problems.items():
+        logger.warning("%d lesions left out: %s, such as %s", len(names), reason, names[0])
+    return summary
+
+
+def _count(lesions: list[Lesion], split: str) -> tuple[int, int]:
+    chosen = [lesion for lesion in lesions if lesion["split"] == split]
+    return len(chosen), len({(lesion["series"], lesion["slice"]) for lesion in chosen})
+
+
+def _runs(numbers: dict[int, str]) -> list[list[int]]:
+    """First and last number of each run of neighbouring slices."""
+    ordered = sorted(numbers)
+    starts = [n for n in ordered if n - 1 not in numbers]
+    ends = [n for n in ordered if n + 1 not in numbers]
+    return [list(pair) for pair in zip(starts, ends, strict=True)]
+
+
+def list_series(images: Path, series: Sequence[str]) -> dict[str, dict[int, str]]:
+    """List the slices of each series by number; a series that is not there has none."""
+    stored = {}
+    for name in tqdm(series, desc="listing series", disable=None):
+        files = os.listdir(images / name) if (images / name).is_dir() else []
+        stored[name] = {int(m[1]): file for file in files if (m := SLICE_NAME.match(file))}
+    return stored
+
+
+def _usable(lesion: Lesion, stored: dict[str, dict[int, str]], problems: dict[str, list[str]]) -> bool:
+    """Clip the lesion's box, and tell whether it can be used; else why not."""
+    width, height = lesion["size"]
+    x1, y1, x2, y2 = lesion["box"]
+    lesion["box"] = [max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))]
+    x1, y1, x2, y2 = lesion["box"]
+    lesion["area"] = (x2 - x1) * (y2 - y1)
+    reason = None
+    if not stored[lesion["series"]]:
+        reason = "the series is not there"
+    elif lesion["slice"] not in stored[lesion["series"]]:
+        reason = "the key slice is not there"
+    elif not 0 < lesion["slice_interval"] < math.inf:
+        reason = f"the slice interval is {lesion['slice_interval']:g} mm"
+    elif not (x2 - x1 >= 1 and y2 - y1 >= 1):
+        reason = "less than a pixel of the box is inside the image"
+    if reason is not None:
+        problems[reason].append(f"{lesion['series']}/{lesion['slice']:03d}.png")
+    return reason is None
+
+
+def _item(image: str, lesions: list[Lesion]) -> dict[str, Any]:
+    """Put a key slice's lesions together."""
+    first = lesions[0]
+    return {
+        "image": image,
+        "patient": first["patient"],
+        "slice_interval": first["slice_interval"],
+        "spacing": first["spacing"],
+        "size": first["size"],
+        "window": first["window"],
+        **{
+            plural: [lesion[single] for lesion in lesions]
+            for plural, single in (
+                ("boxes", "box"),
+                ("areas", "area"),
+                ("noisy", "noisy"),
+                ("types", "type"),
+                ("diameters", "diameter"),
+                ("axes", "axes"),
+                ("locations", "location"),
+            )
+        },
+    }
+
+
+def read_csv(path: Path) -> Iterator[Lesion]:
+    """Read `DL_info.csv`: one lesion a row, boxes and axes in 1-based pixels.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, the row and what is wrong in it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected DL_info.csv, or give annotations")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path}: has no column {missing[0]}; expected the columns of DL_info.csv")
+        for number, row in enumerate(rows, 2):
+            try:
+                yield _from_row(row)
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise ValueError(f"{path}, line {number}: {error}; expected a row of DL_info.csv") from error
+
+
+def _numbers(row: dict[str, str], name: str, count: int) -> list[float]:
+    values = [float(part) for part in row[name].replace(",", " ").split()]
+    if len(values) != count:
+        raise ValueError(f"{name} is {row[name]!r}, not {count} numbers")
+    return values
+
+
+def _from_row(row: dict[str, str]) -> Lesion:
+    series, _, file = row["File_name"].rpartition("_")
+    if SERIES_NAME.match(series) is None or SLICE_NAME.match(file) is None:
+        raise ValueError(f"File_name is {row['File_name']!r}, not like 000001_01_01_109.png")
+    box = [value - 1 for value in _numbers(row, "Bounding_boxes", 4)]
+    spacing = _numbers(row, "Spacing_mm_px_", 3)
+    split = int(row["Train_Val_Test"])
+    if split not in SPLITS:
+        raise ValueError(f"Train_Val_Test is {split}, not 1, 2 or 3")
+    if not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(f"Bounding_boxes is {row['Bounding_boxes']!r}, not x1 < x2 and y1 < y2")
+    return {
+        "series": series,
+        "slice": int(file[:-4]),
+        "patient": series.split("_")[0],
+        "box": box,
+        "axes": [value - 1 for value in _numbers(row, "Measurement_coordinates", 8)],
+        "diameter": _numbers(row, "Lesion_diameters_Pixel_", 2)[0] * spacing[0],
+        "type": int(float(row["Coarse_lesion_type"])),
+        "noisy": int(float(row["Possibly_noisy"])),
+        "location": _numbers(row, "Normalized_lesion_location", 3),
+        "spacing": spacing[0],
+        "slice_interval": spacing[2],
+        "size": [int(value) for value in _numbers(row, "Image_size", 2)],
+        "window": _numbers(row, "DICOM_windows", 2),
+        "split": SPLITS[split],
+    }
+
+
+def read_coco(path: Path) -> Iterator[Lesion]:
+    """Read COCO-style files: one, or a folder's `deeplesion_train.json`, `deeplesion_val.json`, `deeplesion_test.json`.
+
+    Their `area` is not read (it is x times height in the published files). They tell no type and no diameter.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file and what is wrong in it.
+    """
+    files = sorted(path.glob("deeplesion_*.json")) if path.is_dir() else [path]
+    files = [file for file in files if file.stem.rpartition("_")[2] in COCO_FILES]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected deeplesion_train.json, _val.json and _test.json")
+    for file in files:
+        try:
+            content = json.loads(file.read_text())
+            images = {image["id"]: image for image in content["images"]}
+            for lesion in content["annotations"]:
+                yield _from_coco(images[lesion["image_id"]], lesion, COCO_FILES[file.stem.rpartition("_")[2]])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: not such a COCO-style file ({type(error).__name__}: {error})") from error
+
+
+def _from_coco(image: dict[str, Any], lesion: dict[str, Any], split: str) -> Lesion:
+    series, _, file = image["file_name"].rpartition("/")
+    x, y, width, height = lesion["bbox"]
+    return {
+        "series": series,
+        "slice": int(file[:-4]),
+        "patient": series.split("_")[0],
+        "box": [x, y, x + width, y + height],
+        "axes": None,
+        "diameter": None,
+        "type": -1,
+        "noisy": int(lesion.get("noisy", 0)),
+        "location": [None, None, image.get("z_position")],
+        "spacing": image["spacing"],
+        "slice_interval": float(image["slice_intv"]),
+        "size": [image["width"], image["height"]],
+        "window": image.get("windows"),
+        "split": split,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    """Write a result, unless something else has its name."""
+    if path.exists():
+        try:
+            ours = json.loads(path.read_text()).get("made_by") == MADE_BY
+        except (ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise FileExistsError(f"{path}: is there and was not made by this script; move it away")
+    write_atomic(path, json.dumps({"made_by": MADE_BY, **content}, indent=indent).encode())
+
+
+# Volumes and masks
+
+
+def convert_volumes(
+    volumes: str,
+    output_dir: str,
+    split_by: Sequence[float] = (0.7, 0.1, 0.2),
+    key_slices: str = "largest",
+    seed: int = 0,
+    workers: int | None = None,
+) -> int:
+    """Write CT volumes with lesion masks as a data set of DeepLesion's layout: 16-bit slices and `DL_info.csv`.
+
+    Volumes are turned to LPI. A lesion is a connected part of a mask; its box is that of its outline in the key slice
+    and 5 px more on every side, as DeepLesion's. Volumes that were written before are not written again.
+
+    Args:
+        volumes: folder of `<name>_image.*` and `<name>_label.*`.
+        output_dir: new, empty, or one that this function has begun with the same settings.
+        split_by: parts for training, validation and test.
+        key_slices: "largest" or "all" slices of a lesion.
+        seed: of the split.
+        workers: processes, all cores by default.
+
+    Returns:
+        The number of lesions, by key slice.
+
+    Raises:
+        FileNotFoundError: if there are no such volumes, or one has no mask.
+        FileExistsError: if `output_dir` holds something else.
+        ValueError: if an argument or a volume is wrong.
+    """
+    if key_slices not in ("largest", "all"):
+        raise ValueError(f"key_slices must be 'largest' or 'all', got {key_slices!r}")
+    if len(split_by) != 3 or min(split_by) < 0 or sum(split_by) <= 0:
+        raise ValueError(f"split_by must be the parts of training, validation and test, got {split_by}")
+    pairs = _find_pairs(Path(volumes))
+    root = Path(output_dir)
+    settings = {"made_by": MADE_BY, "volumes": [image.name for image, _ in pairs], "split_by": list(split_by),
+                "key_slices": key_slices, "seed": seed}  # fmt: skip
+    record = root / "volumes.json"
+    if record.is_file() and json.loads(record.read_text()) != settings:
+        raise FileExistsError(f"{root}: was made of other volumes or with other settings, see {record.name}")
+    if not record.is_file() and root.is_dir() and any(root.iterdir()):
+        raise FileExistsError(f"{root}: holds files that are not from this script; take another folder")
+    write_atomic(record, json.dumps(settings, indent=2).encode())
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    bounds = np.cumsum(split_by) / sum(split_by) * len(pairs)
+    split = {int(place): 1 + int(np.searchsorted(bounds, rank + 0.5)) for rank, place in enumerate(order)}
+    tasks = [(i + 1, split[i], image, mask) for i, (image, mask) in enumerate(pairs)]
+    write = partial(_write_volume, root / "Images_png", key_slices)
+    rows = [row for found in run_parallel(write, tasks, workers=workers, label="volumes") for row in found]
+    rows.sort(key=lambda row: row["Patient_index"])  # they come as they are done
+    if not rows:
+        raise ValueError(f"{volumes}: no mask has a lesion")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(root / "DL_info.csv", text.getvalue().encode())
+    return len(rows)
+
+
+def _find_pairs(folder: Path) -> list[tuple[Path, Path]]:
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    images = [file for file in files if "_image." in file.name]
+    if not images:
+        raise FileNotFoundError(f"{folder}: no volumes; expected <name>_image.* and <name>_label.* files")
+    pairs = [(image, image.with_name(image.name.replace("_image.", "_label."))) for image in images]
+    for image, mask in pairs:
+        if not mask.is_file():
+            raise FileNotFoundError(f"{mask}: no such file; {image.name} needs its mask")
+    return pairs
+
+
+def _write_volume(images: Path, key_slices: str, task: tuple[int, int, Path, Path]) -> list[dict[str, Any]]:
+    """Write one volume's slices, whole or not at all, and give the rows of its lesions."""
+    number, split, image_file, mask_file = task
+    load = LoadImage(ensure_channel_first=True)
+    image, mask = (Orientation(ORIENTATION, labels=None)(load(file)) for file in (image_file, mask_file))
+    if image.shape != mask.shape or image.shape[0] != 1:
+        raise ValueError(f"{mask_file}: shape {tuple(mask.shape)}, but its image has {tuple(image.shape)}")
+    if not np.allclose(image.affine, mask.affine, atol=1e-2):
+        raise ValueError(f"{mask_file}: its affine differs from that of its image; both must lie on the same grid")
+    voxels = np.asarray(image[0])
+    if not np.isfinite(voxels).all():
+        raise ValueError(f"{image_file}: has NaN or infinite voxels; expected HU")
+    series = images / f"{number:06d}_01_01"
+    if not series.is_dir():
+        unfinished = images / f".{series.name}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        stored = np.clip(np.rint(voxels) + HU_OFFSET, 0, 65535).astype(np.uint16)
+        for z in range(voxels.shape[2]):
+            Image.fromarray(np.ascontiguousarray(stored[:, :, z].T)).save(unfinished / f"{z + 1:03d}.png")
+        unfinished.rename(series)
+    lesions = connected_components(np.asarray(mask[0]) > 0)
+    spacing = [float(value) for value in image.pixdim]
+    rows = []
+    for lesion in range(1, lesions.max() + 1):
+        areas = (lesions == lesion).sum((0, 1))
+        for z in [int(areas.argmax())] if key_slices == "largest" else np.flatnonzero(areas).tolist():
+            points = np.argwhere(lesions[:, :, z] == lesion)
+            rows.append(_row(number, split, z, points, spacing, voxels.shape))
+    return rows
+
+
+def _row(number: int, split: int, z: int, points: np.ndarray, spacing: list[float], shape: Sequence[int]) -> Lesion:
+    """A row of `DL_info.csv` for the pixels (P, 2), as x and y from 0, of a lesion in slice z."""
+    long, short = _axes(points)
+    low, high = points.min(0) - MARGIN, points.max(0) + MARGIN
+
+    def text(*values: float) -> str:
+        return ", ".join(f"{value:g}" for value in values)
+
+    place = (np.append(points.mean(0), z) + 0.5) / shape
+    return {
+        "File_name": f"{number:06d}_01_01_{z + 1:03d}.png",
+        "Patient_index": number,
+        "Study_index": 1,
+        "Series_ID": 1,
+        "Key_slice_index": z + 1,
+        "Measurement_coordinates": text(*(np.concatenate([long, short]).ravel() + 1)),
+        "Bounding_boxes": text(*(low + 1), *(high + 1)),
+        "Lesion_diameters_Pixel_": text(*(np.linalg.norm(axis[1] - axis[0]) for axis in (long, short))),
+        "Normalized_lesion_location": text(*place),
+        "Coarse_lesion_type": -1,
+        "Possibly_noisy": 0,
+        "Slice_range": text(1, shape[2]),
+        "Spacing_mm_px_": text(*spacing),
+        "Image_size": text(*shape[:2]),
+        "DICOM_windows": "-1500, 500",
+        "Patient_gender": "",
+        "Patient_age": "",
+        "Train_Val_Test": split,
+    }
+
+
+def _axes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """End points (2, 2) of the longest diameter of pixels (P, 2), and of their extent across it."""
+    angles = np.linspace(0, np.pi, 180, endpoint=False)
+    along = points @ np.stack([np.cos(angles), np.sin(angles)])
+    longest = int(np.ptp(along, axis=0).argmax())
+    across = (longest + 90) % 180
+    return tuple(points[[along[:, a].argmin(), along[:, a].argmax()]].astype(float) for a in (longest, across))  # type: ignore[return-value]  # two of them

@@ -1,0 +1,349 @@
+"""Check a data set of labelled volumes, and lay it out for the segmentation bundles.
+
+    vdt prepare volumes --source btcv --data RawData.zip --output_dir btcv
+    vdt prepare volumes --source lits --data "['Training Batch 1', 'Training Batch 2']" \
+        --output_dir lits
+    vdt prepare volumes --data FOLDER_OF_NIFTI_PAIRS --output_dir mine
+
+Leaves `images/` and `labels/` (hard links where the disk allows; voxels are never resampled), `dataset.json` with the
+training, validation and test cases, `summary.csv` with a row and `pictures/` with three slices for each case. Give the
+folder to a bundle as `--dataset_dir`. A run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vdt_workflows.data.volumes import SUFFIX, check_on_error, draw, list_cases
+from vdt_workflows.files import claim, write_atomic
+from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
+from vdt_workflows.preparation.case_tables import describe, write_table
+from vdt_workflows.preparation.public_sets import DATA_SETS, LITS, DataSet, find_numbered
+from vdt_workflows.preparation.splits import Lists, split_fold, split_published, split_recommended
+from vdt_workflows.preparation.stored_files import StoredFile, find_files
+from vdt_workflows.preparation.volumes import CaseRules, SourceCase, picture_of, prepare_cases
+
+AFFINES = ("strict", "image", "label")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which split is asked for."""
+
+    name: str
+    folds: int
+    fold: int
+    val_fraction: float
+    test_fraction: float
+    seed: int
+
+    def describe(self, *, drawn_test: bool = False) -> str:
+        """What dataset.json calls it; by this, one split is told from another."""
+        if self.name == "published" and not self.folds:
+            return self.name
+        test = f"test_fraction {self.test_fraction:g}, " if drawn_test else ""
+        name = f"fold {self.fold} of {self.folds}" if self.folds else self.name
+        return f"{name} (val_fraction {self.val_fraction:g}, {test}seed {self.seed})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be prepared: the cases, the lists they are in by name, and what holds for them all."""
+
+    title: str
+    cases: list[SourceCase]
+    lists: Lists[str]
+    names: list[str]  # of the labels; empty if only the voxels tell
+    rules: CaseRules
+    split: str
+    about: dict[str, Any]  # for dataset.json
+    missing: dict[str, str] = field(default_factory=dict)  # sentences by case
+
+
+def prepare_segmentation(
+    data: str | Sequence[str],
+    output_dir: str,
+    source: str = "own",
+    split: str = "recommended",
+    folds: int = 0,
+    fold: int = 0,
+    val_fraction: float = 0.15,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    tumour: bool = False,
+    label_names: Sequence[str] | Mapping[str, Any] | None = None,
+    modality: str | None = None,
+    affine: str = "strict",
+    copy: bool = False,
+    on_error: str = "raise",
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Check and lay out a data set.
+
+    Args:
+        data: zip archive or folder, or a list of them, with the volumes of BTCV or LiTS at any depth. For own data a
+            folder of NIfTI pairs, in any of the layouts of `vdt_workflows.find_volumes`, or a JSON list of cases.
+        output_dir: a new folder, or one of an earlier run with the same sources and settings. Another split of it is
+            written as a list of its own beside the first.
+        source: btcv, lits or own.
+        split: `published` (of the VDT paper's code) or `recommended` (validation apart from test; own data keep the
+            lists they come with, and what is missing is drawn by seed).
+        folds: number of folds of a seeded cross-validation over all labelled cases, in place of `split`.
+        fold: which of them is the test.
+        val_fraction: share of the cases to learn from that becomes validation, where it is drawn.
+        test_fraction: share of own data that becomes the test, where none is named.
+        seed: of what is drawn.
+        tumour: LiTS: keep the tumour as a class of its own; by default it is liver.
+        label_names: own data: names by label value, background first; or `{name: value or values}`, which keeps these
+            labels alone and numbers them from 1. By default from the data's JSON, or else numbers.
+        modality: own data: CT refuses what cannot be HU, and draws a fixed window. By default from the data's JSON.
+        affine: whose affine counts where image and label of one shape differ: `image`, `label`, or `strict` to refuse.
+        copy: copy the files rather than link them.
+        on_error: `raise` stops at the first bad case; `skip` leaves it out, counts it and goes on.
+        workers: processes; 0 takes as many as there are cores, 8 at most. Each holds one volume.
+
+    Returns:
+        The list of cases that was written, how many are in each part, the table and the pictures.
+
+    Raises:
+        ValueError: if an argument or a case is wrong, or `output_dir` was made from other sources or settings.
+        FileExistsError: if `output_dir` has files of other origin.
+    """
+    for name, value, choices in (("source", source, (*DATA_SETS, "own")), ("affine", affine, AFFINES)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if split not in (known := ("recommended",) if source == "own" else ("published", "recommended")):
+        raise ValueError(f"split of --source {source} must be {' or '.join(known)}, got {split!r}")
+    if source != "own" and (label_names or modality):
+        raise ValueError(f"label_names and modality are for own data, not for --source {source}")
+    if tumour and source != "lits":
+        raise ValueError(f"tumour is for --source lits, not {source}")
+    if not 0 < val_fraction < 1 or not 0 <= test_fraction < 1:
+        raise ValueError(f"val_fraction and test_fraction must be shares below 1, got {val_fraction}, {test_fraction}")
+    check_on_error(on_error)
+    paths = [Path(str(path)) for path in (data if isinstance(data, list | tuple) else [data])]
+    root = Path(str(output_dir))  # fire reads a folder called 2024 as a number
+    for path in paths:
+        if path.is_dir() and root.resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"output_dir {root} lies inside the data {path}; name a folder elsewhere")
+    wanted = Split(split, folds, fold, val_fraction, test_fraction, seed)
+    if source == "own":
+        plan = _plan_own(paths, wanted, label_names, modality)
+    else:
+        plan = _plan_numbered(DATA_SETS[source], paths, wanted, tumour)
+    if plan.missing and on_error == "raise":
+        raise ValueError(f"{next(iter(plan.missing.values()))}; --on_error skip goes on without the missing ones")
+    rules = replace(plan.rules, affine=affine, copy=copy)
+    made_from = {"source": source, "data": [str(path.resolve()) for path in paths]}
+    claim(root, {**made_from, **asdict(rules)}, empty=True)
+
+    records = prepare_cases(plan.cases, root, rules, on_error=on_error, workers=workers or min(os.cpu_count() or 1, 8))
+    if plan.missing:
+        logger.warning("%d cases are missing: %s", len(plan.missing), ", ".join(plan.missing))
+    records += [{"case": name, "fault": sentence} for name, sentence in plan.missing.items()]
+    return _finish(root, plan, records)
+
+
+# What is to be done --------------------------------------------------------------------------------------------------
+
+
+def _plan_numbered(data_set: DataSet, paths: Sequence[Path], split: Split, tumour: bool) -> Plan:
+    """Plan BTCV or LiTS, whose cases are known by number."""
+    files = find_files(paths)
+    found = {number: pair for number, pair in sorted(find_numbered(files, data_set).items()) if "image" in pair}
+    places = ", ".join(map(str, paths))
+    if not found:
+        raise ValueError(f"{places}: no image of {data_set.name} in {len(files)} NIfTI files")
+    others = len(files) - sum(map(len, found.values()))
+    logger.info("%s: %d cases, and %d other files that are left alone", places, len(found), others)
+    cases = {n: SourceCase(_name(pair["image"]), pair["image"], pair.get("label")) for n, pair in found.items()}
+    about: dict[str, Any] = {"modality": {"0": "CT"}, "reference": data_set.origin}
+    if split.folds:
+        lists = split_fold(list(found), split.folds, split.fold, split.val_fraction, split.seed)
+    elif split.name == "published":
+        lists = split_published(data_set)
+        about["shared_cases"] = data_set.shared_cases
+    else:
+        lists = split_recommended(data_set, split.val_fraction, split.seed)
+    names = list(data_set.labels)
+    values = {value: value for value in range(1, len(names))}
+    if data_set is LITS and not tumour:
+        names, values = names[:2], {1: 1, 2: 1}
+    return Plan(
+        title=data_set.name,
+        cases=list(cases.values()),
+        lists={name: [cases[n].name for n in numbers if n in cases] for name, numbers in lists.items()},
+        names=names,
+        rules=CaseRules(values=values, hounsfield=True, empty=False),
+        split=split.describe(),
+        about={key: value for key, value in about.items() if value},
+        missing={
+            f"{data_set.name} {n}": f"{data_set.name} case {n}: no image of this number in {places}"
+            for n in sorted({n for numbers in lists.values() for n in numbers} - found.keys())
+        },
+    )
+
+
+def _plan_own(
+    paths: Sequence[Path],
+    split: Split,
+    label_names: Sequence[str] | Mapping[str, Any] | None,
+    modality: str | None,
+) -> Plan:
+    """Plan own data, whose lists, label names and modality may come with them in a JSON file."""
+    if len(paths) != 1:
+        raise ValueError(f"own data must be one folder or list, got {len(paths)}: {', '.join(map(str, paths))}")
+    found, listing = list_cases(paths[0], paths[0] if paths[0].suffix == ".json" else None)
+    listing = listing if listing.is_file() else listing / "dataset.json"
+    told = json.loads(listing.read_text()) if listing.is_file() else {}
+    if unlabelled := [pair for pair in found["test"] if "label" not in pair]:
+        logger.info("%s: %d test images have no label and are left alone", paths[0], len(unlabelled))
+        found["test"] = [pair for pair in found["test"] if "label" in pair]
+    by_image = {pair["image"]: pair for group in found.values() for pair in group}
+    names_of = _name_apart([StoredFile(image) for image in by_image])
+    cases = {
+        name: SourceCase(name, image, StoredFile(label) if (label := by_image[image.path].get("label")) else None)
+        for image, name in names_of.items()
+    }
+    lists = {part: [names_of[StoredFile(pair["image"])] for pair in group] for part, group in found.items()}
+    drawn_test = not (split.folds or lists["test"])
+    if split.folds:
+        lists = split_fold(list(cases), split.folds, split.fold, split.val_fraction, split.seed)
+    else:
+        if drawn_test and split.test_fraction:
+            lists["training"], lists["test"] = draw(lists["training"], split.test_fraction, split.seed, 0)
+        if not lists["validation"]:
+            lists["training"], lists["validation"] = draw(lists["training"], split.val_fraction, split.seed, 1)
+    names, values, only_these = _choose_labels(label_names, told.get("labels"), listing)
+    channels = told.get("modality") or told.get("channel_names")
+    modality = modality or str(channels.get("0", "unknown") if isinstance(channels, dict) else channels or "unknown")
+    kept = ("licence", "reference", "release", *(() if split.folds else ("shared_cases",)))
+    return Plan(
+        title=str(told.get("name") or paths[0].resolve().stem),
+        cases=list(cases.values()),
+        lists=lists,
+        names=names,
+        rules=CaseRules(values=values, only_these=only_these, hounsfield=modality.upper() == "CT"),
+        split=split.describe(drawn_test=drawn_test),
+        about={"modality": {"0": modality}, **{key: told[key] for key in kept if told.get(key)}},
+    )
+
+
+def _choose_labels(
+    given: Sequence[str] | Mapping[str, Any] | None, told: Any, listing: Path
+) -> tuple[list[str], dict[int, int] | None, bool]:
+    """Find the label names, the value that each stored one becomes (None keeps all), and whether others are refused."""
+    if isinstance(given, Mapping):
+        groups = [value if isinstance(value, list | tuple) else [value] for value in given.values()]
+        if not all(isinstance(value, int) and value > 0 for group in groups for value in group):
+            raise ValueError(f"label_names {given!r}: expected one or several label values above 0 for each name")
+        values = {value: number for number, group in enumerate(groups, 1) for value in group}
+        return ["background", *given], values, False
+    if isinstance(given, str):
+        raise ValueError(f"label_names {given!r}: expected a list of names, or label values by name")
+    names = [str(name) for name in given] if given else _told_labels(told, listing) if told else []
+    return names, {value: value for value in range(1, len(names))} if names else None, True
+
+
+def _told_labels(told: Any, listing: Path) -> list[str]:
+    """Read the labels of a dataset.json: names by value as in the Decathlon, or values by name as in nnU-Net."""
+    pairs = list(told.items()) if isinstance(told, dict) else []
+    by_value = {int(key): name for key, name in pairs if str(key).isdecimal()}
+    if not by_value:
+        by_value = {value: name for name, value in pairs if isinstance(value, int)}
+    if len(by_value) < len(pairs) or sorted(by_value) != list(range(len(by_value))):
+        raise ValueError(
+            f"{listing}: its labels {told!r} are not one name for each value from 0 on; choose by --label_names"
+        )
+    return [str(by_value[value]) for value in range(len(by_value))]
+
+
+def _name(image: StoredFile) -> str:
+    return SUFFIX.sub("", image.name).removesuffix("_0000")
+
+
+def _name_apart(images: Sequence[StoredFile]) -> dict[StoredFile, str]:
+    """Name cases by their images, or with the folder before it where names repeat, as in a folder for each case."""
+    names = {image: _name(image) for image in images}
+    if len(set(names.values())) < len(images):
+        names = {image: f"{image.folder}_{name}" for image, name in names.items()}
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise ValueError(
+            "{} and {} would both be case {}; rename one".format(
+                *[i for i in names if names[i] == twice[0]][:2], twice[0]
+            )
+        )
+    return names
+
+
+# What is left --------------------------------------------------------------------------------------------------------
+
+
+def _finish(root: Path, plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write the lists, the table and the pictures of prepared cases."""
+    good = {record["case"]: record for record in records if "fault" not in record}
+    lists = {part: [case for case in cases if case in good] for part, cases in plan.lists.items()}
+    for part in [part for part, cases in plan.lists.items() if cases and not lists[part]]:
+        sentence = f"{root}: none of the {len(plan.lists[part])} {part} cases can be used, see above"
+        if part == "training":
+            raise ValueError(sentence)
+        logger.warning(sentence)
+    highest = max((int(value) for record in good.values() for value in record["ml"]), default=0)
+    names = plan.names or ["background", *(f"label {value}" for value in range(1, highest + 1))]
+    datalist = _write_list(
+        root,
+        {
+            "name": plan.title,
+            "tensorImageSize": "3D",
+            "labels": {str(value): name for value, name in enumerate(names)},
+            **plan.about,
+            "split": plan.split,
+            "left_out": [record["case"] for record in records if "fault" in record],
+            **{f"num{part.capitalize()}": len(cases) for part, cases in lists.items()},
+            **{part: [_entry(good[case]) for case in cases] for part, cases in lists.items()},
+        },
+    )
+    write_atomic(root / "summary.csv", write_table(records, names))
+    tiles = [
+        draw_fault(record["case"], record["fault"]) if "fault" in record else (root / picture_of(record)).read_bytes()
+        for record in records[: len(plan.cases)]  # what is missing has no picture
+    ]
+    pages = draw_pages(plan.title, names, tiles)
+    for old in (root / "pictures").glob("cases_*.png"):
+        old.unlink()
+    for number, page in enumerate(pages, 1):
+        write_atomic(root / "pictures" / f"cases_{number:02d}.png", page)
+    print(f"{plan.title}, {plan.split}\n{describe(records, lists, names)}", file=sys.stderr)
+    return {
+        "datalist": str(datalist),
+        **{part: len(cases) for part, cases in lists.items()},
+        "left_out": len(records) - len(good),
+        "summary": str(root / "summary.csv"),
+        "pictures": f"{root / 'pictures'}, {len(pages)} pages",
+    }
+
+
+def _entry(record: Mapping[str, Any]) -> dict[str, str]:
+    return {"image": record["image"], "label": record["label"]}
+
+
+def _write_list(root: Path, content: dict[str, Any]) -> Path:
+    """Write dataset.json, or where that holds another split, a list named after this one."""
+    words = re.sub(r"[^\w.]+", "_", content["split"]).strip("_")
+    for target in (root / "dataset.json", root / f"dataset_{words}.json"):
+        if not target.is_file() or json.loads(target.read_text())["split"] == content["split"]:
+            break
+    write_atomic(target, json.dumps(content, indent=1).encode())
+    return target

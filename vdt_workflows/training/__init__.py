@@ -1,0 +1,1 @@
+"""What a training needs around MONAI's trainer."""

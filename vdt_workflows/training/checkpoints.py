@@ -1,0 +1,227 @@
+"""Files of a run that are whole or absent, and a run that goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from torch import nn
+
+from networks import load_pretrained, read_checkpoint
+from networks.weights import describe_damage, load_whole
+from vdt_workflows.files import save_atomic
+
+logger = logging.getLogger(__name__)
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """Take a network out of `DistributedDataParallel` and `torch.compile`."""
+    inner: Any = network
+    while isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    return inner
+
+
+def save_weights(network: nn.Module, path: str | os.PathLike, provenance: Mapping[str, Any] | None = None) -> None:
+    """Write a network's state dict, bare, as every tool reads it.
+
+    What the tensors do not tell travels in the state dict's own metadata, as plain values: each encoder's architecture,
+    and `provenance` (what it was trained on, and how), with what `initialise` noted on the network.
+    """
+    state = bare(network).state_dict()
+    noted = {**getattr(bare(network), "origin", {}), **(provenance or {})}
+    state._metadata[""]["provenance"] = noted  # type: ignore[attr-defined]  # torch sets it on each
+    save_atomic(state, path)
+
+
+def read_provenance(path: str | os.PathLike) -> dict[str, Any]:
+    """Read what `save_weights` wrote beside the tensors; empty for files of other origin."""
+    return getattr(read_checkpoint(path), "_metadata", {}).get("", {}).get("provenance", {})
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
+    """Load a whole network strictly: a file of `save_weights`, or a published checkpoint of the same network.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is unreadable (see `networks.read_checkpoint`) or was made by another architecture.
+    """
+    state = read_checkpoint(path)
+    hint = "build the network as in training, for instance with --args_file and the run.json beside the checkpoint"
+    if getattr(state, "_metadata", None):
+        try:
+            bare(network).load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        except RuntimeError as error:
+            reasons = [line.strip() for line in str(error).splitlines()[1:]]
+            raise ValueError(
+                f"{path}: made by another architecture ({len(state)} tensors; {reasons[0]}"
+                f" {f'and {len(reasons) - 1} more' if len(reasons) > 1 else ''}); {hint}"
+            ) from None
+        return
+    report = load_pretrained(bare(network), path)
+    if report.left_random:
+        raise ValueError(f"{path}: has no weights for {report.left_random[0]} and maybe others; {hint}")
+
+
+class LoadWeights:
+    """Handler: load a whole network when the engine starts (see `load_weights`)."""
+
+    def __init__(self, network: nn.Module, path: str) -> None:
+        self.network = network
+        self.path = path
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the evaluator."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the weights."""
+        load_weights(self.network, self.path)
+        logger.info("%s: loaded", self.path)
+
+
+class SaveWeights:
+    """Handler: write a network's weights whenever the engine completes an epoch, or when its metric is the best yet.
+
+    Attach it to the trainer (every epoch) or, with `metric`, to the evaluator.
+
+    Args:
+        network: the network; for its encoder alone give `@network.backbone`.
+        path: the file to write.
+        metric: name of an engine's metric; the file is written when it is higher than ever before, and always as
+            long as there was no number yet, such as an AUC of one class alone.
+        provenance: plain values to store in the file.
+        writes: whether this process writes (rank 0).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        path: str,
+        *,
+        metric: str | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        writes: bool = True,
+    ) -> None:
+        self.network = network
+        self.path = path
+        self.metric = metric
+        self.provenance = provenance
+        self.writes = writes
+        self.best: float | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the trainer or the evaluator."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the weights if they are to be kept."""
+        if self.metric is not None:
+            score = float(engine.state.metrics[self.metric])
+            if not (self.best is None or math.isnan(self.best) or score > self.best):
+                return
+            self.best = score
+            logger.info("%s: best %s so far, %.4f", self.path, self.metric, score)
+        if self.writes:
+            save_weights(self.network, self.path, self.provenance)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """Give the best score, for `ResumeRun`."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """Take the best score back."""
+        self.best = state["best"]
+
+
+class ResumeRun:
+    """Handler: keep what a killed run needs to go on from its last whole epoch, and go on.
+
+    Attach it to the trainer, last of the handlers, so that what it writes includes what the others did. The file is
+    removed when the run is finished. It is taken only if its settings equal those of the run that starts: otherwise
+    the run starts afresh and the file is put aside as `<name>.old`.
+
+    Args:
+        path: file for the state, in the run's output folder.
+        objects: what has a `state_dict`: network, optimizer, scheduler, handlers that remember.
+        settings: plain values that make the run what it is.
+        writes: whether this process writes (rank 0); all processes read.
+
+    Raises:
+        ValueError: naming the file, when the run starts and the file is damaged.
+    """
+
+    def __init__(
+        self, path: str, objects: Mapping[str, Any], settings: Mapping[str, Any], *, writes: bool = True
+    ) -> None:
+        self.path = Path(path)
+        self.objects = dict(objects)
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.writes = writes
+        self.put_aside = False
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the trainer."""
+        engine.add_event_handler(Events.STARTED, self.load)
+        if self.writes:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+            engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def load(self, engine: Engine) -> None:
+        """Go on from the file, if there is one for this run."""
+        if not self.path.is_file():
+            return
+        kept = self._read()
+        differ = [
+            f"{name} was {kept['settings'].get(name)!r}, is {self.settings.get(name)!r}"
+            for name in sorted({*kept["settings"], *self.settings})
+            if kept["settings"].get(name) != self.settings.get(name)
+        ]
+        if differ:
+            logger.warning("%s: not resumed, the settings differ (%s); starting afresh", self.path, "; ".join(differ))
+            self.put_aside = True
+            return
+        objects = {name: bare(item) for name, item in self.objects.items()}
+        Checkpoint.load_objects(to_load=objects, checkpoint=kept["objects"])
+        if getattr(engine, "scaler", None) is not None and kept["scaler"]:
+            engine.scaler.load_state_dict(kept["scaler"])
+        engine.state.epoch, engine.state.iteration = kept["epoch"], kept["iteration"]
+        logger.info("%s: resumed after epoch %d of %d", self.path, kept["epoch"], engine.state.max_epochs)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            kept = load_whole(self.path)
+            if {"settings", "epoch", "iteration", "objects", "scaler"} <= kept.keys():
+                return kept
+            reason = "not written by ResumeRun"
+        except Exception as error:  # a damaged pickle may raise anything
+            reason = describe_damage(error)
+        raise ValueError(f"{self.path}: not a whole state of a run ({reason}); delete it to start afresh")
+
+    def save(self, engine: Engine) -> None:
+        """Write the state of the run after a whole epoch."""
+        scaler = getattr(engine, "scaler", None)
+        content = {
+            "settings": self.settings,
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "objects": {name: bare(item).state_dict() for name, item in self.objects.items()},
+            "scaler": scaler.state_dict() if scaler is not None else {},
+        }
+        if self.put_aside:
+            os.replace(self.path, f"{self.path}.old")
+            self.put_aside = False
+        save_atomic(content, self.path)
+
+    def finish(self, engine: Engine) -> None:
+        """Remove the file of a run that came to its end."""
+        self.path.unlink(missing_ok=True)
