@@ -1,13 +1,16 @@
-"""Files that are whole or absent, and folders that are claimed by what made them."""
+"""Files that are whole or absent, tables, and folders that are claimed by what made them."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +96,66 @@ def save_atomic(content: Any, path: str | os.PathLike) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 1) -> None:
+    """Write JSON, whole or not at all; arrays become lists, and paths text."""
+    write_atomic(path, json.dumps(content, indent=indent, default=_plain).encode())
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    """Make a CSV table of rows by column; a value that a row lacks is empty, and one of no column is left out."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write a table (see `to_csv`), whole or not at all."""
+    write_atomic(path, to_csv(rows, columns))
+
+
+def read_csv(path: Path, columns: Sequence[str], *, others: bool = False) -> list[dict[str, str]]:
+    """Read a table of text whose heading has each of `columns` once, and no `others` unless they may be there.
+
+    Raises:
+        ValueError: naming the columns or the line that are wrong, or if the file is no text.
+    """
+    heading, lines = read_lines(path)
+    missing = [name for name in columns if name not in heading]
+    unknown = [name for name in heading if name not in columns and not others]
+    repeated = [name for name, times in Counter(heading).items() if times > 1 and (name in columns or not others)]
+    problems = [
+        f"{kind} {few([repr(n) for n in names])}"
+        for kind, names in (("missing", missing), ("unknown", unknown), ("repeated", repeated))
+        if names
+    ]
+    if problems:
+        near = get_close_matches(missing[0], unknown or heading, 1) if missing else []
+        hint = f"; is {near[0]!r} meant to be {missing[0]!r}?" if near else ""
+        raise ValueError(f"{path}: wrong columns, {', '.join(problems)}{hint}")
+    for number, line in enumerate(lines, 2):
+        if len(line) != len(heading):
+            raise ValueError(f"{path}, line {number}: {len(line)} values for {len(heading)} columns")
+    return [dict(zip(heading, line, strict=True)) for line in lines]
+
+
+def read_lines(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Read the heading and the lines of a CSV file, without empty ones."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in csv.reader(file) if line]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file of text ({error})") from error
+    return (lines[0], lines[1:]) if lines else ([], [])
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """Name the first ones and count the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

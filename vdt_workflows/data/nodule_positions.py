@@ -11,7 +11,8 @@ import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 
-from vdt_workflows.data.nodule_tables import few, read_lines, read_number
+from vdt_workflows.data.nodule_tables import read_number
+from vdt_workflows.files import few, read_lines
 
 CROPS = (".npz", ".nii", ".nii.gz")
 MILLIMETRES, LUNA, VOXELS = ("x_mm", "y_mm", "z_mm"), ("coordX", "coordY", "coordZ"), ("column", "row", "slice")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from vdt_workflows.files import few, read_csv
 
 Nodule = dict[str, Any]
 
@@ -62,46 +62,6 @@ def read_nodules(root: Path, table: Path | None = None) -> list[Nodule]:
         raise ValueError(f"{source}: {few(repeated)} listed more than once; expected one row a nodule")
     _check_files(nodules, source)
     return nodules
-
-
-def read_csv(path: Path, columns: Sequence[str], *, others: bool = False) -> list[dict[str, str]]:
-    """Read a table of text whose heading has each of `columns` once, and no `others` unless they may be there.
-
-    Raises:
-        ValueError: naming the columns or the line that are wrong, or if the file is no text.
-    """
-    heading, lines = read_lines(path)
-    missing = [name for name in columns if name not in heading]
-    unknown = [name for name in heading if name not in columns and not others]
-    repeated = [name for name, times in Counter(heading).items() if times > 1 and (name in columns or not others)]
-    problems = [
-        f"{kind} {few([repr(n) for n in names])}"
-        for kind, names in (("missing", missing), ("unknown", unknown), ("repeated", repeated))
-        if names
-    ]
-    if problems:
-        near = get_close_matches(missing[0], unknown or heading, 1) if missing else []
-        hint = f"; is {near[0]!r} meant to be {missing[0]!r}?" if near else ""
-        raise ValueError(f"{path}: wrong columns, {', '.join(problems)}{hint}")
-    for number, line in enumerate(lines, 2):
-        if len(line) != len(heading):
-            raise ValueError(f"{path}, line {number}: {len(line)} values for {len(heading)} columns")
-    return [dict(zip(heading, line, strict=True)) for line in lines]
-
-
-def read_lines(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Read the heading and the lines of a CSV file, without empty ones."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV file of text ({error})") from error
-    return (lines[0], lines[1:]) if lines else ([], [])
-
-
-def few(names: Sequence[str], most: int = 5) -> str:
-    """Name the first ones and count the others."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def read_number(text: str, column: str, place: str, low: float = 0, high: float = float("inf")) -> float:

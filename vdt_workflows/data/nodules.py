@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from ignite.engine import Engine, Events
 
-from vdt_workflows.data.nodule_tables import Nodule, few, read_lines, read_nodules
-from vdt_workflows.files import write_atomic
+from vdt_workflows.data.nodule_tables import Nodule, read_nodules
+from vdt_workflows.files import few, read_lines, write_atomic
 
 logger = logging.getLogger(__name__)
 
