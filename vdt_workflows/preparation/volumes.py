@@ -16,9 +16,10 @@ from nibabel.affines import obliquity
 from nibabel.spatialimages import SpatialImage
 
 from vdt_workflows.data.headers import check_same_grid, check_voxel_size, grid_difference, read_header, voxel_size
+from vdt_workflows.drawing import cut_planes, find_centre
 from vdt_workflows.files import write_atomic
 from vdt_workflows.parallel import run_parallel
-from vdt_workflows.preparation.case_sheets import central_slices, draw_case
+from vdt_workflows.preparation.case_sheets import draw_case
 from vdt_workflows.preparation.placing import label_bytes, place_file, with_affine
 from vdt_workflows.preparation.stored_files import StoredFile
 from vdt_workflows.preparation.voxels import count_labels, intensity_range, read_labels, read_voxels, scaled, translate
@@ -187,7 +188,9 @@ def _prepare(case: SourceCase, label_source: StoredFile, folder: Path, rules: Ca
     if not (counts[1:].any() or rules.empty):
         raise ValueError(f"{files['label']}: no voxel is labelled; expected some foreground")
 
-    slices = [(scaled(image, values), *others) for values, *others in central_slices(voxels, labels, affine)]
+    centre = find_centre(labels)
+    planes = [plane._replace(values=scaled(image, plane.values)) for plane in cut_planes(voxels, affine, centre)]
+    labelled = cut_planes(labels, affine, centre)
     size = voxel_size(image if affine is image.affine else label)
     dtype = label.get_data_dtype()
     anew = renumbered or dtype.kind == "f"
@@ -222,7 +225,7 @@ def _prepare(case: SourceCase, label_source: StoredFile, folder: Path, rules: Ca
             place_file(file, target, copy=rules.copy, moves=stage in file.parents)
     details = "{} x {} x {}, {:.3g} x {:.3g} x {:.3g} mm, {}".format(*image.shape[:3], *size, record["orientation"])
     window = WINDOW if rules.hounsfield else None
-    write_atomic(folder / picture_of(record), draw_case(case.name, details, slices, window))
+    write_atomic(folder / picture_of(record), draw_case(case.name, details, planes, labelled, window))
     return record
 
 
