@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.metrics.utils import get_edge_surface_distance
+from scipy.ndimage import find_objects
 
 from vdt_transforms import RestoreGrid
-from vdt_workflows.files import write_atomic
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from vdt_workflows.drawing import Plane, cut_planes, draw_planes, draw_sheet, draw_tile, find_centre, to_png
+from vdt_workflows.files import write_atomic, write_csv, write_json
 
 logger = logging.getLogger(__name__)
 SMOOTH = 1e-5  # of the published pooled Dice
-PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
+Planes = list[Plane]
 
 
 @dataclass
@@ -82,8 +78,6 @@ def score_organs(
     """
     if pred.shape != label.shape:
         raise ValueError(f"{case}: prediction {pred.shape} and label {label.shape} must have the same shape")
-    from scipy.ndimage import find_objects  # comes with scikit-image, and only evaluation needs it
-
     count = len(label_names) - 1
     boxes = [find_objects(volume.astype(np.int32, copy=False), count) for volume in (pred, label)]
     ml = float(np.prod(spacing)) / 1000
@@ -164,21 +158,12 @@ def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
     return {"mean": mean, "sd": float(known.std(ddof=1)) if len(known) > 1 else math.nan, "n": len(known)}
 
 
-@dataclass
-class _Shown:
-    """What the picture of a case needs: for each plane the image, label and prediction, and the sizes of a pixel."""
-
-    case: str
-    planes: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]] = field(default_factory=dict)
-
-
 class CaseScores:
     """Handler: score each case of an evaluation, on the grid of its own label, and write what was found.
 
     Into the folder go `cases.csv` (a row for each case and organ), `scores.json` (the engine's metrics, the notes, and
-    what `summarise` gives), `scores.png` (the spread of each organ's Dice and distances) and `examples.png` (the worst,
-    the median and the best case in three planes: the label as a line, the prediction as a shade). Processes share
-    their cases.
+    what `summarise` gives), `scores.png` (the spread of each organ's Dice and distances) and `examples.png` (see
+    `draw_examples`). Cases of all processes are gathered.
 
     Args:
         folder: where the files go.
@@ -203,7 +188,7 @@ class CaseScores:
         self.surfaces = surfaces
         self.writes = writes
         self.scores: list[OrganScore] = []
-        self.shown: list[_Shown] = []
+        self.shown: dict[str, tuple[Planes, Planes, Planes]] = {}
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluator."""
@@ -212,32 +197,34 @@ class CaseScores:
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _begin(self, engine: Engine) -> None:
-        self.scores, self.shown = [], []
+        self.scores, self.shown = [], {}
 
     def _score(self, engine: Engine) -> None:
         for item in engine.state.output:
             image, label, pred = item["image"], item["label"], item["pred"]
-            name = Path(str(image.meta.get("filename_or_obj", f"case {len(self.shown)}"))).name
+            name = str(image.meta.get("filename_or_obj", f"case {len(self.shown)}"))
             spacing = np.asarray(label.pixdim).tolist()
             found, true = (np.asarray(v.as_tensor().cpu()[0]).round().astype(np.uint8) for v in (pred, label))
             self.scores += score_organs(found, true, self.label_names, spacing, name, self.surfaces)
-            self.shown.append(_central_planes(name, image, found, true, spacing))
+            self.shown[name] = _central_planes(image, true, found)
 
     def _write(self, engine: Engine) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (self.scores, self.shown))
-            # Where there are fewer cases than processes, all of them score all cases.
-            self.scores = list({(s.case, s.organ): s for scores, _ in parts for s in scores}.values())
-            self.shown = list({s.case: s for _, shown in parts for s in shown}.values())
-        self.scores.sort(key=lambda s: (s.case, self.label_names.index(s.organ)))
-        summary = summarise(self.scores, self.label_names)
+        parts = idist.all_gather((self.scores, self.shown))
         if not self.writes:
             return
-        write_atomic(self.folder / "cases.csv", _as_csv(self.scores))
+        # Where there are fewer cases than processes, all of them score all cases.
+        scores = {(s.case, s.organ): s for part, _ in parts for s in part}
+        shown = {path: planes for _, part in parts for path, planes in part.items()}
+        names = {path: Path(path).name for path in shown}
+        if len(set(names.values())) < len(names):  # files of one name in several folders
+            names = {path: path for path in names}
+        self.scores = [replace(s, case=names[s.case]) for s in scores.values()]
+        self.scores.sort(key=lambda s: (s.case, self.label_names.index(s.organ)))
+        self.shown = {names[path]: planes for path, planes in shown.items()}
+        summary = summarise(self.scores, self.label_names)
+        write_csv(self.folder / "cases.csv", [_row(s) for s in self.scores], [f.name for f in fields(OrganScore)])
         metrics = {name: torch.as_tensor(value).tolist() for name, value in engine.state.metrics.items()}
-        record = {**metrics, **summary, "_run_": self.notes}
-        write_atomic(self.folder / "scores.json", json.dumps(_finite(record), indent=2, default=str).encode())
+        write_json(self.folder / "scores.json", _finite({**metrics, **summary, "_run_": self.notes}))
         write_atomic(self.folder / "scores.png", draw_scores(self.scores, self.label_names))
         write_atomic(self.folder / "examples.png", draw_examples(self.shown, self.scores, self.label_names))
         for line in _as_table(summary).splitlines():
@@ -245,14 +232,10 @@ class CaseScores:
         logger.info("cases.csv, scores.json, scores.png and examples.png in %s", self.folder)
 
 
-def _as_csv(scores: Sequence[OrganScore]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(OrganScore.__dataclass_fields__))
-    writer.writeheader()
-    for score in scores:
-        row = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(score).items()}
-        writer.writerow({k: "" if v == "nan" else v for k, v in row.items()})
-    return text.getvalue().encode()
+def _row(score: OrganScore) -> dict[str, Any]:
+    """Round the numbers, and leave empty what there is not."""
+    row = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in asdict(score).items()}
+    return {name: "" if value == "nan" else value for name, value in row.items()}
 
 
 def _finite(value: Any) -> Any:
@@ -282,39 +265,14 @@ def _with_spread(value: Mapping[str, float], digits: int) -> str:
     return f"{value['mean']:.{digits}f}{spread}"
 
 
-def _central_planes(
-    case: str, image: MetaTensor, pred: np.ndarray, label: np.ndarray, spacing: Sequence[float]
-) -> _Shown:
-    """Cut the case where its organs are, in the three planes of the body, as a radiologist looks at it."""
+def _central_planes(image: MetaTensor, label: np.ndarray, pred: np.ndarray) -> tuple[Planes, Planes, Planes]:
+    """Cut the image, the label and the prediction where most of the organs is, on the grid of the file."""
     values = image.as_tensor()
     low, high = np.percentile(values.flatten()[:: max(values.numel() // 100_000, 1)].float().cpu().numpy(), (1, 99))
     grey = ((values - low) / max(high - low, 1e-6)).clamp(0, 1).mul(255).to(torch.uint8)
-    restored = RestoreGrid()(MetaTensor(grey, affine=image.affine), image)
-    affine = np.asarray(image.meta["original_affine"])
-    volumes, sizes = _to_body_axes([np.asarray(restored)[0], label, pred], affine, spacing)
-    organs = volumes[1] > 0 if volumes[1].any() else volumes[2] > 0
-    shown = _Shown(case)
-    for plane, axis in PLANES.items():
-        others = tuple(a for a in range(3) if a != axis)
-        counts = organs.sum(axis=others)
-        place = int(counts.argmax()) if counts.any() else organs.shape[axis] // 2
-        cut = [np.take(v, place, axis=axis).T[::-1].copy() for v in volumes]  # rows: head or front on top
-        shown.planes[plane] = (*cut, float(sizes[others[1]] / sizes[others[0]]))
-    return shown
-
-
-def _to_body_axes(
-    volumes: list[np.ndarray], affine: np.ndarray, spacing: Sequence[float]
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Turn volumes to axes that run to the left, the front and the head (the viewer faces the patient)."""
-    import nibabel as nib
-
-    order = nib.io_orientation(affine)
-    wanted = nib.orientations.ornt_transform(order, nib.orientations.axcodes2ornt("LAS"))
-    turned = [nib.orientations.apply_orientation(volume, wanted) for volume in volumes]
-    sizes = np.empty(3)
-    sizes[wanted[:, 0].astype(int)] = spacing
-    return turned, sizes
+    restored = np.asarray(RestoreGrid()(MetaTensor(grey, affine=image.affine), image))[0]
+    affine, centre = np.asarray(image.meta["original_affine"]), find_centre(label) or find_centre(pred)
+    return tuple(cut_planes(volume, affine, centre) for volume in (restored, label, pred))  # type: ignore[return-value]
 
 
 def draw_scores(scores: Sequence[OrganScore], label_names: Sequence[str]) -> bytes:
@@ -333,6 +291,8 @@ def draw_scores(scores: Sequence[OrganScore], label_names: Sequence[str]) -> byt
             spread = np.linspace(-0.15, 0.15, len(own)) if len(own) > 1 else [0.0]
             axes.plot(place + np.asarray(spread[: len(own)]), own, "o", markersize=3, alpha=0.6, color="tab:blue")
         axes.set_ylabel(title)
+        for name_of_organ in axes.get_xticklabels():
+            name_of_organ.set_parse_math(False)
         axes.tick_params(axis="x", rotation=30 if len(organs) > 3 else 0)
         axes.grid(axis="y", alpha=0.3)
         if name == "dice":
@@ -341,48 +301,28 @@ def draw_scores(scores: Sequence[OrganScore], label_names: Sequence[str]) -> byt
             axes.set_ylim(bottom=0)
     cases = len({s.case for s in scores})
     figure.suptitle(f"{cases} case{'s' * (cases != 1)}, a point each; boxes are quartiles")
-    return _png(figure)
+    return to_png(figure, dpi=110)
 
 
-def draw_examples(shown: Sequence[_Shown], scores: Sequence[OrganScore], label_names: Sequence[str]) -> bytes:
-    """Draw the worst, the median and the best case in three planes, as a PNG."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+def draw_examples(
+    shown: Mapping[str, tuple[Planes, Planes, Planes]], scores: Sequence[OrganScore], label_names: Sequence[str]
+) -> bytes:
+    """Draw the worst, the median and the best case, as a PNG: the label as a line, the prediction as a shade.
 
+    Args:
+        shown: by case, the planes of the image (0 to 255), of the label and of the prediction.
+        scores: of all cases.
+        label_names: by label value, the background first.
+    """
     means = case_means(scores)
-    ranked = sorted(shown, key=lambda s: -1.0 if math.isnan(means[s.case]) else means[s.case])
-    ranks = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
-    if len(shown) == 1:
-        ranks = {"the only case": shown[0]}
-    chosen = {case.case: (rank, case) for rank, case in ranks.items()}  # of two cases each comes once
-    colours = colormaps["tab20" if len(label_names) > 11 else "tab10"].colors  # type: ignore[attr-defined]
-    figure = Figure(figsize=(12, 4.1 * len(chosen) + 0.8), layout="constrained")
-    grid = figure.subplots(len(chosen), len(PLANES), squeeze=False)
-    for row, (rank, case) in zip(grid, reversed(chosen.values()), strict=True):
-        for axes, (plane, (grey, label, pred, aspect)) in zip(row, case.planes.items(), strict=True):
-            axes.imshow(grey, cmap="gray", vmin=0, vmax=255, aspect=aspect)
-            shade = np.zeros((*pred.shape, 4))
-            for value in range(1, len(label_names)):
-                colour = colours[(value - 1) % len(colours)]
-                shade[pred == value] = (*colour, 0.45)
-                if (label == value).any():
-                    axes.contour(label == value, [0.5], colors=[colour], linewidths=1.2)
-            axes.imshow(shade, aspect=aspect, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            title = f"{rank}: {case.case}, Dice {means[case.case]:.3f}" if plane == "axial" else plane
-            axes.set_title(title, fontsize="medium")
-    handles = [Line2D([], [], color=colours[i % len(colours)], lw=3, label=n) for i, n in enumerate(label_names[1:])]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), fontsize="small")
-    figure.suptitle("line: label; shade: prediction; patient's right on the viewer's left", fontsize="medium")
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
+    ranked = sorted(shown, key=lambda case: -1.0 if math.isnan(means[case]) else means[case])
+    ranks = {ranked[-1]: "best", ranked[len(ranked) // 2]: "median", ranked[0]: "worst"}  # of two cases each comes once
+    if len(ranked) == 1:
+        ranks = {ranked[0]: "the only case"}
+    tiles = []
+    for case, rank in reversed(ranks.items()):
+        image, label, pred = shown[case]
+        picture = draw_planes(image, pred, label, window=(0, 255), panel=400)
+        tiles.append(draw_tile(picture, f"{rank}: {case}, Dice {means[case]:.3f}"))
+    legend = dict(enumerate(label_names[1:], 1))
+    return to_png(draw_sheet(tiles, "line: label; shade: prediction", legend, columns=1))
