@@ -22,12 +22,12 @@ _NAMES = {
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],
     "training.schedules": ["polynomial_rate"],
     "training.validation": ["ValidateEpochs"],
+    "evaluation.classification": ["ReportNodules", "SaveMalignancy"],
     "evaluation.detection_report": ["DetectionReport", "DetectionScores"],
     "evaluation.dicom_seg": ["SaveDicomSegd", "writes_dicom"],
     "evaluation.inference": ["SlabInferer"],
-    "evaluation.lesions": ["SaveLesions", "list_scans", "unbatch_lesions"],
-    "evaluation.nodule_reports": ["ReportNodules", "SaveMalignancy"],
-    "evaluation.outputs": ["SavePredictions", "list_images"],
+    "evaluation.lesions": ["list_scans"],
+    "evaluation.outputs": ["SaveLesions", "SavePredictions", "list_images", "unbatch_lesions"],
     "evaluation.segmentation": ["CaseScores"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

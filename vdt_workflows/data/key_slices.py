@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vdt_workflows.evaluation.detection import KeySlice
-
 logger = logging.getLogger(__name__)
 
 NOISY = ("ignore", "drop", "keep")
@@ -124,14 +122,3 @@ def prepare_key_slices(
 def add_losses(losses: Mapping[str, Tensor], labels: Any = None) -> Tensor:
     """Add up what the detector returns in training: the `loss_function` of MONAI's trainer."""
     return torch.stack(list(losses.values())).sum()
-
-
-def as_key_slices(predictions: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[KeySlice]:
-    """Bring detections (N, 100, 6) back to the pixels of their files, beside what is there."""
-    rows = predictions.detach().cpu().numpy()
-    slices = []
-    for found, label in zip(rows, labels, strict=True):
-        found = found[found[:, 5] > 0]
-        boxes = found[:, :4] / np.tile(np.asarray(label["scale"], float), 2)
-        slices.append(KeySlice(boxes, found[:, 4], **label["truth"]))
-    return slices

@@ -1,16 +1,25 @@
-"""How well scores tell two classes apart: figures with an interval by patient, the ROC curve and calibration."""
+"""Benign against malignant: figures with an interval by patient, ROC curve, calibration, and what a run reports."""
 
 from __future__ import annotations
 
-import io
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
+from ignite.engine import Engine, Events
+
+from vdt_workflows.drawing import Plane, cut_planes, draw_planes, draw_sheet, draw_tile, to_png
+from vdt_workflows.files import write_atomic, write_csv, write_json
+
+logger = logging.getLogger(__name__)
 
 RESAMPLES = 2000
 BINS = 10
+DRAWN = 60  # crops in the picture
 
 
 def score_binary(
@@ -24,14 +33,14 @@ def score_binary(
 ) -> dict[str, Any]:
     """Score probabilities of the class 1 against labels.
 
-    A figure that is undefined, such as the precision where nothing is called positive, is None.
+    A figure that is undefined, such as the precision where nothing is predicted positive, is None.
 
     Args:
         labels: 0 or 1, both present.
         scores: probability of 1, from 0 to 1.
         patients: who each one is of. The interval of the AUC comes from drawing patients with replacement, since the
             nodules of one patient are not independent.
-        threshold: scores from here on are called 1.
+        threshold: scores from here on count as class 1.
         resamples: draws for the interval.
         seed: seed of the draws.
 
@@ -48,8 +57,8 @@ def score_binary(
         raise ValueError(f"scores need both classes, got {int(y.sum())} of class 1 among {len(y)}")
     if not np.all((p >= 0) & (p <= 1)):
         raise ValueError(f"scores must be probabilities from 0 to 1, got {p.min():g} to {p.max():g}")
-    called = p >= threshold
-    tp, fp = int((called & (y == 1)).sum()), int((called & (y == 0)).sum())
+    positive = p >= threshold
+    tp, fp = int((positive & (y == 1)).sum()), int((positive & (y == 0)).sum())
     fn, tn = int(y.sum()) - tp, int((y == 0).sum()) - fp
     sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
     low, high = auc_interval(y, p, patients, resamples=resamples, seed=seed)
@@ -122,7 +131,7 @@ def draw_roc(labels: np.ndarray, scores: np.ndarray, figures: Mapping[str, Any],
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", label="chance 0.500")
     shown: list[tuple[float, float]] = []
     for wanted in (figures["threshold"], 0.1, 0.3, 0.5, 0.7, 0.9):
-        at = int(np.flatnonzero(thresholds >= wanted)[-1])  # the lowest score that is still called 1
+        at = int(np.flatnonzero(thresholds >= wanted)[-1])  # the lowest score that still counts as 1
         place = (float(false[at]), float(true[at]))
         if any(np.hypot(place[0] - x, place[1] - y) < 0.05 for x, y in shown):
             continue  # the labels would lie on each other
@@ -135,7 +144,7 @@ def draw_roc(labels: np.ndarray, scores: np.ndarray, figures: Mapping[str, Any],
     axes.set_xlabel("1 - specificity")
     axes.set_ylabel("sensitivity")
     axes.legend(loc="lower right", fontsize="small", title="dots: thresholds of the score", title_fontsize="small")
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_reliability(labels: np.ndarray, scores: np.ndarray, figures: Mapping[str, Any], title: str = "") -> bytes:
@@ -150,15 +159,13 @@ def draw_reliability(labels: np.ndarray, scores: np.ndarray, figures: Mapping[st
     axes.set_xlabel("mean score of the bin")
     axes.set_ylabel("part that is malignant")
     axes.legend(loc="upper left", fontsize="small", title="numbers: nodules in the bin", title_fontsize="small")
-    return _png(figure)
+    return to_png(figure)
 
 
 def _square(title: str) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that only a run that draws pays
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # half a second that only a run that draws pays
 
     figure = Figure(figsize=(5.4, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), aspect="equal")
     axes.grid(alpha=0.3)
@@ -166,7 +173,134 @@ def _square(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
-    png = io.BytesIO()
-    figure.canvas.print_png(png)
-    return png.getvalue()
+class ReportNodules:
+    """Handler: report an evaluation of benign against malignant.
+
+    Writes `scores.json` (the engine's metrics and those of `score_binary`, with the notes), `predictions.csv` (each
+    nodule's patient, label and score), `roc.png` and `reliability.png`. With several processes each needs the handler,
+    and the first writes for all.
+
+    The batches need `nodule_id`, `patient_id` and `label`, and the evaluator's output the probabilities under `pred`.
+
+    Args:
+        folder: where the files go.
+        threshold: scores from here on count as malignant.
+        notes: plain values for the record: checkpoint, protocol, label rule, split.
+        title: heading of the pictures.
+        writes: whether this process writes (rank 0).
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        threshold: float = 0.5,
+        notes: Mapping[str, Any] | None = None,
+        title: str = "",
+        writes: bool = True,
+    ) -> None:
+        self.folder = Path(folder)
+        self.threshold = threshold
+        self.notes = notes or {}
+        self.title = title
+        self.writes = writes
+        self.found: dict[str, tuple[str, int, float]] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the evaluator."""
+        engine.add_event_handler(Events.STARTED, lambda engine: self.found.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _collect(self, engine: Engine) -> None:
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
+            score = float(output["pred"][1])
+            self.found[item["nodule_id"]] = (item["patient_id"], int(item["label"]), score)
+
+    def _write(self, engine: Engine) -> None:
+        found = {name: nodule for part in idist.all_gather(self.found) for name, nodule in part.items()}
+        if not self.writes:
+            return
+        names = sorted(found)
+        patients, labels, scores = zip(*(found[name] for name in names), strict=True)
+        figures = score_binary(labels, scores, patients, threshold=self.threshold)
+        engine_scores = {name: torch.as_tensor(value).tolist() for name, value in engine.state.metrics.items()}
+        write_json(self.folder / "scores.json", {**engine_scores, **figures, "_run_": self.notes})
+        columns = ["nodule_id", "patient_id", "label", "score", "called"]
+        called = [int(score >= self.threshold) for score in scores]
+        rows = zip(names, patients, labels, [f"{score:.6f}" for score in scores], called, strict=True)
+        write_csv(self.folder / "predictions.csv", [dict(zip(columns, row, strict=True)) for row in rows], columns)
+        y, p = np.array(labels), np.array(scores)
+        write_atomic(self.folder / "roc.png", draw_roc(y, p, figures, self.title))
+        write_atomic(self.folder / "reliability.png", draw_reliability(y, p, figures, self.title))
+        low, high = figures["auc_interval_95"]
+        logger.info(
+            "%s: AUC %.3f (%.3f to %.3f), accuracy %.3f (the more frequent class alone: %.3f), balanced accuracy %.3f,"
+            " sensitivity %.3f, specificity %.3f, calibration error %.3f; %d nodules of %d patients; written to %s",
+            *(self.title or "evaluation", figures["auc"], low, high, figures["accuracy"], figures["majority_accuracy"]),
+            *(figures["balanced_accuracy"], figures["sensitivity"], figures["specificity"], figures["ece"]),
+            *(figures["count"], figures["patients"], self.folder),
+        )
+
+
+class SaveMalignancy:
+    """Handler: write the probability that each nodule is malignant, and draw the crops that the network was given.
+
+    Writes `malignancy.json`, `malignancy.csv` and `crops.png` (three planes of each crop). The batches need the crops
+    under `image` and their `position` in mm, and may have a `nodule_id`; the evaluator's output needs the probabilities
+    under `pred`.
+
+    Args:
+        folder: where the files go.
+        class_names: of benign and malignant.
+        threshold: scores from here on count as malignant.
+        shown: values of the crop that are drawn black and white.
+        notes: plain values for the record.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        class_names: Sequence[str],
+        *,
+        threshold: float = 0.5,
+        shown: tuple[float, float] = (0.0, 1.0),
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.class_names = class_names
+        self.threshold = threshold
+        self.shown = shown
+        self.notes = notes or {}
+        self.found: list[dict[str, Any]] = []
+        self.crops: list[list[Plane]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _collect(self, engine: Engine) -> None:
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
+            score = float(output["pred"][1])
+            file = str(item["image"].meta["filename_or_obj"])
+            x, y, z = (round(float(value), 2) for value in item["position"])
+            called = self.class_names[int(score >= self.threshold)]
+            name = item.get("nodule_id", Path(file).name.split(".")[0])
+            place = {"x_mm": x, "y_mm": y, "z_mm": z}
+            self.found.append({"image": file, "nodule_id": name, **place, "malignancy": score, "class": called})
+            if len(self.crops) < DRAWN:
+                self.crops.append(cut_planes(item["image"].cpu().numpy()[0], item["image"].affine))
+
+    def _write(self, engine: Engine) -> None:
+        content = {"nodules": self.found, "threshold": self.threshold, "_run_": self.notes}
+        write_json(self.folder / "malignancy.json", content)
+        write_csv(self.folder / "malignancy.csv", self.found, list(self.found[0]))
+        titles = [f"{nodule['nodule_id']}: {nodule['class']} {nodule['malignancy']:.2f}" for nodule in self.found]
+        pictures = [draw_planes(planes, window=self.shown, panel=150) for planes in self.crops]
+        tiles = [draw_tile(picture, title) for picture, title in zip(pictures, titles, strict=False)]
+        write_atomic(self.folder / "crops.png", to_png(draw_sheet(tiles, "axial, coronal, sagittal", columns=3)))
+        more = f" (the first {DRAWN} drawn)" if len(self.found) > DRAWN else ""
+        for nodule, title in zip(self.found[:DRAWN], titles, strict=False):
+            logger.info("%s at (%s, %s, %s) mm", title, nodule["x_mm"], nodule["y_mm"], nodule["z_mm"])
+        logger.info("%d nodules: malignancy.json, .csv and crops.png%s in %s", len(self.found), more, self.folder)

@@ -5,12 +5,13 @@ Pure functions on NumPy arrays. Boxes are (x1, y1, x2, y2) with widths x2 - x1; 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from vdt_workflows.drawing import to_png
 
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # false positives per image
 PUBLISHED_RATES = (0.5, 1.0, 2.0, 4.0)  # of the mean that papers give
@@ -319,8 +320,7 @@ def score_detections(slices: Sequence[KeySlice], *, intervals: int = 0, seed: in
 
 def draw_froc(curves: Mapping[str, Froc], title: str = "") -> bytes:
     """Draw sensitivity against false positives per image, on a logarithmic axis from 1/8 to 16, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that only a run that draws pays
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # half a second that only a run that draws pays
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -342,6 +342,4 @@ def draw_froc(curves: Mapping[str, Froc], title: str = "") -> bytes:
     if curves:
         axes.legend(loc="lower right", fontsize="small")
     figure.suptitle(title, parse_math=False)
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    return png.getvalue()
+    return to_png(figure)

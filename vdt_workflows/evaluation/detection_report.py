@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
+from torch import Tensor
 
-from vdt_workflows.data.key_slices import as_key_slices
+from vdt_workflows.drawing import to_png
 from vdt_workflows.evaluation.detection import (
     RULES,
     KeySlice,
@@ -24,19 +23,20 @@ from vdt_workflows.evaluation.detection import (
     froc,
     score_detections,
 )
-from vdt_workflows.files import write_atomic
+from vdt_workflows.files import write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 
 
-def _gathered(slices: list[KeySlice]) -> list[KeySlice]:
-    """The key slices of all processes, in the order of the processes."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
-        return slices
-    parts: list[list[KeySlice]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(parts, slices)
-    return [slice_ for part in parts for slice_ in part]
+def as_key_slices(predictions: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[KeySlice]:
+    """Bring detections (N, 100, 6) back to the pixels of their files, beside what is there."""
+    rows = predictions.detach().cpu().numpy()
+    slices = []
+    for found, label in zip(rows, labels, strict=True):
+        found = found[found[:, 5] > 0]
+        boxes = found[:, :4] / np.tile(np.asarray(label["scale"], float), 2)
+        slices.append(KeySlice(boxes, found[:, 4], **label["truth"]))
+    return slices
 
 
 class DetectionScores(Metric):
@@ -46,7 +46,7 @@ class DetectionScores(Metric):
     ending, the evaluator's metrics also get the sensitivities at the single rates and COCO's average precision.
 
     Args:
-        rule: "lenient", as published, or "strict" (see `detection_scores.Matches`).
+        rule: "lenient", as published, or "strict" (see `detection.Matches.judge`).
 
     Attributes:
         slices: what was scored, of all processes, once the evaluation is complete.
@@ -63,13 +63,13 @@ class DetectionScores(Metric):
         """Forget what was scored."""
         self.slices = []
 
-    def update(self, output: tuple[torch.Tensor, Sequence[Mapping[str, Any]]]) -> None:
+    def update(self, output: tuple[Tensor, Sequence[Mapping[str, Any]]]) -> None:
         """Take a batch of detections and labels."""
         self.slices += as_key_slices(*output)
 
     def compute(self) -> float:
         """Score all slices of all processes."""
-        self.slices = _gathered(self.slices)
+        self.slices = [slice_ for part in idist.all_gather(self.slices) for slice_ in part]
         return froc(self.slices, self.rule).scores()["mean_sensitivity_0.5_to_4"]
 
     def completed(self, engine: Engine, name: str) -> None:
@@ -85,7 +85,7 @@ class DetectionReport:
     """Handler: write what an evaluation found.
 
     - `detections.json`: boxes and scores of each slice, in pixels of its file
-    - `scores.json`: everything that `score_detections` knows, with what was scored
+    - `scores.json`: what `score_detections` gives, with the notes
     - `froc.png`: the curve by both rules
     - `slices/*.png`: key slices with lesions found and missed and false positives, at the threshold of one false
       positive per image
@@ -140,11 +140,11 @@ class DetectionReport:
         slices = self.scores.slices
         values = {name: float(value) for name, value in engine.state.metrics.items()}
         scored = {**values, **score_detections(slices, intervals=self.intervals), "_run_": dict(self.notes)}
-        write_atomic(self.folder / "scores.json", json.dumps(scored, indent=2).encode())
+        write_json(self.folder / "scores.json", scored)
         listed = [
             {"image": s.name, "boxes": s.boxes.round(2).tolist(), "scores": s.scores.round(6).tolist()} for s in slices
         ]
-        write_atomic(self.folder / "detections.json", json.dumps(listed).encode())
+        write_json(self.folder / "detections.json", listed, indent=None)
         curves = {rule: froc(slices, rule) for rule in RULES}
         write_atomic(self.folder / "froc.png", draw_froc(curves, f"{len(slices)} key slices"))
         curve = curves["lenient"]
@@ -167,8 +167,7 @@ def draw_slice(pixels: np.ndarray, scale: np.ndarray, slice_: KeySlice, threshol
     Lesions: green where found, orange where missed, grey where ignored. Detections: blue with their score, red where
     they overlap no lesion.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that only a run that draws pays
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # half a second that only a run that draws pays
     from matplotlib.patches import Rectangle
 
     width, height = pixels.shape / scale
@@ -193,6 +192,4 @@ def draw_slice(pixels: np.ndarray, scale: np.ndarray, slice_: KeySlice, threshol
     axes.set_title(f"{slice_.name}\nmissed {missed} of {int((~slice_.ignored).sum())}, false {false}, "
                    f"from score {threshold:.2f}", fontsize=8, parse_math=False)  # fmt: skip
     axes.set_axis_off()
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    return png.getvalue()
+    return to_png(figure)

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from tests.support.bundle_runs import BASE, ROOT, TINY, config_files
-from vdt_workflows.data.key_slices import add_losses, as_key_slices, collate_key_slices, prepare_key_slices
-from vdt_workflows.evaluation.detection_report import DetectionReport, DetectionScores
+from vdt_workflows.data.key_slices import add_losses, collate_key_slices, prepare_key_slices
+from vdt_workflows.evaluation.detection_report import DetectionReport, DetectionScores, as_key_slices
 from vdt_workflows.training.optimisation import ClipGradients, StepSchedule, warm_up
 
 BUNDLE = ROOT / "bundles" / "deeplesion_lesion_detection"

@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
-from vdt_workflows.evaluation.lesions import SaveLesions
+from vdt_workflows.evaluation.outputs import SaveLesions
 
 
 def save(tmp_path, affine, axes="LPI", boxes=((1.0, 2, 3, 3, 6, 9),)):
