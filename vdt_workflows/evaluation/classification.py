@@ -178,7 +178,7 @@ class ReportNodules:
 
     Writes `scores.json` (the engine's metrics and those of `score_binary`, with the notes), `predictions.csv` (each
     nodule's patient, label and score), `roc.png` and `reliability.png`. With several processes each needs the handler,
-    and the first writes for all.
+    and the first one writes for all.
 
     The batches need `nodule_id`, `patient_id` and `label`, and the evaluator's output the probabilities under `pred`.
 
@@ -187,7 +187,6 @@ class ReportNodules:
         threshold: scores from here on count as malignant.
         notes: plain values for the record: checkpoint, protocol, label rule, split.
         title: heading of the pictures.
-        writes: whether this process writes (rank 0).
     """
 
     def __init__(
@@ -197,13 +196,11 @@ class ReportNodules:
         threshold: float = 0.5,
         notes: Mapping[str, Any] | None = None,
         title: str = "",
-        writes: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self.threshold = threshold
         self.notes = notes or {}
         self.title = title
-        self.writes = writes
         self.found: dict[str, tuple[str, int, float]] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -219,7 +216,7 @@ class ReportNodules:
 
     def _write(self, engine: Engine) -> None:
         found = {name: nodule for part in idist.all_gather(self.found) for name, nodule in part.items()}
-        if not self.writes:
+        if idist.get_rank() > 0:
             return
         names = sorted(found)
         patients, labels, scores = zip(*(found[name] for name in names), strict=True)

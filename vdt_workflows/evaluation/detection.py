@@ -157,7 +157,7 @@ class Matches:
         self.last = np.flatnonzero(np.diff(self.scores, append=-np.inf))  # detection of each score
 
     def judge(self, counted: np.ndarray, rule: str = "lenient") -> tuple[np.ndarray, np.ndarray]:
-        """Tell for each detection how many lesions it finds, and whether it is a false positive.
+        """Count for each detection how many lesions it finds, and decide whether it is a false positive.
 
         "lenient" is the published rule: a detection finds every lesion that it overlaps and that was not found before;
         one that overlaps found lesions alone is neither. "strict" is one-to-one, as in COCO: a detection finds the free
@@ -191,7 +191,7 @@ class Matches:
     def curve(
         self, judged: tuple[np.ndarray, np.ndarray], counted: np.ndarray, weights: np.ndarray | None = None
     ) -> Froc:
-        """Draw up the curve of what `judge` gave; `weights` (images,) tell how often each image counts."""
+        """Compute the curve from what `judge` gave; `weights` (images,) are how often each image counts."""
         weights = np.ones(self.images, int) if weights is None else weights
         found, false = (np.cumsum(j * weights[self.image])[self.last] for j in judged)
         images, lesions = int(weights.sum()), int(weights[self.lesion_image] @ counted)
@@ -203,7 +203,7 @@ def _counted(slices: Sequence[KeySlice]) -> np.ndarray:
 
 
 def froc(slices: Sequence[KeySlice], rule: str = "lenient", *, least_iou: float = 0.5) -> Froc:
-    """Draw up the curve of all slices by a rule of `Matches.judge`; slices without lesions count as images too."""
+    """Compute the curve of all slices by a rule of `Matches.judge`; slices without lesions count as images too."""
     matches, counted = Matches(slices, least_iou), _counted(slices)
     return matches.curve(matches.judge(counted, rule), counted)
 

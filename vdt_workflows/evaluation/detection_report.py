@@ -1,4 +1,4 @@
-"""Detection scores inside MONAI's evaluator, and what an evaluation leaves: detections, scores, curve, pictures."""
+"""Detection scores inside MONAI's evaluator, and the report of an evaluation: detections, scores, curve, pictures."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vdt_workflows.drawing import to_png
 from vdt_workflows.evaluation.detection import (
+    RATES,
     RULES,
     KeySlice,
     average_precision,
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def as_key_slices(predictions: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[KeySlice]:
-    """Bring detections (N, 100, 6) back to the pixels of their files, beside what is there."""
+    """Bring detections (N, 100, 6) back to the pixels of their files, and put them together with the labels."""
     rows = predictions.detach().cpu().numpy()
     slices = []
     for found, label in zip(rows, labels, strict=True):
@@ -73,16 +74,17 @@ class DetectionScores(Metric):
         return froc(self.slices, self.rule).scores()["mean_sensitivity_0.5_to_4"]
 
     def completed(self, engine: Engine, name: str) -> None:
-        """Put the score, and the others under `<name>_...`, among the metrics of the engine."""
+        """Store the score, and the others under `<name>_...`, in the metrics of the engine."""
         super().completed(engine, name)
-        found = {f"at_{r:g}": froc(self.slices, self.rule).at(r) for r in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)}
+        curve = froc(self.slices, self.rule)
+        found = {f"at_{rate:g}": curve.at(rate) for rate in RATES}
         precision = average_precision(self.slices)
         found |= {"AP_50": precision["AP_50"], "mAP": precision["mAP"]}
         engine.state.metrics.update({f"{name}_{ending}": value for ending, value in found.items()})
 
 
 class DetectionReport:
-    """Handler: write what an evaluation found.
+    """Handler: write the detections of an evaluation and their scores. The first process writes for all.
 
     - `detections.json`: boxes and scores of each slice, in pixels of its file
     - `scores.json`: what `score_detections` gives, with the notes
@@ -96,7 +98,6 @@ class DetectionReport:
         intervals: number of bootstrap samples of patients, 0 for no intervals.
         pictures: number of slices to draw, evenly spread over the evaluation.
         notes: plain values for the record (checkpoint, split, ...).
-        writes: whether this process writes (rank 0).
     """
 
     def __init__(
@@ -107,15 +108,13 @@ class DetectionReport:
         intervals: int = 1000,
         pictures: int = 24,
         notes: Mapping[str, Any] | None = None,
-        writes: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self.scores = scores
         self.intervals = intervals
         self.pictures = pictures
         self.notes = notes or {}
-        self.writes = writes
-        self._seen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._step = 1
 
     def attach(self, engine: Engine) -> None:
@@ -125,17 +124,17 @@ class DetectionReport:
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _begin(self, engine: Engine) -> None:
-        self._seen, self._step = {}, max(1, (engine.state.epoch_length or 1) // max(self.pictures, 1))
+        self._drawn, self._step = {}, max(1, (engine.state.epoch_length or 1) // max(self.pictures, 1))
 
     def _keep(self, engine: Engine) -> None:
-        """Keep the centre slice of a batch now and then, for the pictures."""
-        if (engine.state.iteration - 1) % self._step or len(self._seen) >= self.pictures:
+        """Keep the centre slice of some batches, for the pictures."""
+        if (engine.state.iteration - 1) % self._step or len(self._drawn) >= self.pictures:
             return
         stack, label = engine.state.output["image"][0], engine.state.output["label"][0]
-        self._seen[label["truth"]["name"]] = stack[len(stack) // 2].float().cpu().numpy(), np.asarray(label["scale"])
+        self._drawn[label["truth"]["name"]] = stack[len(stack) // 2].float().cpu().numpy(), np.asarray(label["scale"])
 
     def _write(self, engine: Engine) -> None:
-        if not self.writes:
+        if idist.get_rank() > 0:
             return
         slices = self.scores.slices
         values = {name: float(value) for name, value in engine.state.metrics.items()}
@@ -151,9 +150,9 @@ class DetectionReport:
         allowed = np.flatnonzero(curve.false_positives <= 1)
         threshold = float(curve.thresholds[allowed[-1]]) if len(allowed) else 1.0
         for slice_ in slices:
-            if slice_.name in self._seen:
+            if slice_.name in self._drawn:
                 name = slice_.name.removeprefix("Images_png/").replace("/", "_").rpartition(".")[0]
-                picture = draw_slice(*self._seen[slice_.name], slice_, threshold)
+                picture = draw_slice(*self._drawn[slice_.name], slice_, threshold)
                 write_atomic(self.folder / "slices" / f"{name}.png", picture)
         for rule in RULES:
             found = curves[rule].scores()

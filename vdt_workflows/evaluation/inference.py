@@ -33,10 +33,10 @@ class SlabInferer(Inferer):
         mode: "constant" gives all voxels of a window the same weight, "gaussian" the central ones more.
         sw_batch_size: windows that the network gets at once.
         inversion: "labels" decides on the network's grid. "logits" first brings the logits, slab by slab, by linear
-            interpolation to the grid that the volume had before it was last resampled, which the volume's own record
-            of transforms tells; if it was not, the two are the same.
-        skip_below: windows without any value above this one are taken for background and not shown to the network;
-            "none" shows it all. The value is one of the network's input, so that of air after normalisation.
+            interpolation to the grid that the volume had before it was last resampled, according to MONAI's record of
+            its transforms; for a volume that was not resampled, the two are the same.
+        skip_below: windows without any value above this one count as background and skip the network; "none" skips
+            none. The value is one of the network's input, so that of air after normalisation.
         flips: axes to flip for test-time averages, such as `[[0], [0, 1]]`; the unflipped window always counts.
         swap: pairs of labels that exchange their names when axis 0 (left-right, in RAS) is flipped.
         progress: whether to show a bar.
@@ -114,7 +114,7 @@ class SlabInferer(Inferer):
             logits = logits + mirrored
         return logits / (len(self.flips) + 1) if self.flips else logits
 
-    def _is_shown(self, window: Tensor) -> bool:
+    def _is_used(self, window: Tensor) -> bool:
         return self.skip_below is None or bool((window > self.skip_below).any())
 
     def _segment(self, volume: Tensor, predict: Callable[[Tensor], Tensor], target: _Grid | None) -> Tensor:
@@ -130,7 +130,7 @@ class SlabInferer(Inferer):
         return writer.finish()
 
     def _slabs(self, volume: Tensor, predict: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first slice, mean logits (C, slices, Y, X)), from the first window that is shown on upwards."""
+        """Yield (first slice, mean logits (C, slices, Y, X)), from the first window that is not skipped on upwards."""
         size, roi = tuple(volume.shape[1:]), self.roi_size
         interval = [r if r == n else max(int(r * (1 - o)), 1) for r, n, o in zip(roi, size, self.overlap, strict=True)]
         rows: dict[int, list[tuple[slice, ...]]] = {}
@@ -143,7 +143,7 @@ class SlabInferer(Inferer):
         weights = torch.zeros(())
         bar = tqdm(total=len(starts) * len(rows[starts[0]]), unit="window", disable=not self.progress, leave=False)
         for start, following in zip(starts, [*starts[1:], size[2]], strict=True):
-            windows = [w for w in rows[start] if self._is_shown(volume[w])]
+            windows = [w for w in rows[start] if self._is_used(volume[w])]
             bar.update(len(rows[start]) - len(windows))
             for first in range(0, len(windows), self.sw_batch_size):
                 chosen = windows[first : first + self.sw_batch_size]
@@ -158,7 +158,10 @@ class SlabInferer(Inferer):
                 bar.update(len(chosen))
             if sums is not None:
                 ready = following - start
-                yield start, sums[:, :ready].div_(weights[:ready].clamp_(min=1e-6))  # 0 / 1e-6 where nothing was shown
+                yield (
+                    start,
+                    sums[:, :ready].div_(weights[:ready].clamp_(min=1e-6)),
+                )  # 0 / 1e-6 where all windows were skipped
                 _shift(sums, ready)
                 _shift(weights[None], ready)
         bar.close()
@@ -240,7 +243,7 @@ def _interpolate(values: Tensor, positions: np.ndarray, axis: int) -> Tensor:
 def _target_grid(inputs: Tensor) -> _Grid | None:
     """Find the grid before the last resampling in a batch's record of transforms; None if there was none."""
     if not isinstance(inputs, MetaTensor):
-        raise ValueError("inversion 'logits' needs a volume that tells what was done to it, a MetaTensor")
+        raise ValueError("inversion 'logits' needs a MetaTensor, which records the transforms of a volume")
     records = inputs.applied_operations
     found: list[dict] = []
     for record in records if inputs.is_batch else [records]:

@@ -1,4 +1,4 @@
-"""Score segmented cases organ by organ, and leave a table, a summary and pictures of them."""
+"""Score segmented cases organ by organ, and write a table, a summary and pictures of them."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def score_organs(
 
 
 def _around(a: Sequence[slice], b: Sequence[slice], shape: Sequence[int]) -> tuple[slice, ...]:
-    """The box around both, with a margin of one voxel, so that surfaces stay surfaces."""
+    """Find the box around both, with a margin of one voxel, so that no surface is cut off."""
     sides = zip(a, b, shape, strict=True)
     return tuple(slice(max(min(u.start, v.start) - 1, 0), min(max(u.stop, v.stop) + 1, n)) for u, v, n in sides)
 
@@ -106,7 +106,7 @@ def _around(a: Sequence[slice], b: Sequence[slice], shape: Sequence[int]) -> tup
 def _distances(masks: Sequence[np.ndarray], spacing: Sequence[float]) -> tuple[float, float]:
     """The values of MONAI's `compute_hausdorff_distance` and `compute_average_surface_distance`, in half their time.
 
-    Each of the two would find the surfaces and the distances between them anew.
+    Each of the two would compute the surfaces and the distances between them for itself.
     """
     sides = [torch.as_tensor(mask) for mask in masks]
     _, distances, _ = get_edge_surface_distance(*sides, spacing=tuple(map(float, spacing)), symmetric=True)
@@ -159,18 +159,17 @@ def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
 
 
 class CaseScores:
-    """Handler: score each case of an evaluation, on the grid of its own label, and write what was found.
+    """Handler: score each case of an evaluation, on the grid of its own label, and write the scores.
 
     Into the folder go `cases.csv` (a row for each case and organ), `scores.json` (the engine's metrics, the notes, and
     what `summarise` gives), `scores.png` (the spread of each organ's Dice and distances) and `examples.png` (see
-    `draw_examples`). Cases of all processes are gathered.
+    `draw_examples`). The first process writes the cases of all.
 
     Args:
         folder: where the files go.
         label_names: by label value, the background first.
         notes: plain values for the record (protocol, checkpoint, data, ...).
         surfaces: whether to measure distances between surfaces too.
-        writes: whether this process writes (rank 0).
     """
 
     def __init__(
@@ -180,13 +179,11 @@ class CaseScores:
         notes: Mapping[str, Any] | None = None,
         *,
         surfaces: bool = True,
-        writes: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self.label_names = list(label_names)
         self.notes = dict(notes or {})
         self.surfaces = surfaces
-        self.writes = writes
         self.scores: list[OrganScore] = []
         self.shown: dict[str, tuple[Planes, Planes, Planes]] = {}
 
@@ -210,7 +207,7 @@ class CaseScores:
 
     def _write(self, engine: Engine) -> None:
         parts = idist.all_gather((self.scores, self.shown))
-        if not self.writes:
+        if idist.get_rank() > 0:
             return
         # Where there are fewer cases than processes, all of them score all cases.
         scores = {(s.case, s.organ): s for part, _ in parts for s in part}
@@ -233,7 +230,7 @@ class CaseScores:
 
 
 def _row(score: OrganScore) -> dict[str, Any]:
-    """Round the numbers, and leave empty what there is not."""
+    """Round the numbers; those that are undefined are empty."""
     row = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in asdict(score).items()}
     return {name: "" if value == "nan" else value for name, value in row.items()}
 

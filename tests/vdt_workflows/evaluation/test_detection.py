@@ -13,7 +13,6 @@ from monai.metrics import compute_froc_curve_data
 from PIL import Image
 
 from vdt_workflows.evaluation.detection import (
-    RATES,
     RULES,
     KeySlice,
     average_precision,
@@ -59,31 +58,44 @@ def random_slices(seed, images=12, detections=8, distinct=True):
 # Small cases worked out by hand
 
 
-def test_one_box_may_find_two_lesions_and_a_repetition_is_neither_by_the_published_rule():
-    slices = [one([([0.5, 0.5, 10.5, 10.5], 0.9), (LESION, 0.8), (MISS, 0.7)], [LESION, [1, 1, 11, 11]])]
-    curve = froc(slices)
-    assert curve.sensitivity.tolist() == [1, 1, 1]
-    assert curve.false_positives.tolist() == [0, 0, 1]
-    assert curve.thresholds.tolist() == [0.9, 0.8, 0.7]
+NEAR = [0.5, 0.5, 10.5, 10.5]  # overlaps LESION and ALSO
+ALSO = [1, 1, 11, 11]
+HIT, IGNORED = one([(LESION, 0.5)], [LESION]), {"ignored": [False, True]}
+CURVES = {  # rule, slices, thresholds, sensitivity, false positives per image
+    "published: one box may find two lesions, a repetition is neither": (
+        "lenient", [one([(NEAR, 3), (LESION, 2), (MISS, 1)], [LESION, ALSO])], [3, 2, 1], [1, 1, 1], [0, 0, 1]
+    ),
+    "strict: one box finds one lesion, a repetition is false": (
+        "strict", [one([(NEAR, 3), (LESION, 2), (LESION, 1)], [LESION, ALSO])], [3, 2, 1], [0.5, 1, 1], [0, 0, 1]
+    ),
+    "an image without lesions counts as an image": (
+        "lenient", [one([(LESION, 0.9), (MISS, 0.8)], [LESION]), one([], [])], [0.9, 0.8], [1, 1], [0, 0.5]
+    ),
+    "equal scores come together": ("lenient", [HIT, one([(MISS, 0.5)], [])], [0.5], [1], [0.5]),
+    "equal scores come together in any order": ("lenient", [one([(MISS, 0.5)], []), HIT], [0.5], [1], [0.5]),
+    **{
+        f"{rule}: an ignored lesion is neither to be found nor false": (
+            rule, [one([(MISS, 0.9), (LESION, 0.8)], [LESION, MISS], **IGNORED)], [0.9, 0.8], [0, 1], [0, 0]
+        )
+        for rule in RULES
+    },
+    "an overlap of exactly half is a hit": ("lenient", [one([([0, 0, 10, 5], 1)], [LESION])], [1], [1], [0]),
+    "an overlap below half is none": ("lenient", [one([([0, 0, 10, 4.9], 1)], [LESION])], [1], [0], [1]),
+}  # fmt: skip
 
 
-def test_one_box_finds_one_lesion_and_a_repetition_is_false_by_the_strict_rule():
-    slices = [one([([0.5, 0.5, 10.5, 10.5], 0.9), (LESION, 0.8), (LESION, 0.7)], [LESION, [1, 1, 11, 11]])]
-    curve = froc(slices, "strict")
-    assert curve.sensitivity.tolist() == [0.5, 1, 1]
-    assert curve.false_positives.tolist() == [0, 0, 1]
-
-
-def test_two_images_with_a_hit_and_a_miss_each_have_full_sensitivity_at_half_and_at_one():
-    slices = [one([(LESION, 0.9), (MISS, 0.8)], [LESION]), one([(LESION, 0.85), (MISS, 0.1)], [LESION])]
-    for rule in RULES:
-        assert [froc(slices, rule).at(rate) for rate in (0.5, 1.0)] == [1, 1]
+@pytest.mark.parametrize("case", CURVES)
+def test_small_curves_are_those_worked_out_by_hand(case):
+    rule, slices, *wanted = CURVES[case]
+    curve = froc(slices, rule)
+    found = [curve.thresholds, curve.sensitivity, curve.false_positives]
+    assert [values.tolist() for values in found] == wanted
 
 
 def test_sensitivity_at_a_rate_is_the_best_that_no_more_false_positives_give():
     slices = [one([(LESION, 0.9), (MISS, 0.8)], [LESION]), one([(LESION, 0.7)], [LESION])]  # hit, miss, hit
-    assert froc(slices).at(0.5) == 1  # interpolation gives 0.5
-    assert froc(slices).at(0.49) == 0.5
+    for rule in RULES:
+        assert [froc(slices, rule).at(rate) for rate in (0.49, 0.5, 1)] == [0.5, 1, 1]  # interpolation gives 0.5 at 0.5
 
 
 def test_a_curve_that_ends_early_keeps_its_last_value_and_says_where_it_ended():
@@ -110,34 +122,6 @@ def test_without_lesions_every_score_is_nan_and_false_positives_are_counted():
 def test_no_images_have_no_score():
     assert math.isnan(froc([]).scores()["mean_sensitivity"])
     assert math.isnan(average_precision([])["mAP"])
-
-
-def test_an_image_without_lesions_counts_as_an_image():
-    with_one = froc([one([(LESION, 0.9), (MISS, 0.8)], [LESION])])
-    with_two = froc([one([(LESION, 0.9), (MISS, 0.8)], [LESION]), one([], [])])
-    assert with_two.false_positives[-1] == with_one.false_positives[-1] / 2
-
-
-def test_detections_of_one_score_come_together_whatever_their_order():
-    hit_first = [one([(LESION, 0.5)], [LESION]), one([(MISS, 0.5)], [])]
-    for slices in (hit_first, hit_first[::-1]):
-        curve = froc(slices)
-        assert (curve.thresholds.tolist(), curve.sensitivity.tolist()) == ([0.5], [1])
-        assert curve.at(0.4) == 0
-
-
-def test_an_overlap_of_exactly_half_is_a_hit():
-    assert froc([one([([0, 0, 10, 5], 1)], [LESION])]).at(0) == 1
-    assert froc([one([([0, 0, 10, 4.9], 1)], [LESION])]).at(0) == 0
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_an_ignored_lesion_is_neither_to_be_found_nor_false(rule):
-    slices = [one([(MISS, 0.9), (LESION, 0.8)], [LESION, MISS], ignored=[False, True])]
-    curve = froc(slices, rule)
-    assert curve.lesions == 1
-    assert curve.sensitivity.tolist() == [0, 1]
-    assert curve.false_positives.tolist() == [0, 0]
 
 
 def test_boxes_without_area_overlap_nothing():
@@ -212,15 +196,10 @@ def test_iou_is_torchvisions():
 def test_average_precision_is_that_of_monai_with_all_detections_of_a_slice_together():
     slices = random_slices(4, detections=30)
     metric = COCOMetric(["lesion"], iou_list=(0.5, 0.75), iou_range=(0.5, 0.95, 0.05), max_detection=(100,))
+    boxes, scores, lesions, ignored = zip(*((s.boxes, s.scores, s.lesions, s.ignored) for s in slices), strict=True)
+    found_classes, true_classes = ([np.zeros(len(v), int) for v in part] for part in (boxes, lesions))
     matched = matching_batch(
-        box_iou,
-        metric.get_iou_thresholds(),
-        [s.boxes for s in slices],
-        [np.zeros(len(s.boxes), int) for s in slices],
-        [s.scores for s in slices],
-        [s.lesions for s in slices],
-        [np.zeros(len(s.lesions), int) for s in slices],
-        [s.ignored for s in slices],
+        box_iou, metric.get_iou_thresholds(), boxes, found_classes, scores, lesions, true_classes, ignored
     )
     found = average_precision(slices)
     assert found["mAP"] == pytest.approx(metric(matched)[0]["mAP_IoU_0.50_0.95_0.05_MaxDet_100"], abs=1e-12)
@@ -278,7 +257,3 @@ def test_picture_of_the_curves_opens():
     curves = {rule: froc(slices, rule) for rule in RULES}
     image = Image.open(io.BytesIO(draw_froc({**curves, "nothing found": froc([one([], [LESION])])}, "a title")))
     assert image.size[0] > 500
-
-
-def test_rates_are_those_of_the_field():
-    assert RATES == (0.5, 1, 2, 4, 8, 16)

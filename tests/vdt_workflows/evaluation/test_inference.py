@@ -118,7 +118,7 @@ def test_volume_that_was_never_resampled_inverts_to_itself(network):
 
 
 def test_a_plain_tensor_does_not_tell_how_to_invert_it(network):
-    with pytest.raises(ValueError, match="needs a volume that tells what was done to it"):
+    with pytest.raises(ValueError, match="needs a MetaTensor, which records the transforms"):
         SlabInferer(**WINDOW, inversion="logits")(noise(1, 1, 30, 33, 20), network)
 
 

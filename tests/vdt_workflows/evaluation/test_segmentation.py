@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 
@@ -13,6 +12,7 @@ from monai.data import MetaTensor
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from PIL import Image
 
+from vdt_workflows.drawing import colour, read_png
 from vdt_workflows.evaluation.segmentation import CaseScores, OrganScore, score_organs, summarise
 
 NAMES = ["background", "liver", "left kidney", "right kidney"]
@@ -119,30 +119,34 @@ def test_missed_and_invented_organs_are_counted():
     assert (found["missed"], found["invented"]) == (1, 1)
 
 
-def evaluated(tmp_path, cases=4, names=NAMES, **options):
-    """The folder of a handler that saw some cases, oblique and anisotropic ones among them."""
+def evaluated(tmp_path, cases=4, names=NAMES, file="scans/case{}.nii.gz"):
+    """The folder of a handler that saw some cases on an oblique and anisotropic grid."""
     affine = np.array([[-0.9, 0.1, 0, 5], [0.1, 0.9, 0, -7], [0, 0, 3, 11], [0, 0, 0, 1]])
 
     def step(engine, seed):
         pred, label = random_maps(seed=seed)
         image = torch.as_tensor(label * 50.0 + np.random.default_rng(seed).normal(0, 9, label.shape))
-        meta = {"filename_or_obj": f"scans/case{seed}.nii.gz", "original_affine": affine, "spatial_shape": label.shape}
+        meta = {"filename_or_obj": file.format(seed), "original_affine": affine, "spatial_shape": label.shape}
         volumes = {"image": image, "label": torch.as_tensor(label), "pred": torch.as_tensor(pred)}
         return [{k: MetaTensor(v[None], affine=affine, meta=dict(meta)) for k, v in volumes.items()}]
 
     engine = Engine(step)
-    CaseScores(str(tmp_path), names, {"protocol": "paper"}, **options).attach(engine)
+    CaseScores(str(tmp_path), names, {"protocol": "paper"}).attach(engine)
     engine.run(range(cases))
     return tmp_path
 
 
+def read(folder):
+    """The rows of cases.csv, and scores.json."""
+    with (folder / "cases.csv").open() as file:
+        return list(csv.DictReader(file)), json.loads((folder / "scores.json").read_text())
+
+
 def test_handler_writes_a_row_for_each_case_and_organ_and_a_summary(tmp_path):
-    folder = evaluated(tmp_path)
-    rows = list(csv.DictReader(io.StringIO((folder / "cases.csv").read_text())))
+    rows, scores = read(evaluated(tmp_path))
     assert [(row["case"], row["organ"]) for row in rows] == [
         (f"case{i}.nii.gz", n) for i in range(4) for n in NAMES[1:]
     ]
-    scores = json.loads((folder / "scores.json").read_text())
     assert scores["_run_"] == {"protocol": "paper"}
     by_case = [np.mean([float(r["dice"]) for r in rows if r["case"] == f"case{i}.nii.gz"]) for i in range(4)]
     assert scores["mean_dice"]["mean"] == pytest.approx(np.mean(by_case), abs=1e-4)
@@ -151,28 +155,31 @@ def test_handler_writes_a_row_for_each_case_and_organ_and_a_summary(tmp_path):
 
 
 def test_a_case_without_organs_is_no_number_but_no_fault(tmp_path):
-    folder = evaluated(tmp_path, names=[*NAMES, "spleen"])
-    scores = json.loads((folder / "scores.json").read_text())
+    rows, scores = read(evaluated(tmp_path, names=[*NAMES, "spleen"]))
     assert scores["organs"]["spleen"]["dice"] == {"mean": None, "sd": None, "n": 0}
-    rows = list(csv.DictReader(io.StringIO((folder / "cases.csv").read_text())))
     assert {row["dice"] for row in rows if row["organ"] == "spleen"} == {""}
 
 
-@pytest.mark.parametrize("cases", [1, 2, 5])
-def test_pictures_are_drawn_for_any_number_of_cases(tmp_path, cases):
+@pytest.mark.parametrize(("cases", "drawn"), [(1, 1), (2, 2), (5, 3)])
+def test_pictures_are_drawn_for_any_number_of_cases(tmp_path, cases, drawn):
     folder = evaluated(tmp_path, cases)
     assert Image.open(folder / "scores.png").size[0] > 500
-    assert Image.open(folder / "examples.png").size[0] > 1000
+    examples = read_png((folder / "examples.png").read_bytes())
+    assert examples.shape[0] == pytest.approx(456 * drawn, abs=90)  # a row for each case below the legend
+    assert all((examples[90:] == colour(value)).all(-1).any() for value in (1, 2, 3))  # lines of the labels
 
 
-def test_running_twice_scores_each_case_once(tmp_path):
+def test_cases_of_one_file_name_in_several_folders_stay_apart(tmp_path):
+    rows, _ = read(evaluated(tmp_path, 2, file="scan{}/image.nii.gz"))
+    assert [row["case"] for row in rows] == [f"scan{i}/image.nii.gz" for i in (0, 1) for _ in NAMES[1:]]
+
+
+def test_running_twice_scores_each_case_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
     engine = Engine(lambda engine, batch: [])
-    handler = CaseScores(str(tmp_path), NAMES, writes=False)
+    handler = CaseScores(str(tmp_path), NAMES)
     handler.attach(engine)
     handler.scores = score_organs(*random_maps(), NAMES, (1, 1, 1), "of the run before")
     engine.run([0])
     assert handler.scores == []
-
-
-def test_other_processes_write_nothing(tmp_path):
-    assert not list(evaluated(tmp_path, writes=False).iterdir())
+    assert not list(tmp_path.iterdir())  # the other processes write nothing
