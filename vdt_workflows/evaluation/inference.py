@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -114,20 +114,29 @@ class SlabInferer(Inferer):
             logits = logits + mirrored
         return logits / (len(self.flips) + 1) if self.flips else logits
 
-    def _is_used(self, window: Tensor) -> bool:
-        return self.skip_below is None or bool((window > self.skip_below).any())
-
     def _segment(self, volume: Tensor, predict: Callable[[Tensor], Tensor], target: _Grid | None) -> Tensor:
-        """Give the labels (1, X, Y, Z) of one volume (C, X, Y, Z)."""
-        size = tuple(volume.shape[1:])
+        """Give the labels (1, X, Y, Z) of one volume (C, X, Y, Z), on its own grid or on the target's."""
+        positions = [np.arange(n, dtype=np.float64) for n in volume.shape[1:]] if target is None else target.positions
         volume, before = _pad(volume, self.roi_size)
-        padded = tuple(volume.shape[1:])
-        if target is None:
-            target = _Grid(size, [np.arange(n, dtype=np.float64) for n in size])
-        writer = _LabelWriter(target, before, padded)
+        last = volume.shape[3] - 1
+        x, y, z = (p + b for p, b in zip(positions, before, strict=True))
+        z = np.clip(z, 0, last)
+        labels = torch.zeros([len(axis) for axis in (z, y, x)], dtype=torch.uint8)
+        done = 0  # slices of labels
+        kept: Tensor | None = None  # the last slice of the slab before, for the positions between the two
         for start, slab in self._slabs(volume, predict):
-            writer.write(start, slab)
-        return writer.finish()
+            slab = _interpolate(_interpolate(slab, x, 3), y, 2)
+            if kept is None:  # what lies below the first slab stays background
+                done = int(np.searchsorted(z, start))
+            else:
+                slab, start = torch.cat([kept, slab], 1), start - 1
+            top = start + slab.shape[1] - 1
+            end = len(z) if top == last else int(np.searchsorted(z, top))
+            if end > done:
+                labels[done:end] = _interpolate(slab, z[done:end] - start, 1).argmax(0).to(labels)
+                done = end
+            kept = slab[:, -1:].clone()
+        return labels.permute(2, 1, 0)[None]
 
     def _slabs(self, volume: Tensor, predict: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Yield (first slice, mean logits (C, slices, Y, X)), from the first window that is not skipped on upwards."""
@@ -143,7 +152,8 @@ class SlabInferer(Inferer):
         weights = torch.zeros(())
         bar = tqdm(total=len(starts) * len(rows[starts[0]]), unit="window", disable=not self.progress, leave=False)
         for start, following in zip(starts, [*starts[1:], size[2]], strict=True):
-            windows = [w for w in rows[start] if self._is_used(volume[w])]
+            least = self.skip_below
+            windows = [w for w in rows[start] if least is None or bool((volume[w] > least).any())]
             bar.update(len(rows[start]) - len(windows))
             for first in range(0, len(windows), self.sw_batch_size):
                 chosen = windows[first : first + self.sw_batch_size]
@@ -167,44 +177,11 @@ class SlabInferer(Inferer):
         bar.close()
 
 
-class _Grid:
-    """Where labels are wanted: a size as X, Y, Z, each axis's positions on the network's grid, and the affine."""
+class _Grid(NamedTuple):
+    """Where labels are wanted: each axis's positions on the network's grid, as X, Y, Z, and the affine."""
 
-    def __init__(self, size: Sequence[int], positions: list[np.ndarray], affine: Tensor | None = None) -> None:
-        self.size = tuple(int(n) for n in size)
-        self.positions = positions
-        self.affine = torch.eye(4, dtype=torch.float64) if affine is None else affine
-
-
-class _LabelWriter:
-    """Bring slabs of logits to the wanted grid, decide, and keep the labels."""
-
-    def __init__(self, grid: _Grid, before: Sequence[int], size: Sequence[int]) -> None:
-        x, y, z = (p + b for p, b in zip(grid.positions, before, strict=True))
-        self.x, self.y, self.z = x, y, np.clip(z, 0, size[2] - 1)
-        self.labels = torch.zeros(grid.size[::-1], dtype=torch.uint8)
-        self.done = 0
-        self.kept: Tensor | None = None  # the last slice of the slab before, for the positions between the two
-        self.last = size[2] - 1
-
-    def write(self, start: int, slab: Tensor) -> None:
-        """Take the logits (C, slices, Y, X) of the slices from `start` on; they follow on those that came before."""
-        slab = _interpolate(_interpolate(slab, self.x, 3), self.y, 2)
-        if self.kept is None:  # what lies below the first slab stays background
-            self.done = int(np.searchsorted(self.z, start))
-        else:
-            slab, start = torch.cat([self.kept, slab], 1), start - 1
-        top = start + slab.shape[1] - 1
-        end = len(self.z) if top == self.last else int(np.searchsorted(self.z, top))
-        if end > self.done:
-            chosen = _interpolate(slab, self.z[self.done : end] - start, 1)
-            self.labels[self.done : end] = chosen.argmax(0).to(self.labels)
-            self.done = end
-        self.kept = slab[:, -1:].clone()
-
-    def finish(self) -> Tensor:
-        """Give the labels as (1, X, Y, Z)."""
-        return self.labels.permute(2, 1, 0)[None]
+    positions: list[np.ndarray]
+    affine: Tensor
 
 
 def _pad(volume: Tensor, roi: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -258,9 +235,8 @@ def _target_grid(inputs: Tensor) -> _Grid | None:
         scale = np.diag(mapping)[:3]
         if np.abs(mapping[:3, :3] - np.diag(scale)).max() > 1e-3 or (scale <= 0).any():
             raise ValueError("inversion 'logits' needs a resampling along the volume's axes, this one turns them")
-        size = [int(n) for n in op["orig_size"]]
-        positions = [mapping[a, a] * np.arange(size[a]) + mapping[a, 3] for a in range(3)]
-        grids.append(_Grid(size, positions, source))
-    if len({grid.size for grid in grids}) > 1:
+        positions = [scale[a] * np.arange(int(n)) + mapping[a, 3] for a, n in enumerate(op["orig_size"])]
+        grids.append(_Grid(positions, source))
+    if len({tuple(len(axis) for axis in grid.positions) for grid in grids}) > 1:
         raise ValueError("inversion 'logits' needs volumes of one grid in a batch; give a batch size of 1")
     return grids[0]
