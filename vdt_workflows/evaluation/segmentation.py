@@ -266,7 +266,7 @@ def _central_planes(image: MetaTensor, label: np.ndarray, pred: np.ndarray) -> t
     """Cut the image, the label and the prediction where most of the organs is, on the grid of the file."""
     values = image.as_tensor()
     low, high = np.percentile(values.flatten()[:: max(values.numel() // 100_000, 1)].float().cpu().numpy(), (1, 99))
-    grey = ((values - low) / max(high - low, 1e-6)).clamp(0, 1).mul(255).to(torch.uint8)
+    grey = ((values - low) / max(high - low, 1e-6)).clamp(0, 1).mul(255).to("cpu", torch.uint8)
     restored = np.asarray(RestoreGrid()(MetaTensor(grey, affine=image.affine), image))[0]
     affine, centre = np.asarray(image.meta["original_affine"]), find_centre(label) or find_centre(pred)
     return tuple(cut_planes(volume, affine, centre) for volume in (restored, label, pred))  # type: ignore[return-value]

@@ -61,23 +61,11 @@ def test_the_curve_has_the_area_and_ends_in_the_corners():
 def test_figures_of_a_known_table():
     labels, scores = [1] * 5 + [0] * 10, [0.9] * 4 + [0.2] + [0.8] * 3 + [0.1] * 7
     figures = score_binary(labels, scores, list("abcdefghijklmno"))
-    assert figures["confusion_matrix"] == {
-        "true_positive": 4,
-        "false_positive": 3,
-        "false_negative": 1,
-        "true_negative": 7,
-    }
+    counts = {"true_positive": 4, "false_positive": 3, "false_negative": 1, "true_negative": 7}
+    assert figures["confusion_matrix"] == counts
     expected = {
-        "accuracy": 11 / 15,
-        "majority_accuracy": 10 / 15,
-        "balanced_accuracy": 0.75,
-        "sensitivity": 0.8,
-        "specificity": 0.7,
-        "precision": 4 / 7,
-        "f1": 8 / 12,
-        "count": 15,
-        "positives": 5,
-        "patients": 15,
+        **{"accuracy": 11 / 15, "majority_accuracy": 10 / 15, "balanced_accuracy": 0.75, "sensitivity": 0.8},
+        **{"specificity": 0.7, "precision": 4 / 7, "f1": 8 / 12, "count": 15, "positives": 5, "patients": 15},
     }
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
     assert score_binary(labels, scores, list("abcdefghijklmno"), threshold=0.95)["precision"] is None

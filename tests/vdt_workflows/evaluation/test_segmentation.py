@@ -98,24 +98,23 @@ def organ(case, common, predicted, labelled):
     return OrganScore(case, "liver", dice, math.nan, math.nan, common, predicted, labelled, 0.0, 0.0)
 
 
-def test_pooled_dice_counts_all_voxels_as_one_volume():
-    scores = [organ("large", 900, 1000, 1000), organ("small", 0, 10, 10)]
-    found = summarise(scores, NAMES[:2])["organs"]["liver"]
+def liver(*scores):
+    return summarise(scores, NAMES[:2])["organs"]["liver"]
+
+
+def test_pooled_dice_counts_all_voxels_as_one_volume_and_is_one_where_there_are_none():
+    found = liver(organ("large", 900, 1000, 1000), organ("small", 0, 10, 10))
     # I = 900, U = 1100 + 20: (2 * 900 + 0) / (900 + 1120 + 1e-5)
     assert found["pooled_dice"] == pytest.approx(1800 / 2020)
     assert found["dice"]["mean"] == pytest.approx(0.45)
     assert found["dice"]["sd"] == pytest.approx(0.45 * math.sqrt(2))
-
-
-def test_pooled_dice_of_an_organ_that_nobody_has_is_one():
-    found = summarise([organ("a", 0, 0, 0), organ("b", 0, 0, 0)], NAMES[:2])["organs"]["liver"]
+    found = liver(organ("a", 0, 0, 0), organ("b", 0, 0, 0))
     assert found["pooled_dice"] == pytest.approx(1.0)
     assert found["dice"]["n"] == 0
 
 
 def test_missed_and_invented_organs_are_counted():
-    scores = [organ("a", 0, 0, 5), organ("b", 0, 5, 0), organ("c", 4, 5, 5)]
-    found = summarise(scores, NAMES[:2])["organs"]["liver"]
+    found = liver(organ("a", 0, 0, 5), organ("b", 0, 5, 0), organ("c", 4, 5, 5))
     assert (found["missed"], found["invented"]) == (1, 1)
 
 
