@@ -77,7 +77,7 @@ NOT_RUN = {
         "takes minutes; tests/scripts/test_slice_context.py runs one seed"
     ),
     "python scripts/benchmark.py": "measures; tests/scripts/test_benchmarks.py runs each, small",
-    "python tests/faults/fault_suite.py": "takes hours; tests/faults/test_faults.py runs each part, fewer times",
+    "python -m tests.faults": "takes hours; tests/faults runs each part, fewer times",
     "vdt check NAME": "tests/vdt_workflows/packaging/test_package.py runs it on every bundle",
 }
 

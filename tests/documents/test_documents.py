@@ -129,16 +129,17 @@ def command_blocks() -> list:
 
 
 def script_of(words: list[str]) -> Path:
-    """The file with the function that a command runs."""
+    """The file with the function that a command runs, or the folder of its package."""
     if words[0] == "python":
-        return ROOT / words[1]
+        return ROOT / (words[2].replace(".", "/") if words[1] == "-m" else words[1])
     name = " ".join(words[1:3]) if " ".join(words[1:3]) in COMMANDS else words[1]
     return ROOT / "vdt_workflows" / f"{COMMANDS[name].partition(':')[0].replace('.', '/')}.py"
 
 
 def options_of(script: Path) -> set[str]:
-    """Names of the arguments of all functions of a script."""
-    functions = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.FunctionDef)]
+    """Names of the arguments of all functions of a script, or of the modules of a package."""
+    texts = [file.read_text() for file in (script.glob("*.py") if script.is_dir() else [script])]
+    functions = [node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     return {a.arg for f in functions for a in (*f.args.args, *f.args.kwonlyargs)}
 
 
@@ -184,7 +185,7 @@ def check_command(words: list[str], folder: Path | None, monkeypatch) -> Path | 
         assert re.fullmatch(r"python3(\.\d+)?", words[0]), words
     elif words[0] in ("python", "vdt"):
         script = script_of(words)
-        assert script.is_file(), words
+        assert script.exists(), words
         unknown = {w[2:].partition("=")[0] for w in words if w.startswith("--")} - options_of(script)
         assert not unknown, (words, unknown)
     elif words[0] == "make":

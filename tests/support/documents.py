@@ -16,7 +16,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def inline(path: Path) -> list[str]:
     """The calls of scripts within sentences."""
-    found = re.findall(r"`((?:python\s+(?:scripts|tests)/|vdt\s+\w)[^`]+)`", path.read_text())
+    found = re.findall(r"`((?:python\s+(?:scripts/|-m\s+tests)|vdt\s+\w)[^`]+)`", path.read_text())
     return [" ".join(line.split()) for line in found]
 
 
