@@ -53,7 +53,7 @@ from torchvision.datasets import ImageFolder
 from vdt_transforms import MEAN, STD, ImageToVolumed, LoadNaturalImaged, RandResizedCropImaged, RandSliceShuffled
 from vdt_workflows.data.images import collate_images, scan_class_folders
 from vdt_workflows.data.sampling import SeededDataset
-from vdt_workflows.preparation.image_cache import CacheRules, cache_images
+from vdt_workflows.preparation.images import prepare_images
 from vdt_workflows.report.cells import find_commit
 
 BATCH = 32  # images, in the input pipeline
@@ -254,7 +254,7 @@ def _input_pipeline(images: int, repeats: int, size: int, folder: str | None, wo
         if folder is None:
             _make_pictures(root, images)
         start = time.process_time()
-        cache_images(root, cache, CacheRules(), on_error="skip", workers=1)
+        prepare_images(str(root), str(cache), on_error="skip", workers=1)
         preparing = time.process_time() - start
         sides = {"raw": PipelineSide(root, images, size, made), "prepared": PipelineSide(cache, images, size, made)}
         passes: dict[str, Callable[[], object]] = {}

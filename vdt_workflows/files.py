@@ -85,6 +85,37 @@ def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool
     write_atomic(record, json.dumps(settings, indent=1).encode())
 
 
+def write_record(record: Path, root: Path, files: Sequence[str], made_from: Any, content: Mapping[str, Any]) -> None:
+    """Record that a piece of work is finished, after all its files were written.
+
+    Args:
+        record: JSON file of the record.
+        root: folder that the names of files are relative to.
+        files: what was written.
+        made_from: plain values that make the files what they are.
+        content: what else to keep.
+    """
+    sizes = {name: (root / name).stat().st_size for name in files}
+    write_json(record, {**content, "made_from": made_from, "sizes": sizes})
+
+
+def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | None:
+    """Read what `write_record` kept; None if there is no record, of the same origin, or a file has another size."""
+    try:
+        content = json.loads(record.read_bytes())
+        sizes = {name: (root / name).stat().st_size for name in content["sizes"]}
+        same = content["made_from"] == json.loads(json.dumps(made_from)) and content["sizes"] == sizes
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return content if same else None
+
+
+def remove_unfinished(*folders: Path) -> None:
+    """Remove the hidden files that a killed `write_atomic` leaves behind."""
+    for unfinished in (file for folder in folders for file in folder.glob(".*.*")):
+        unfinished.unlink()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -113,7 +144,7 @@ def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode("utf-8", "surrogateescape")  # file names may be of any bytes
 
 
 def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:

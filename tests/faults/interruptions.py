@@ -38,7 +38,7 @@ from vdt_transforms import LoadNaturalImage
 from vdt_workflows.data.images import find_images
 from vdt_workflows.packaging.package import package_bundle
 from vdt_workflows.parallel import run_parallel
-from vdt_workflows.preparation.image_cache import CacheRules, cache_images
+from vdt_workflows.preparation.images import prepare_images
 
 Job = tuple[Callable[[Path], Any], Callable[[Path], dict[str, Any]]]
 
@@ -83,7 +83,7 @@ def _find_job(name: str, root: Path) -> Job:
         }
     if name == "preparation":
         images = make_classes(root / "images", 60, 300, 400)
-        return lambda folder: cache_images(images, folder, CacheRules(128), workers=2), lambda f: _read(f, "jpg")
+        return lambda folder: prepare_images(str(images), str(folder), 128, workers=2), lambda f: _read(f, "jpg")
     raise ValueError(f"what must be training, preparation or packaging, got {name!r}")
 
 
@@ -142,7 +142,7 @@ def places(json: str | None = None) -> dict[str, Any]:
         images = make_classes(Path(folder, "images"), 12, 300, 400)
         find_images(images)
         jobs = {
-            "preparation": lambda target: cache_images(images, target, CacheRules(128), workers=1),
+            "preparation": lambda target: prepare_images(str(images), str(target), 128, workers=1),
             "training": lambda target: train(images, target),
         }
         for kind in ("full disk", "read-only disk"):

@@ -17,8 +17,7 @@ from PIL import Image
 
 from vdt_transforms import LoadNaturalImage, ResizeCenterCropImage
 from vdt_workflows.data.images import find_images
-from vdt_workflows.preparation import image_cache
-from vdt_workflows.preparation.image_cache import CacheRules, cache_images
+from vdt_workflows.preparation import images
 from vdt_workflows.preparation.images import prepare_images
 
 
@@ -56,7 +55,7 @@ def relative(images, root):
     return [(os.path.relpath(item["image"], root), item["label"]) for item in images]
 
 
-def test_the_cache_is_found_as_the_data_set_is(source, tmp_path):
+def test_the_copy_is_found_as_the_data_set_is(source, tmp_path):
     done = prepare(source)
     before, after = find_images(source), find_images(tmp_path / "out")
     for part in ("train", "val"):
@@ -87,15 +86,8 @@ def test_kinds_are_named_counted_and_become_upright_colour(source, tmp_path):
     write(folder / "clear.png", smooth().convert("RGBA"), format="PNG")
     write(folder / "really_png.JPEG", format="PNG")
     done = prepare(source)
-    assert done["unusual"] == {
-        "CMYK": 1,
-        "turned by EXIF": 1,
-        "palette": 1,
-        "grey": 1,
-        "16-bit": 1,
-        "transparent": 1,
-        "PNG named as JPEG": 1,
-    }
+    kinds = ("CMYK", "turned by EXIF", "palette", "grey", "16-bit", "transparent", "PNG named as JPEG")
+    assert done["unusual"] == dict.fromkeys(kinds, 1)
     rows = list(csv.DictReader(Path(done["report"]).read_text().splitlines()))
     assert {"file": "train/cat/cmyk.jpg", "what": "CMYK", "more": ""} in rows
     assert len(rows) == 7
@@ -131,7 +123,7 @@ def test_bad_pictures_stop_or_are_left_out_named_and_counted(source, tmp_path):
     for name, (what, _) in BAD.items():
         assert rows[f"train/cat/{name}"]["what"] == f"left out: {what}"
         assert name in rows[f"train/cat/{name}"]["more"]
-    with pytest.raises(ValueError, match=r"cut\.jpg"):  # a finished share does not hide its faults
+    with pytest.raises(ValueError, match=r"cut\.jpg"):  # a second run does not hide the faults
         prepare(source)
     assert prepare(source, on_error="skip") == done
 
@@ -168,20 +160,20 @@ def test_a_second_run_writes_nothing_and_gives_the_same_result(source, tmp_path)
     assert written(tmp_path / "out") == files
 
 
-def test_without_its_records_a_run_still_keeps_what_is_whole(source, tmp_path):
+def test_a_picture_that_was_cut_short_or_lost_is_made_again_and_the_others_stay(source, tmp_path):
     first = prepare(source)
     files = written(tmp_path / "out")
-    for record in (tmp_path / "out" / ".prepared").iterdir():
-        record.unlink()
-    cut, longer = tmp_path / "out/train/cat/0.JPEG", tmp_path / "out/train/cat/1.JPEG"
+    cut, lost = tmp_path / "out/train/cat/0.JPEG", tmp_path / "out/val/cat/v.jpg"
     stamp = cut.stat().st_mtime_ns
     cut.write_bytes(cut.read_bytes()[:-200])
     os.utime(cut, ns=(stamp, stamp))
+    lost.unlink()
     assert prepare(source) == first
     again = written(tmp_path / "out")
+    assert again.keys() == files.keys()
     assert again.pop(cut) != files.pop(cut)
+    del again[lost], files[lost]
     assert again == files
-    assert longer in again
 
 
 def test_what_changed_in_the_source_is_made_again_and_what_is_gone_goes(source, tmp_path):
@@ -196,28 +188,15 @@ def test_what_changed_in_the_source_is_made_again_and_what_is_gone_goes(source, 
     assert done["training_images"] == 6
 
 
-def test_a_lost_picture_is_made_again(source, tmp_path):
-    prepare(source)
-    (tmp_path / "out/val/cat/v.jpg").unlink()
-    prepare(source)
-    assert (tmp_path / "out/val/cat/v.jpg").is_file()
-
-
-def test_folders_larger_than_a_share_are_shared_out(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("share", "workers"), [(2, 1), (1024, 2)], ids=["small shares", "two processes"])
+def test_however_the_work_is_shared_out_the_files_are_the_same(source, tmp_path, monkeypatch, share, workers):
     whole = prepare(source)
-    monkeypatch.setattr(image_cache, "SHARE", 2)
-    prepare_images(str(source), str(tmp_path / "parts"), short_side=32, workers=1)
-    assert len(list((tmp_path / "parts" / ".prepared").iterdir())) == 6
+    monkeypatch.setattr(images, "SHARE", share)
+    assert len(list(images._shares(source))) == (6 if share == 2 else 4)
+    prepare_images(str(source), str(tmp_path / "parts"), short_side=32, workers=workers)
     for file in written(tmp_path / "out"):
         assert (tmp_path / "parts" / file.relative_to(tmp_path / "out")).read_bytes() == file.read_bytes()
     assert whole["written_anew"] == 8
-
-
-def test_two_processes_write_what_one_writes(source, tmp_path):
-    prepare(source)
-    prepare_images(str(source), str(tmp_path / "two"), short_side=32, workers=2)
-    for file in written(tmp_path / "out"):
-        assert (tmp_path / "two" / file.relative_to(tmp_path / "out")).read_bytes() == file.read_bytes()
 
 
 def test_other_settings_and_other_peoples_folders_are_refused(source, tmp_path):
@@ -256,11 +235,10 @@ def test_two_pictures_of_one_name_are_refused(source):
 
 def test_what_a_killed_write_left_is_removed(source, tmp_path):
     prepare(source)
-    left = [tmp_path / "out/train/cat/.0.JPEG.abc123", tmp_path / "out/.prepared/.ab.json.xyz"]
-    for file in left:
-        file.write_bytes(b"half")
+    left = tmp_path / "out/train/cat/.0.JPEG.abc123"
+    left.write_bytes(b"half")
     prepare(source)
-    assert not any(file.exists() for file in left)
+    assert not left.exists()
 
 
 @pytest.mark.slow
@@ -268,19 +246,9 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path):
     for label in ("cat", "dog"):
         for i in range(80):
             write(tmp_path / "source" / "train" / label / f"{i}.jpg", smooth(375, 500, seed=i))
-    source, words = tmp_path / "source", ["--short_side", "32", "--workers", "2"]
-    command = [
-        sys.executable,
-        "-m",
-        "vdt_workflows.cli",
-        "prepare",
-        "images",
-        "--images",
-        str(source),
-        "--output_dir",
-        str(tmp_path / "out"),
-        *words,
-    ]
+    source = tmp_path / "source"
+    words = f"prepare images --images {source} --output_dir {tmp_path / 'out'} --short_side 32 --workers 2"
+    command = [sys.executable, "-m", "vdt_workflows.cli", *words.split()]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(written(tmp_path / "out")) < 20 and time.monotonic() < deadline:
@@ -291,7 +259,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path):
     time.sleep(1.5)  # the workers notice within a second that the script is gone
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["training_images"] == 144
-    whole = cache_images(source, tmp_path / "whole", CacheRules(32), workers=1)
+    whole = prepare_images(str(source), str(tmp_path / "whole"), 32, workers=1)
     assert whole["written_anew"] == 160
     for file in written(tmp_path / "whole"):
         assert (tmp_path / "out" / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes()
