@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from vdt_transforms.slice_stacks import HU_OFFSET
+from vdt_workflows import files
+from vdt_workflows.preparation.deeplesion_tables import COLUMNS
 
-COLUMNS = (
-    *("File_name", "Patient_index", "Study_index", "Series_ID", "Key_slice_index", "Measurement_coordinates"),
-    *("Bounding_boxes", "Lesion_diameters_Pixel_", "Normalized_lesion_location", "Coarse_lesion_type"),
-    *("Possibly_noisy", "Slice_range", "Spacing_mm_px_", "Image_size", "DICOM_windows", "Patient_gender"),
-    *("Patient_age", "Train_Val_Test"),
-)
+write_csv = partial(files.write_csv, columns=COLUMNS)
 
 
 def row(series="000001_01_01", number=109, box=(226.169, 90.0204, 241.252, 111.977), **more):
@@ -42,15 +38,6 @@ def row(series="000001_01_01", number=109, box=(226.169, 90.0204, 241.252, 111.9
         "Train_Val_Test": 3,
     }
     return values | more
-
-
-def write_csv(path, rows, columns=COLUMNS):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.getvalue())
 
 
 def write_series(folder, numbers, hu=None, size=(512, 512)):

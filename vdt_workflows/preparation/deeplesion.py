@@ -17,16 +17,13 @@ Either writes, beside the images, which are not touched,
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
 import os
-import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,28 +35,23 @@ from skimage.measure import label as connected_components
 from tqdm import tqdm
 
 from vdt_transforms.slice_stacks import HU_OFFSET, ORIENTATION, SLICE_NAME
-from vdt_workflows.files import write_atomic
+from vdt_workflows.files import claim, write_csv, write_json
 from vdt_workflows.parallel import run_parallel
+from vdt_workflows.preparation.deeplesion_tables import COLUMNS, SPLITS, Lesion, read_coco, read_table
 
 logger = logging.getLogger(__name__)
 
 MADE_BY = "prepare_deeplesion"
-SPLITS = {1: "training", 2: "validation", 3: "test"}
-COCO_FILES = {"train": "training", "val": "validation", "test": "test"}
 OFFICIAL = {  # lesions and key slices of the whole data set
     "training": (22_919, 22_496),
     "validation": (4_889, 4_793),
     "test": (4_927, 4_831),
 }
-SERIES_NAME = re.compile(r"^(\d+)_(\d+)_(\d+)$")  # patient, study, series
 MARGIN = 5  # px, between a lesion's end points and its box
-Lesion = dict[str, Any]
-COLUMNS = (
-    *("File_name", "Patient_index", "Study_index", "Series_ID", "Key_slice_index", "Measurement_coordinates"),
-    *("Bounding_boxes", "Lesion_diameters_Pixel_", "Normalized_lesion_location", "Coarse_lesion_type"),
-    *("Possibly_noisy", "Slice_range", "Spacing_mm_px_", "Image_size", "DICOM_windows", "Patient_gender"),
-    *("Patient_age", "Train_Val_Test"),
-)
+LISTS = {  # of a key slice, by what each of its lesions has
+    **{"box": "boxes", "area": "areas", "noisy": "noisy", "type": "types", "diameter": "diameters", "axes": "axes"},
+    "location": "locations",
+}
 
 
 def prepare_deeplesion(
@@ -90,19 +82,21 @@ def prepare_deeplesion(
 
     Raises:
         FileNotFoundError: if a folder or file is missing.
-        FileExistsError: if a file to be written is there and not from this script.
-        ValueError: if a table is not such a table, or no key slice is there.
+        FileExistsError: if a file to be written is there and not from this script, or volumes shall go into a folder
+            with files of other origin.
+        ValueError: if an argument, a table or a volume is wrong, no key slice is there, or `dataset_dir` was made of
+            other volumes or with other settings.
     """
     root = Path(str(dataset_dir))
     if volumes is not None:
-        convert_volumes(str(volumes), str(root), split_by, key_slices, seed, workers)
+        _convert_volumes(Path(str(volumes)), root, split_by, key_slices, seed, workers)
     images = root / "Images_png"
     if (images / "Images_png").is_dir():
         images = images / "Images_png"
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder; expected the unpacked Images_png archives in it")
     source = Path(str(annotations)) if annotations is not None else root / "DL_info.csv"
-    lesions = list(read_coco(source) if source.is_dir() or source.suffix == ".json" else read_csv(source))
+    lesions = list(read_coco(source) if source.is_dir() or source.suffix == ".json" else read_table(source))
     stored = list_series(images, sorted({lesion["series"] for lesion in lesions}))
     problems: dict[str, list[str]] = defaultdict(list)
     kept = [lesion for lesion in lesions if _usable(lesion, stored, problems)]
@@ -129,8 +123,8 @@ def prepare_deeplesion(
         "left_out": {reason: len(names) for reason, names in problems.items()},
     }
     runs = {series: _runs(stored[series]) for series in sorted({series for series, _ in slices})}
-    _write_json(root / "deeplesion.json", {**splits, "slices": runs}, indent=None)
-    _write_json(root / "deeplesion_summary.json", {**summary, "left_out_lesions": problems})
+    _write(root / "deeplesion.json", {**splits, "slices": runs}, indent=None)
+    _write(root / "deeplesion_summary.json", {**summary, "left_out_lesions": problems})
     for reason, names in problems.items():
         logger.warning("%d lesions left out: %s, such as %s", len(names), reason, names[0])
     return summary
@@ -159,13 +153,13 @@ def list_series(images: Path, series: Sequence[str]) -> dict[str, dict[int, str]
 
 
 def _usable(lesion: Lesion, stored: dict[str, dict[int, str]], problems: dict[str, list[str]]) -> bool:
-    """Clip the lesion's box, and tell whether it can be used; else why not."""
+    """Clip the lesion's box, and say whether it can be used; if not, note why."""
     width, height = lesion["size"]
     x1, y1, x2, y2 = lesion["box"]
     lesion["box"] = [max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))]
     x1, y1, x2, y2 = lesion["box"]
     lesion["area"] = (x2 - x1) * (y2 - y1)
-    reason = None
+    reason = ""
     if not stored[lesion["series"]]:
         reason = "the series is not there"
     elif lesion["slice"] not in stored[lesion["series"]]:
@@ -174,9 +168,9 @@ def _usable(lesion: Lesion, stored: dict[str, dict[int, str]], problems: dict[st
         reason = f"the slice interval is {lesion['slice_interval']:g} mm"
     elif not (x2 - x1 >= 1 and y2 - y1 >= 1):
         reason = "less than a pixel of the box is inside the image"
-    if reason is not None:
+    if reason:
         problems[reason].append(f"{lesion['series']}/{lesion['slice']:03d}.png")
-    return reason is None
+    return not reason
 
 
 def _item(image: str, lesions: list[Lesion]) -> dict[str, Any]:
@@ -184,185 +178,40 @@ def _item(image: str, lesions: list[Lesion]) -> dict[str, Any]:
     first = lesions[0]
     return {
         "image": image,
-        "patient": first["patient"],
-        "slice_interval": first["slice_interval"],
-        "spacing": first["spacing"],
-        "size": first["size"],
-        "window": first["window"],
-        **{
-            plural: [lesion[single] for lesion in lesions]
-            for plural, single in (
-                ("boxes", "box"),
-                ("areas", "area"),
-                ("noisy", "noisy"),
-                ("types", "type"),
-                ("diameters", "diameter"),
-                ("axes", "axes"),
-                ("locations", "location"),
-            )
-        },
+        **{name: first[name] for name in ("patient", "slice_interval", "spacing", "size", "window")},
+        **{names: [lesion[name] for lesion in lesions] for name, names in LISTS.items()},
     }
 
 
-def read_csv(path: Path) -> Iterator[Lesion]:
-    """Read `DL_info.csv`: one lesion a row, boxes and axes in 1-based pixels.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, the row and what is wrong in it.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected DL_info.csv, or give annotations")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path}: has no column {missing[0]}; expected the columns of DL_info.csv")
-        for number, row in enumerate(rows, 2):
-            try:
-                yield _from_row(row)
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise ValueError(f"{path}, line {number}: {error}; expected a row of DL_info.csv") from error
-
-
-def _numbers(row: dict[str, str], name: str, count: int) -> list[float]:
-    values = [float(part) for part in row[name].replace(",", " ").split()]
-    if len(values) != count:
-        raise ValueError(f"{name} is {row[name]!r}, not {count} numbers")
-    return values
-
-
-def _from_row(row: dict[str, str]) -> Lesion:
-    series, _, file = row["File_name"].rpartition("_")
-    if SERIES_NAME.match(series) is None or SLICE_NAME.match(file) is None:
-        raise ValueError(f"File_name is {row['File_name']!r}, not like 000001_01_01_109.png")
-    box = [value - 1 for value in _numbers(row, "Bounding_boxes", 4)]
-    spacing = _numbers(row, "Spacing_mm_px_", 3)
-    split = int(row["Train_Val_Test"])
-    if split not in SPLITS:
-        raise ValueError(f"Train_Val_Test is {split}, not 1, 2 or 3")
-    if not (box[0] < box[2] and box[1] < box[3]):
-        raise ValueError(f"Bounding_boxes is {row['Bounding_boxes']!r}, not x1 < x2 and y1 < y2")
-    return {
-        "series": series,
-        "slice": int(file[:-4]),
-        "patient": series.split("_")[0],
-        "box": box,
-        "axes": [value - 1 for value in _numbers(row, "Measurement_coordinates", 8)],
-        "diameter": _numbers(row, "Lesion_diameters_Pixel_", 2)[0] * spacing[0],
-        "type": int(float(row["Coarse_lesion_type"])),
-        "noisy": int(float(row["Possibly_noisy"])),
-        "location": _numbers(row, "Normalized_lesion_location", 3),
-        "spacing": spacing[0],
-        "slice_interval": spacing[2],
-        "size": [int(value) for value in _numbers(row, "Image_size", 2)],
-        "window": _numbers(row, "DICOM_windows", 2),
-        "split": SPLITS[split],
-    }
-
-
-def read_coco(path: Path) -> Iterator[Lesion]:
-    """Read COCO-style files: one, or a folder's `deeplesion_train.json`, `deeplesion_val.json`, `deeplesion_test.json`.
-
-    Their `area` is not read (it is x times height in the published files). They tell no type and no diameter.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file and what is wrong in it.
-    """
-    files = sorted(path.glob("deeplesion_*.json")) if path.is_dir() else [path]
-    files = [file for file in files if file.stem.rpartition("_")[2] in COCO_FILES]
-    if not files or not files[0].is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected deeplesion_train.json, _val.json and _test.json")
-    for file in files:
-        try:
-            content = json.loads(file.read_text())
-            images = {image["id"]: image for image in content["images"]}
-            for lesion in content["annotations"]:
-                yield _from_coco(images[lesion["image_id"]], lesion, COCO_FILES[file.stem.rpartition("_")[2]])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: not such a COCO-style file ({type(error).__name__}: {error})") from error
-
-
-def _from_coco(image: dict[str, Any], lesion: dict[str, Any], split: str) -> Lesion:
-    series, _, file = image["file_name"].rpartition("/")
-    x, y, width, height = lesion["bbox"]
-    return {
-        "series": series,
-        "slice": int(file[:-4]),
-        "patient": series.split("_")[0],
-        "box": [x, y, x + width, y + height],
-        "axes": None,
-        "diameter": None,
-        "type": -1,
-        "noisy": int(lesion.get("noisy", 0)),
-        "location": [None, None, image.get("z_position")],
-        "spacing": image["spacing"],
-        "slice_interval": float(image["slice_intv"]),
-        "size": [image["width"], image["height"]],
-        "window": image.get("windows"),
-        "split": split,
-    }
-
-
-def _write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+def _write(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
     """Write a result, unless something else has its name."""
-    if path.exists():
-        try:
-            ours = json.loads(path.read_text()).get("made_by") == MADE_BY
-        except (ValueError, AttributeError):
-            ours = False
-        if not ours:
-            raise FileExistsError(f"{path}: is there and was not made by this script; move it away")
-    write_atomic(path, json.dumps({"made_by": MADE_BY, **content}, indent=indent).encode())
+    try:
+        ours = not path.exists() or json.loads(path.read_text()).get("made_by") == MADE_BY
+    except (ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"{path}: is there and was not made by this script; move it away")
+    write_json(path, {"made_by": MADE_BY, **content}, indent=indent)
 
 
-# Volumes and masks
+# Volumes and masks ---------------------------------------------------------------------------------------------------
 
 
-def convert_volumes(
-    volumes: str,
-    output_dir: str,
-    split_by: Sequence[float] = (0.7, 0.1, 0.2),
-    key_slices: str = "largest",
-    seed: int = 0,
-    workers: int | None = None,
-) -> int:
+def _convert_volumes(
+    volumes: Path, root: Path, split_by: Sequence[float], key_slices: str, seed: int, workers: int | None
+) -> None:
     """Write CT volumes with lesion masks as a data set of DeepLesion's layout: 16-bit slices and `DL_info.csv`.
 
     Volumes are turned to LPI. A lesion is a connected part of a mask; its box is that of its outline in the key slice
     and 5 px more on every side, as DeepLesion's. Volumes that were written before are not written again.
-
-    Args:
-        volumes: folder of `<name>_image.*` and `<name>_label.*`.
-        output_dir: new, empty, or one that this function has begun with the same settings.
-        split_by: parts for training, validation and test.
-        key_slices: "largest" or "all" slices of a lesion.
-        seed: of the split.
-        workers: processes, all cores by default.
-
-    Returns:
-        The number of lesions, by key slice.
-
-    Raises:
-        FileNotFoundError: if there are no such volumes, or one has no mask.
-        FileExistsError: if `output_dir` holds something else.
-        ValueError: if an argument or a volume is wrong.
     """
     if key_slices not in ("largest", "all"):
         raise ValueError(f"key_slices must be 'largest' or 'all', got {key_slices!r}")
     if len(split_by) != 3 or min(split_by) < 0 or sum(split_by) <= 0:
         raise ValueError(f"split_by must be the parts of training, validation and test, got {split_by}")
-    pairs = _find_pairs(Path(volumes))
-    root = Path(output_dir)
-    settings = {"made_by": MADE_BY, "volumes": [image.name for image, _ in pairs], "split_by": list(split_by),
-                "key_slices": key_slices, "seed": seed}  # fmt: skip
-    record = root / "volumes.json"
-    if record.is_file() and json.loads(record.read_text()) != settings:
-        raise FileExistsError(f"{root}: was made of other volumes or with other settings, see {record.name}")
-    if not record.is_file() and root.is_dir() and any(root.iterdir()):
-        raise FileExistsError(f"{root}: holds files that are not from this script; take another folder")
-    write_atomic(record, json.dumps(settings, indent=2).encode())
+    pairs = _find_pairs(volumes)
+    names = [image.name for image, _ in pairs]
+    claim(root, {"volumes": names, "split_by": list(split_by), "key_slices": key_slices, "seed": seed}, empty=True)
     order = np.random.default_rng(seed).permutation(len(pairs))
     bounds = np.cumsum(split_by) / sum(split_by) * len(pairs)
     split = {int(place): 1 + int(np.searchsorted(bounds, rank + 0.5)) for rank, place in enumerate(order)}
@@ -372,12 +221,7 @@ def convert_volumes(
     rows.sort(key=lambda row: row["Patient_index"])  # they come as they are done
     if not rows:
         raise ValueError(f"{volumes}: no mask has a lesion")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(root / "DL_info.csv", text.getvalue().encode())
-    return len(rows)
+    write_csv(root / "DL_info.csv", rows, COLUMNS)
 
 
 def _find_pairs(folder: Path) -> list[tuple[Path, Path]]:
@@ -429,7 +273,7 @@ def _row(number: int, split: int, z: int, points: np.ndarray, spacing: list[floa
     long, short = _axes(points)
     low, high = points.min(0) - MARGIN, points.max(0) + MARGIN
 
-    def text(*values: float) -> str:
+    def text(*values: Any) -> str:
         return ", ".join(f"{value:g}" for value in values)
 
     place = (np.append(points.mean(0), z) + 0.5) / shape
@@ -449,16 +293,14 @@ def _row(number: int, split: int, z: int, points: np.ndarray, spacing: list[floa
         "Spacing_mm_px_": text(*spacing),
         "Image_size": text(*shape[:2]),
         "DICOM_windows": "-1500, 500",
-        "Patient_gender": "",
-        "Patient_age": "",
         "Train_Val_Test": split,
     }
 
 
-def _axes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _axes(points: np.ndarray) -> list[np.ndarray]:
     """End points (2, 2) of the longest diameter of pixels (P, 2), and of their extent across it."""
     angles = np.linspace(0, np.pi, 180, endpoint=False)
     along = points @ np.stack([np.cos(angles), np.sin(angles)])
     longest = int(np.ptp(along, axis=0).argmax())
     across = (longest + 90) % 180
-    return tuple(points[[along[:, a].argmin(), along[:, a].argmax()]].astype(float) for a in (longest, across))  # type: ignore[return-value]  # two of them
+    return [points[[along[:, a].argmin(), along[:, a].argmax()]].astype(float) for a in (longest, across)]

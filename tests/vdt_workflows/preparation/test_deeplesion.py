@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.makers.deeplesion import COLUMNS, make_deeplesion, row, write_csv, write_series
+from tests.makers.deeplesion import make_deeplesion, row, write_csv, write_series
 from vdt_transforms import SliceStackReader
 from vdt_workflows.cli import main
 from vdt_workflows.data.key_slices import find_key_slices
 from vdt_workflows.preparation import deeplesion as script
-from vdt_workflows.preparation.deeplesion import prepare_deeplesion as prepare
+from vdt_workflows.preparation.deeplesion import prepare_deeplesion
+from vdt_workflows.preparation.deeplesion_tables import COLUMNS
+
+
+def prepare(root, rows=None, **options):
+    """Prepare a folder, of a table of such rows if they are given."""
+    if rows is not None:
+        write_csv(root / "DL_info.csv", rows)
+    return prepare_deeplesion(str(root), **options)
 
 
 def written(root):
@@ -33,8 +41,7 @@ def root(tmp_path):
 
 
 def test_first_lesion_of_the_data_set_gets_its_known_box(root):
-    write_csv(root / "DL_info.csv", [row()])
-    summary = prepare(str(root))
+    summary = prepare(root, [row()])
     (item,) = written(root)["test"]
     x, y, width, height = 225.169, 89.0204, 15.083, 21.9566
     np.testing.assert_allclose(item["boxes"], [[x, y, x + width, y + height]], atol=1e-4)
@@ -50,20 +57,19 @@ def test_first_lesion_of_the_data_set_gets_its_known_box(root):
 
 
 def test_lesions_of_one_key_slice_are_one_item(root):
-    write_csv(root / "DL_info.csv", [row(), row(box=(10, 20, 30, 40), Possibly_noisy=1), row(number=110)])
-    summary = prepare(str(root))
+    summary = prepare(root, [row(), row(box=(10, 20, 30, 40), Possibly_noisy=1), row(number=110)])
     assert [len(item["boxes"]) for item in written(root)["test"]] == [2, 1]
     assert (summary["lesions"]["test"], summary["key_slices"]["test"], summary["noisy_lesions"]) == (3, 2, 1)
 
 
 def test_nested_folders_are_found(tmp_path):
-    prepare(str(make_deeplesion(tmp_path)))
+    prepare(make_deeplesion(tmp_path))
     assert written(tmp_path)["training"][0]["image"] == "Images_png/Images_png/000001_01_01/006.png"
 
 
 def test_splits_are_those_of_the_table(tmp_path):
     make_deeplesion(tmp_path, patients=(3, 2, 1), nested=False)
-    summary = prepare(str(tmp_path))
+    summary = prepare(tmp_path)
     assert summary["key_slices"] == {"training": 6, "validation": 4, "test": 2}
     assert summary["patients"] == {"training": 3, "validation": 2, "test": 1}
     assert summary["official"] == {"training": False, "validation": False, "test": False}
@@ -81,35 +87,31 @@ def test_official_counts_are_the_published_ones_and_compared_with_the_table():
 
 def test_part_of_the_download_works_and_the_summary_tells_what_is_missing(root):
     rows = [row(), row(number=120), row("000002_01_01"), row("000003_02_01")]
-    write_csv(root / "DL_info.csv", rows)
-    summary = prepare(str(root))
+    summary = prepare(root, rows)
     assert summary["left_out"] == {"the key slice is not there": 1, "the series is not there": 2}
     kept = json.loads((root / "deeplesion_summary.json").read_text())
     assert kept["left_out_lesions"]["the series is not there"] == ["000002_01_01/109.png", "000003_02_01/109.png"]
 
 
 def test_boxes_are_clipped_to_the_image_and_empty_ones_left_out(root):
-    write_csv(root / "DL_info.csv", [row(box=(-4, 500, 20, 530)), row(number=110, box=(600, 600, 620, 620))])
-    summary = prepare(str(root))
+    summary = prepare(root, [row(box=(-4, 500, 20, 530)), row(number=110, box=(600, 600, 620, 620))])
     assert written(root)["test"][0]["boxes"] == [[0, 499, 19, 512]]
     assert summary["left_out"] == {"less than a pixel of the box is inside the image": 1}
 
 
 @pytest.mark.parametrize("interval", ["0", "-5", "nan"])
 def test_unusable_slice_interval_is_left_out_and_counted(root, interval):
-    write_csv(root / "DL_info.csv", [row(), row(number=110, Spacing_mm_px_=f"0.5, 0.5, {interval}")])
-    (reason,) = prepare(str(root))["left_out"]
+    (reason,) = prepare(root, [row(), row(number=110, Spacing_mm_px_=f"0.5, 0.5, {interval}")])["left_out"]
     assert reason == f"the slice interval is {float(interval):g} mm"
 
 
 def test_preparing_again_gives_the_same_file_and_a_longer_download_more(root):
-    write_csv(root / "DL_info.csv", [row(), row("000002_01_01")])
-    prepare(str(root))
+    prepare(root, [row(), row("000002_01_01")])
     first = (root / "deeplesion.json").read_bytes()
-    prepare(str(root))
+    prepare(root)
     assert (root / "deeplesion.json").read_bytes() == first
     write_series(root / "Images_png" / "000002_01_01", [109])
-    assert prepare(str(root))["key_slices"]["test"] == 2
+    assert prepare(root)["key_slices"]["test"] == 2
 
 
 # What wrong input gets
@@ -126,29 +128,26 @@ def test_preparing_again_gives_the_same_file_and_a_longer_download_more(root):
     ],
 )
 def test_row_that_is_no_lesion_is_named(root, change, sentence):
-    write_csv(root / "DL_info.csv", [row(), row() | change])
     with pytest.raises(ValueError, match=sentence):
-        prepare(str(root))
+        prepare(root, [row(), row() | change])
 
 
 def test_missing_table_images_and_columns_are_named(tmp_path, root):
     with pytest.raises(FileNotFoundError, match=r"DL_info.csv: no such file"):
-        prepare(str(root))
+        prepare(root)
     write_csv(root / "DL_info.csv", [row()], columns=COLUMNS[:-1])
-    with pytest.raises(ValueError, match="has no column Train_Val_Test"):
-        prepare(str(root))
+    with pytest.raises(ValueError, match=r"DL_info.csv: wrong columns, missing 'Train_Val_Test'"):
+        prepare(root)
     with pytest.raises(FileNotFoundError, match="Images_png: no such folder"):
-        prepare(str(tmp_path / "absent"))
+        prepare(tmp_path / "absent")
 
 
 def test_nothing_usable_and_a_foreign_file_are_refused(root):
-    write_csv(root / "DL_info.csv", [row("000002_01_01")])
     with pytest.raises(ValueError, match=r"none of the 1 annotated lesions can be used \(1 times the series is"):
-        prepare(str(root))
-    write_csv(root / "DL_info.csv", [row()])
+        prepare(root, [row("000002_01_01")])
     (root / "deeplesion.json").write_text("{}")
     with pytest.raises(FileExistsError, match=r"deeplesion.json: is there and was not made by this script"):
-        prepare(str(root))
+        prepare(root, [row()])
 
 
 def test_command_ends_in_one_sentence(root):
@@ -170,7 +169,7 @@ def coco(path, split="val", **lesion):
 
 
 def test_coco_files_are_read_and_their_area_is_not_believed(root):
-    summary = prepare(str(root), annotations=str(coco(root / "annotation")))
+    summary = prepare(root, annotations=str(coco(root / "annotation")))
     (item,) = written(root)["validation"]
     assert item["boxes"] == [[0, 10, 20, 40]]
     assert item["areas"] == [600]
@@ -180,7 +179,7 @@ def test_coco_files_are_read_and_their_area_is_not_believed(root):
 
 def test_coco_file_without_its_image_is_named(root):
     with pytest.raises(ValueError, match=r"deeplesion_val.json: not such a COCO-style file .KeyError: 7"):
-        prepare(str(root), annotations=str(coco(root / "annotation", image_id=7)))
+        prepare(root, annotations=str(coco(root / "annotation", image_id=7)))
 
 
 # What training reads
@@ -189,8 +188,7 @@ def test_coco_file_without_its_image_is_named(root):
 def test_noisy_lesions_are_ignored_dropped_or_kept_by_name(root):
     rows = [row(Train_Val_Test=1), row(box=(10, 20, 30, 40), Possibly_noisy=1, Train_Val_Test=1),
             row(number=110, Possibly_noisy=1, Train_Val_Test=1), row(number=111, Possibly_noisy=1)]  # fmt: skip
-    write_csv(root / "DL_info.csv", rows)
-    prepare(str(root))
+    prepare(root, rows)
     found = {rule: find_key_slices(root, noisy=rule) for rule in ("ignore", "drop", "keep")}
     assert [len(found[rule]["training"]) for rule in found] == [1, 1, 2]
     assert [len(found[rule]["test"]) for rule in found] == [1, 0, 1]
@@ -232,7 +230,7 @@ def write_pair(folder, name, axes=(-1, -1, -2.5), lesion=((4, 9), (10, 13), (3, 
 def test_volumes_with_masks_become_a_data_set_of_this_layout(tmp_path, axes):
     values = write_pair(tmp_path / "volumes", "a", axes)
     root = tmp_path / "made"
-    summary = prepare(str(root), volumes=str(tmp_path / "volumes"), split_by=[1, 0, 0], workers=1)
+    summary = prepare(root, volumes=str(tmp_path / "volumes"), split_by=[1, 0, 0], workers=1)
     assert summary["lesions"] == {"training": 2}
     item = written(root)["training"][0]
     assert item["image"] == "Images_png/000001_01_01/004.png"  # slices are counted from 1
@@ -260,24 +258,24 @@ def test_converting_goes_on_where_it_stopped_and_refuses_other_settings_and_fore
     write_pair(tmp_path / "volumes", "a")
     root = tmp_path / "made"
     arguments = {"volumes": str(tmp_path / "volumes"), "split_by": [1, 0, 0], "workers": 1}
-    prepare(str(root), **arguments)
+    prepare(root, **arguments)
     first, table = root / "Images_png" / "000001_01_01", (root / "DL_info.csv").read_bytes()
     time = (first / "001.png").stat().st_mtime_ns
     (root / "DL_info.csv").unlink()
-    prepare(str(root), **arguments)
+    prepare(root, **arguments)
     assert (root / "DL_info.csv").read_bytes() == table
     assert (first / "001.png").stat().st_mtime_ns == time
-    with pytest.raises(FileExistsError, match="other volumes or with other settings"):
-        prepare(str(root), **{**arguments, "key_slices": "all"})
-    with pytest.raises(FileExistsError, match="holds files that are not from this script"):
-        prepare(str(tmp_path / "volumes"), **arguments)
+    with pytest.raises(ValueError, match="holds results made with key_slices 'largest', not 'all'"):
+        prepare(root, **{**arguments, "key_slices": "all"})
+    with pytest.raises(FileExistsError, match="volumes has files that are not from this script"):
+        prepare(tmp_path / "volumes", **arguments)
 
 
 def test_a_killed_conversion_leaves_no_half_series_and_goes_on(tmp_path):
     for name in "ab":
         write_pair(tmp_path / "volumes", name)
     arguments = {"volumes": str(tmp_path / "volumes"), "split_by": [1, 0, 0], "workers": 1}
-    prepare(str(tmp_path / "whole"), **arguments)
+    prepare(tmp_path / "whole", **arguments)
 
     def killed_at_the_13th_slice():
         save, seen = Image.Image.save, []
@@ -290,7 +288,7 @@ def test_a_killed_conversion_leaves_no_half_series_and_goes_on(tmp_path):
             save(image, path, **options)
 
         Image.Image.save = save_or_die
-        prepare(str(tmp_path / "made"), **arguments)
+        prepare(tmp_path / "made", **arguments)
 
     process = multiprocessing.get_context("fork").Process(target=killed_at_the_13th_slice)
     process.start()
@@ -301,7 +299,7 @@ def test_a_killed_conversion_leaves_no_half_series_and_goes_on(tmp_path):
     assert not (made / "DL_info.csv").exists()
     first = made / "Images_png" / "000001_01_01" / "001.png"
     time = first.stat().st_mtime_ns
-    prepare(str(made), **arguments)
+    prepare(made, **arguments)
     assert first.stat().st_mtime_ns == time
     found, wanted = (
         {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
@@ -318,9 +316,9 @@ def test_volume_without_mask_or_on_another_grid_is_named(tmp_path):
     label = tmp_path / "v" / "a_label.nii.gz"
     nib.save(nib.Nifti1Image(np.zeros((20, 24, 8), np.uint8), np.eye(4)), label)
     with pytest.raises(ValueError, match=r"a_label.nii.gz: shape \(1, 20, 24, 8\), but its image has"):
-        prepare(str(tmp_path / "one"), volumes=str(tmp_path / "v"), workers=1)
+        prepare(tmp_path / "one", volumes=str(tmp_path / "v"), workers=1)
     label.unlink()
     with pytest.raises(FileNotFoundError, match=r"a_label.nii.gz: no such file; a_image.nii.gz needs its mask"):
-        prepare(str(tmp_path / "two"), volumes=str(tmp_path / "v"), workers=1)
+        prepare(tmp_path / "two", volumes=str(tmp_path / "v"), workers=1)
     with pytest.raises(ValueError, match="key_slices must be 'largest' or 'all', got 'some'"):
-        prepare(str(tmp_path / "three"), volumes=str(tmp_path / "v"), key_slices="some")
+        prepare(tmp_path / "three", volumes=str(tmp_path / "v"), key_slices="some")
