@@ -112,7 +112,7 @@ def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | No
 
 def remove_unfinished(*folders: Path) -> None:
     """Remove the hidden files that a killed `write_atomic` leaves behind."""
-    for unfinished in (file for folder in folders for file in folder.glob(".*.*")):
+    for unfinished in (file for folder in folders for file in folder.glob(".*.*") if file.is_file()):
         unfinished.unlink()
 
 

@@ -80,7 +80,7 @@ def prepare_images(
     Args:
         images: folder with `train/` and `val/` (or one of the other layouts of the pre-training bundle).
         output_dir: a new folder, or one of an earlier run with the same images and settings.
-        short_side: pixels of the short side; smaller pictures keep their size. The bundle's tests look at 256.
+        short_side: pixels of the short side; smaller pictures keep their size. The bundle's tests use 256.
         quality: of JPEG, 1 to 100.
         chroma: 420 halves the resolution of colour (a quarter of the values), 422 halves its columns, 444 keeps it.
         on_error: `raise` stops at the first picture that cannot be read; `skip` leaves it out, names and counts it.

@@ -95,11 +95,6 @@ def cut_image(
     return (cube.round() + AIR).astype(np.int16)
 
 
-def needed_slices(series: DicomSeries, position: np.ndarray, size: int) -> range:
-    """Give the slices that `cut_image` reads."""
-    return range(*_span(_grid(series, position, size)[2], len(series.files)))
-
-
 def cut_masks(series: DicomSeries, nodule: Nodule, size: int) -> np.ndarray:
     """Bring a nodule's masks to its cube's grid: bool, (readers, X, Y, Z), RAS.
 

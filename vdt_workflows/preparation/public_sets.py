@@ -1,13 +1,24 @@
-"""What is known of BTCV and LiTS before they are looked at: file names, labels, case numbers and published splits."""
+"""BTCV and LiTS as people have them: labels and published splits, files in folders or still in their zip archives."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import stat
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TypeVar
 
-from vdt_workflows.data.volumes import ROLE, SUFFIX
-from vdt_workflows.preparation.stored_files import StoredFile
+import numpy as np
+
+from vdt_workflows.data.volumes import ROLE, SUFFIX, draw
+
+T = TypeVar("T")
+Lists = dict[str, list[T]]
 
 IMAGE_WORDS = ("image", "img", "volume")
 LABEL_WORDS = ("label", "seg", "mask")
@@ -80,6 +91,106 @@ LITS = DataSet(
 DATA_SETS = {"btcv": BTCV, "lits": LITS}
 
 
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True)
+class StoredFile:
+    """A file on the disk, or a member of a zip archive.
+
+    Attributes:
+        path: of the file, or of the archive.
+        member: name inside the archive; empty for a file on the disk.
+    """
+
+    path: str
+    member: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.member}" if self.member else self.path
+
+    @property
+    def name(self) -> str:
+        """File name without folders."""
+        return PurePath(self.member or self.path).name
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder that it lies in."""
+        return PurePath(self.member or self.path).parent.name
+
+    def stamp(self) -> list[int]:
+        """What shows whether the content is still the same: size and time of change, or size and CRC in an archive."""
+        if not os.path.isfile(self.path):
+            raise FileNotFoundError(f"{self.path}: no such file")
+        if self.member:
+            with zipfile.ZipFile(self.path) as archive:
+                info = archive.getinfo(self.member)
+            return [info.file_size, info.CRC]
+        status = os.stat(self.path)
+        return [status.st_size, status.st_mtime_ns]
+
+    def open_in(self, folder: Path) -> Path:
+        """Path of the file to read from: itself, or a copy that is streamed out of the archive into a new `folder`."""
+        if not self.member:
+            return Path(self.path)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / self.name
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as source, target.open("wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # damaged, or encrypted
+            raise ValueError(f"{self}: cannot be unpacked ({error}); download the archive again") from error
+        return target
+
+
+def find_files(paths: Sequence[str | os.PathLike]) -> list[StoredFile]:
+    """List the NIfTI files in folders (at any depth) and zip archives, sorted; hidden ones are left out.
+
+    Raises:
+        FileNotFoundError: if there is nothing at a path.
+        ValueError: if a path is neither folder nor zip archive, has no NIfTI file, or is an archive with links or with
+            names that lead out of it.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such folder or archive")
+        if path.is_dir():
+            inner = [file for file in path.rglob("*") if _is_volume(file.relative_to(path)) and file.is_file()]
+            files = [StoredFile(str(file)) for file in inner]
+        else:
+            files = [StoredFile(str(path), name) for name in _members(path) if _is_volume(PurePosixPath(name))]
+        if not files:
+            archives = sorted(path.glob("*.zip")) if path.is_dir() else []
+            hint = f"; it holds {archives[0].name}, so name that instead" if archives else ""
+            raise ValueError(f"{path}: no .nii or .nii.gz file in it{hint}")
+        found += files
+    return sorted(found)
+
+
+def _is_volume(name: PurePath) -> bool:
+    return bool(SUFFIX.search(name.name)) and not any(part.startswith((".", "__MACOSX")) for part in name.parts)
+
+
+def _members(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"{path}: neither a folder nor a whole zip archive; download it again, or unpack it"
+        ) from error
+    for member in members:
+        parts = PurePosixPath(member.filename.replace("\\", "/")).parts
+        is_link = stat.S_ISLNK(member.external_attr >> 16)
+        if ".." in parts or parts[:1] == ("/",) or ":" in "".join(parts[:1]) or is_link:
+            raise ValueError(
+                f"{path}: its member {member.filename!r} leads out of the archive; this is not a file to unpack"
+            )
+    return [member.filename for member in members]
+
+
 def find_numbered(files: Sequence[StoredFile], data_set: DataSet) -> dict[int, dict[str, StoredFile]]:
     """Sort out the images and labels of a data set's cases, in whatever folders they lie.
 
@@ -116,3 +227,66 @@ def _role(stem: str, folder: str) -> str | None:
         return "label"
     word = (named[1] if named else folder).lower()
     return "image" if word.startswith(IMAGE_WORDS) else "label" if word.startswith(LABEL_WORDS) else None
+
+
+# Splits --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """How cases are divided into training, validation and test.
+
+    Attributes:
+        name: "published" (by the VDT paper's code) or "recommended" (validation apart from the test).
+        folds: number of folds of a seeded cross-validation over all cases, in place of `name`; 0 for none.
+        fold: which of them is the test.
+        val_fraction: share of the cases to learn from that becomes validation, where it is drawn.
+        test_fraction: share of own data that becomes the test, where none is named.
+        seed: of what is drawn.
+    """
+
+    name: str = "recommended"
+    folds: int = 0
+    fold: int = 0
+    val_fraction: float = 0.15
+    test_fraction: float = 0.2
+    seed: int = 0
+
+    def describe(self, *, drawn_test: bool = False) -> str:
+        """What dataset.json calls it; by this, splits are distinguished."""
+        if self.name == "published" and not self.folds:
+            return self.name
+        test = f"test_fraction {self.test_fraction:g}, " if drawn_test else ""
+        name = f"fold {self.fold} of {self.folds}" if self.folds else self.name
+        return f"{name} (val_fraction {self.val_fraction:g}, {test}seed {self.seed})"
+
+    def divide(self, data_set: DataSet, numbers: Sequence[int]) -> Lists[int]:
+        """Divide a public data set: a fold of the cases there are, or else all that are published.
+
+        The recommended split has the published test cases. Validation cases that are apart from the test are kept; else
+        a share of the training cases is drawn by seed.
+        """
+        if self.folds:
+            return self.divide_folds(numbers)
+        lists = {part: list(published) for part, published in data_set.published.items()}
+        if self.name == "recommended" and data_set.shared_cases:
+            lists["training"], lists["validation"] = draw(lists["training"], self.val_fraction, self.seed)
+        return lists
+
+    def divide_folds(self, cases: Sequence[T]) -> Lists[T]:
+        """Take one fold of a cross-validation as the test; a share of the others validates.
+
+        Over all folds each case is tested once, and never by a run that saw it, be it for selection.
+
+        Raises:
+            ValueError: if there is no such fold, or there are too few cases.
+        """
+        if not 2 <= self.folds <= len(cases):
+            raise ValueError(f"folds must be 2 to {len(cases)}, the number of cases, got {self.folds}")
+        if not 0 <= self.fold < self.folds:
+            raise ValueError(f"fold must be 0 to {self.folds - 1}, got {self.fold}")
+        order = np.random.default_rng(self.seed).permutation(len(cases))
+        tested = set(np.array_split(order, self.folds)[self.fold].tolist())
+        rest = [case for i, case in enumerate(cases) if i not in tested]
+        training, validation = draw(rest, self.val_fraction, self.seed, self.fold)
+        return {"training": training, "validation": validation, "test": [c for i, c in enumerate(cases) if i in tested]}

@@ -24,37 +24,31 @@ from pathlib import Path
 from typing import Any
 
 from vdt_workflows.data.volumes import SUFFIX, check_on_error, draw, list_cases
-from vdt_workflows.files import claim, write_atomic
+from vdt_workflows.files import claim, write_atomic, write_json
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
-from vdt_workflows.preparation.case_tables import describe, write_table
-from vdt_workflows.preparation.public_sets import DATA_SETS, LITS, DataSet, find_numbered
-from vdt_workflows.preparation.splits import Lists, split_fold, split_published, split_recommended
-from vdt_workflows.preparation.stored_files import StoredFile, find_files
-from vdt_workflows.preparation.volumes import CaseRules, SourceCase, picture_of, prepare_cases
+from vdt_workflows.preparation.public_sets import (
+    DATA_SETS,
+    LITS,
+    DataSet,
+    Lists,
+    Split,
+    StoredFile,
+    find_files,
+    find_numbered,
+)
+from vdt_workflows.preparation.volumes import (
+    CaseRules,
+    Record,
+    SourceCase,
+    describe,
+    picture_of,
+    prepare_cases,
+    write_table,
+)
 
 AFFINES = ("strict", "image", "label")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which split is asked for."""
-
-    name: str
-    folds: int
-    fold: int
-    val_fraction: float
-    test_fraction: float
-    seed: int
-
-    def describe(self, *, drawn_test: bool = False) -> str:
-        """What dataset.json calls it; by this, one split is told from another."""
-        if self.name == "published" and not self.folds:
-            return self.name
-        test = f"test_fraction {self.test_fraction:g}, " if drawn_test else ""
-        name = f"fold {self.fold} of {self.folds}" if self.folds else self.name
-        return f"{name} (val_fraction {self.val_fraction:g}, {test}seed {self.seed})"
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ def prepare_segmentation(
     on_error: str = "raise",
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Check and lay out a data set.
+    """Check a data set of labelled volumes, and lay it out for the segmentation bundles.
 
     Args:
         data: zip archive or folder, or a list of them, with the volumes of BTCV or LiTS at any depth. For own data a
@@ -155,7 +149,7 @@ def prepare_segmentation(
     return _finish(root, plan, records)
 
 
-# What is to be done --------------------------------------------------------------------------------------------------
+# The plan ------------------------------------------------------------------------------------------------------------
 
 
 def _plan_numbered(data_set: DataSet, paths: Sequence[Path], split: Split, tumour: bool) -> Plan:
@@ -169,13 +163,9 @@ def _plan_numbered(data_set: DataSet, paths: Sequence[Path], split: Split, tumou
     logger.info("%s: %d cases, and %d other files that are left alone", places, len(found), others)
     cases = {n: SourceCase(_name(pair["image"]), pair["image"], pair.get("label")) for n, pair in found.items()}
     about: dict[str, Any] = {"modality": {"0": "CT"}, "reference": data_set.origin}
-    if split.folds:
-        lists = split_fold(list(found), split.folds, split.fold, split.val_fraction, split.seed)
-    elif split.name == "published":
-        lists = split_published(data_set)
+    if data_set.shared_cases and split.describe() == "published":
         about["shared_cases"] = data_set.shared_cases
-    else:
-        lists = split_recommended(data_set, split.val_fraction, split.seed)
+    lists = split.divide(data_set, list(found))
     names = list(data_set.labels)
     values = {value: value for value in range(1, len(names))}
     if data_set is LITS and not tumour:
@@ -187,7 +177,7 @@ def _plan_numbered(data_set: DataSet, paths: Sequence[Path], split: Split, tumou
         names=names,
         rules=CaseRules(values=values, hounsfield=True, empty=False),
         split=split.describe(),
-        about={key: value for key, value in about.items() if value},
+        about=about,
         missing={
             f"{data_set.name} {n}": f"{data_set.name} case {n}: no image of this number in {places}"
             for n in sorted({n for numbers in lists.values() for n in numbers} - found.keys())
@@ -206,7 +196,7 @@ def _plan_own(
         raise ValueError(f"own data must be one folder or list, got {len(paths)}: {', '.join(map(str, paths))}")
     found, listing = list_cases(paths[0], paths[0] if paths[0].suffix == ".json" else None)
     listing = listing if listing.is_file() else listing / "dataset.json"
-    told = json.loads(listing.read_text()) if listing.is_file() else {}
+    listed = json.loads(listing.read_text()) if listing.is_file() else {}
     if unlabelled := [pair for pair in found["test"] if "label" not in pair]:
         logger.info("%s: %d test images have no label and are left alone", paths[0], len(unlabelled))
         found["test"] = [pair for pair in found["test"] if "label" in pair]
@@ -219,29 +209,29 @@ def _plan_own(
     lists = {part: [names_of[StoredFile(pair["image"])] for pair in group] for part, group in found.items()}
     drawn_test = not (split.folds or lists["test"])
     if split.folds:
-        lists = split_fold(list(cases), split.folds, split.fold, split.val_fraction, split.seed)
+        lists = split.divide_folds(list(cases))
     else:
         if drawn_test and split.test_fraction:
             lists["training"], lists["test"] = draw(lists["training"], split.test_fraction, split.seed, 0)
         if not lists["validation"]:
             lists["training"], lists["validation"] = draw(lists["training"], split.val_fraction, split.seed, 1)
-    names, values, only_these = _choose_labels(label_names, told.get("labels"), listing)
-    channels = told.get("modality") or told.get("channel_names")
+    names, values, only_these = _choose_labels(label_names, listed.get("labels"), listing)
+    channels = listed.get("modality") or listed.get("channel_names")
     modality = modality or str(channels.get("0", "unknown") if isinstance(channels, dict) else channels or "unknown")
     kept = ("licence", "reference", "release", *(() if split.folds else ("shared_cases",)))
     return Plan(
-        title=str(told.get("name") or paths[0].resolve().stem),
+        title=str(listed.get("name") or paths[0].resolve().stem),
         cases=list(cases.values()),
         lists=lists,
         names=names,
         rules=CaseRules(values=values, only_these=only_these, hounsfield=modality.upper() == "CT"),
         split=split.describe(drawn_test=drawn_test),
-        about={"modality": {"0": modality}, **{key: told[key] for key in kept if told.get(key)}},
+        about={"modality": {"0": modality}, **{key: listed[key] for key in kept if listed.get(key)}},
     )
 
 
 def _choose_labels(
-    given: Sequence[str] | Mapping[str, Any] | None, told: Any, listing: Path
+    given: Sequence[str] | Mapping[str, Any] | None, listed: Any, listing: Path
 ) -> tuple[list[str], dict[int, int] | None, bool]:
     """Find the label names, the value that each stored one becomes (None keeps all), and whether others are refused."""
     if isinstance(given, Mapping):
@@ -252,19 +242,19 @@ def _choose_labels(
         return ["background", *given], values, False
     if isinstance(given, str):
         raise ValueError(f"label_names {given!r}: expected a list of names, or label values by name")
-    names = [str(name) for name in given] if given else _told_labels(told, listing) if told else []
+    names = [str(name) for name in given] if given else _read_labels(listed, listing) if listed else []
     return names, {value: value for value in range(1, len(names))} if names else None, True
 
 
-def _told_labels(told: Any, listing: Path) -> list[str]:
+def _read_labels(listed: Any, listing: Path) -> list[str]:
     """Read the labels of a dataset.json: names by value as in the Decathlon, or values by name as in nnU-Net."""
-    pairs = list(told.items()) if isinstance(told, dict) else []
+    pairs = list(listed.items()) if isinstance(listed, dict) else []
     by_value = {int(key): name for key, name in pairs if str(key).isdecimal()}
     if not by_value:
         by_value = {value: name for name, value in pairs if isinstance(value, int)}
     if len(by_value) < len(pairs) or sorted(by_value) != list(range(len(by_value))):
         raise ValueError(
-            f"{listing}: its labels {told!r} are not one name for each value from 0 on; choose by --label_names"
+            f"{listing}: its labels {listed!r} are not one name for each value from 0 on; choose by --label_names"
         )
     return [str(by_value[value]) for value in range(len(by_value))]
 
@@ -278,20 +268,16 @@ def _name_apart(images: Sequence[StoredFile]) -> dict[StoredFile, str]:
     names = {image: _name(image) for image in images}
     if len(set(names.values())) < len(images):
         names = {image: f"{image.folder}_{name}" for image, name in names.items()}
-    twice = [name for name, count in Counter(names.values()).items() if count > 1]
-    if twice:
-        raise ValueError(
-            "{} and {} would both be case {}; rename one".format(
-                *[i for i in names if names[i] == twice[0]][:2], twice[0]
-            )
-        )
+    for name in (name for name, count in Counter(names.values()).items() if count > 1):
+        first, second, *_ = (image for image in names if names[image] == name)
+        raise ValueError(f"{first} and {second} would both be case {name}; rename one")
     return names
 
 
-# What is left --------------------------------------------------------------------------------------------------------
+# The results ---------------------------------------------------------------------------------------------------------
 
 
-def _finish(root: Path, plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _finish(root: Path, plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
     """Write the lists, the table and the pictures of prepared cases."""
     good = {record["case"]: record for record in records if "fault" not in record}
     lists = {part: [case for case in cases if case in good] for part, cases in plan.lists.items()}
@@ -335,7 +321,7 @@ def _finish(root: Path, plan: Plan, records: Sequence[Mapping[str, Any]]) -> dic
     }
 
 
-def _entry(record: Mapping[str, Any]) -> dict[str, str]:
+def _entry(record: Record) -> dict[str, str]:
     return {"image": record["image"], "label": record["label"]}
 
 
@@ -345,5 +331,5 @@ def _write_list(root: Path, content: dict[str, Any]) -> Path:
     for target in (root / "dataset.json", root / f"dataset_{words}.json"):
         if not target.is_file() or json.loads(target.read_text())["split"] == content["split"]:
             break
-    write_atomic(target, json.dumps(content, indent=1).encode())
+    write_json(target, content)
     return target

@@ -1,34 +1,42 @@
-"""Prepare labelled volumes case by case: check, keep or mend the files, measure, draw, and remember what is done."""
+"""Prepare labelled volumes case by case: check, keep or mend the files, measure, draw, record, and sum up."""
 
 from __future__ import annotations
 
-import json
+import gzip
 import logging
+import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from nibabel.affines import obliquity
+from nibabel.openers import ImageOpener
 from nibabel.spatialimages import SpatialImage
 
 from vdt_workflows.data.headers import check_same_grid, check_voxel_size, grid_difference, read_header, voxel_size
 from vdt_workflows.drawing import cut_planes, find_centre
-from vdt_workflows.files import write_atomic
+from vdt_workflows.files import read_record, remove_unfinished, to_csv, write_atomic, write_record
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.case_sheets import draw_case
-from vdt_workflows.preparation.placing import label_bytes, place_file, with_affine
-from vdt_workflows.preparation.stored_files import StoredFile
-from vdt_workflows.preparation.voxels import count_labels, intensity_range, read_labels, read_voxels, scaled, translate
+from vdt_workflows.preparation.public_sets import StoredFile
+from vdt_workflows.preparation.volume_checks import read_intensities, read_labels, scaled
 
 logger = logging.getLogger(__name__)
 
-RECORDS = ".prepared"  # folder of what is known of each finished case
-VERSION = 1  # of the records
+RECORDS = ".prepared"  # folder of the records and pictures of finished cases
+STAGE = f"{RECORDS}/stage"  # folder of what is unpacked
+VERSION = 2  # of the records
 WINDOW = (-160.0, 240.0)  # HU, of pictures: level 40, width 400
+LEVEL = 6  # of gzip
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class CaseRules:
 
 def prepare_cases(
     cases: Sequence[SourceCase], folder: Path, rules: CaseRules, *, on_error: str = "raise", workers: int = 1
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Prepare the cases that are not finished yet, in several processes, with a progress bar.
 
     Args:
@@ -89,33 +97,32 @@ def prepare_cases(
         ValueError: naming the file and what is wrong with it.
         OSError: if a process was killed, as happens when memory runs out.
     """
-    for kind in ("images", "labels", RECORDS):
+    shutil.rmtree(folder / STAGE, ignore_errors=True)
+    remove_unfinished(folder / RECORDS, folder / "images", folder / "labels")
+    for kind in ("images", "labels", STAGE):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        for unfinished in (folder / kind).glob(".*"):  # of a killed run
-            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    tasks = [(number, case, folder, rules, on_error) for number, case in enumerate(cases)]
-    records: dict[int, dict[str, Any]] = {}
-    for number, record in run_parallel(_prepare_or_tell, tasks, workers=workers, label="cases"):
-        records[number] = record
+    records: dict[str, Record] = {}
+    work = partial(_try_case, folder, rules, on_error)
+    for record in run_parallel(work, cases, workers=workers, label="cases"):
+        records[record["case"]] = record
         if "fault" in record:
             logger.warning("%s; the case is left out", record["fault"])
-    return [records[number] for number in range(len(tasks))]
+    return [records[case.name] for case in cases]
 
 
-def _prepare_or_tell(task: tuple[int, SourceCase, Path, CaseRules, str]) -> tuple[int, dict[str, Any]]:
-    number, case, folder, rules, on_error = task
+def _try_case(folder: Path, rules: CaseRules, on_error: str, case: SourceCase) -> Record:
     try:
-        return number, prepare_case(case, folder, rules)
+        return prepare_case(case, folder, rules)
     except (ValueError, FileNotFoundError, PermissionError) as error:  # but not what is wrong with the disk
         if on_error == "raise":
             raise
-        return number, {"case": case.name, "fault": str(error)}
+        return {"case": case.name, "fault": str(error)}
 
 
 # One case ------------------------------------------------------------------------------------------------------------
 
 
-def prepare_case(case: SourceCase, folder: Path, rules: CaseRules) -> dict[str, Any]:
+def prepare_case(case: SourceCase, folder: Path, rules: CaseRules) -> Record:
     """Check one case and put it into `folder`, or find that this was done before.
 
     A finished case has a record of its sources (size and time of change, or CRC) and of the rules. If either differs,
@@ -129,62 +136,44 @@ def prepare_case(case: SourceCase, folder: Path, rules: CaseRules) -> dict[str, 
     """
     if case.label is None:
         raise ValueError(f"{case.image}: has no label, which training and validation need")
-    sources = {str(file): file.stamp() for file in (case.image, case.label)}
-    made_from = json.loads(json.dumps({"version": VERSION, "sources": sources, "rules": asdict(rules)}))
+    sources = {"image": case.image, "label": case.label}
+    stamps = {str(file): file.stamp() for file in sources.values()}
+    made_from = {"version": VERSION, "sources": stamps, "rules": asdict(rules)}
     record_file = folder / RECORDS / f"{case.name}.json"
-    if (record := _finished(record_file, folder, made_from)) is not None:
-        return record
-    for name in (case.name + suffix for suffix in (".nii", ".nii.gz")):
-        (folder / "images" / name).unlink(missing_ok=True)
-        (folder / "labels" / name).unlink(missing_ok=True)
+    if (finished := read_record(record_file, folder, made_from)) is not None:
+        return finished
+    for old in (folder / kind / f"{case.name}.nii{end}" for kind in ("images", "labels") for end in ("", ".gz")):
+        old.unlink(missing_ok=True)
     record_file.unlink(missing_ok=True)
-    stage = folder / RECORDS / f".{case.name}"
-    for kind in ("image", "label"):
-        (stage / kind).mkdir(parents=True)
-    try:
-        record = _prepare(case, case.label, folder, rules, stage)
-    except ValueError as error:
-        sentence = str(error)
-        for kind, file in (("image", case.image), ("label", case.label)):
-            sentence = sentence.replace(str(stage / kind / file.name), str(file))
-        raise ValueError(sentence) from error
-    finally:
-        shutil.rmtree(stage)
-    record["sizes"] = {name: (folder / name).stat().st_size for name in _files(record)}
-    write_atomic(record_file, json.dumps({**record, "made_from": made_from}, indent=1).encode())
+    with TemporaryDirectory(dir=folder / STAGE) as stage:
+        files: dict[str, Path] = {}
+        try:
+            for kind, source in sources.items():
+                files[kind] = source.open_in(Path(stage, kind))
+            record = _prepare(case.name, sources, files, folder, rules)
+        except ValueError as error:
+            sentence = str(error)
+            for kind, file in files.items():  # what was unpacked is named by the archive's member
+                sentence = sentence.replace(str(file), str(sources[kind]))
+            raise ValueError(sentence) from error
+    write_record(record_file, folder, [record["image"], record["label"], picture_of(record)], made_from, record)
     return record
 
 
-def picture_of(record: Mapping[str, Any]) -> str:
+def picture_of(record: Record) -> str:
     """Where the picture of a prepared case is, below its folder."""
     return f"{RECORDS}/{record['case']}.png"
 
 
-def _files(record: Mapping[str, Any]) -> list[str]:
-    return [record["image"], record["label"], picture_of(record)]
-
-
-def _finished(record_file: Path, folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        record = json.loads(record_file.read_text())
-        sizes = {name: (folder / name).stat().st_size for name in _files(record)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return record if record.pop("made_from", None) == made_from and sizes == record["sizes"] else None
-
-
-def _prepare(case: SourceCase, label_source: StoredFile, folder: Path, rules: CaseRules, stage: Path) -> dict[str, Any]:
-    files = {"image": case.image.open_in(stage / "image"), "label": label_source.open_in(stage / "label")}
+def _prepare(
+    name: str, sources: Mapping[str, StoredFile], files: Mapping[str, Path], folder: Path, rules: CaseRules
+) -> Record:
     image, label = (read_header(file) for file in files.values())
     difference = _difference(image, label, rules.affine)
     affine = label.affine if difference and rules.affine == "label" else image.affine
 
-    voxels = read_voxels(image)
-    low, high = intensity_range(image, voxels, hounsfield=rules.hounsfield)
-    stored = read_labels(label)
-    labels, counts, renumbered = translate(
-        label, stored, count_labels(stored), rules.values, only_these=rules.only_these
-    )
+    voxels, low, high = read_intensities(image, hounsfield=rules.hounsfield)
+    labels, counts, renumbered = read_labels(label, rules.values, only_these=rules.only_these)
     if not (counts[1:].any() or rules.empty):
         raise ValueError(f"{files['label']}: no voxel is labelled; expected some foreground")
 
@@ -203,9 +192,9 @@ def _prepare(case: SourceCase, label_source: StoredFile, folder: Path, rules: Ca
         **_axes_notes(affine),
     }
     record: dict[str, Any] = {
-        "case": case.name,
-        "image": f"images/{case.name}{_suffix(case.image)}",
-        "label": f"labels/{case.name}{'.nii.gz' if anew else _suffix(label_source)}",
+        "case": name,
+        "image": f"images/{name}{_suffix(sources['image'])}",
+        "label": f"labels/{name}{'.nii.gz' if anew else _suffix(sources['label'])}",
         "shape": list(image.shape[:3]),
         "spacing": [round(s, 5) for s in size],
         "orientation": "".join(nib.aff2axcodes(affine)),
@@ -214,18 +203,17 @@ def _prepare(case: SourceCase, label_source: StoredFile, folder: Path, rules: Ca
         "ml": {str(v): round(float(n * millilitres), 3) for v, n in enumerate(counts.tolist()) if v and n},
         "notes": [note for note, holds in notes.items() if holds],
     }
-    if anew:
-        write_atomic(folder / record["label"], label_bytes(labels, affine))
-        del files["label"]
-    for key, file in files.items():
-        target = folder / record[key]
-        if difference and key != rules.affine:
-            write_atomic(target, with_affine(file, affine))
+    for kind, file in files.items():
+        target = folder / record[kind]
+        if anew and kind == "label":
+            write_atomic(target, to_nifti(labels, affine))
+        elif difference and kind != rules.affine:
+            write_atomic(target, _with_affine(file, affine))
         else:
-            place_file(file, target, copy=rules.copy, moves=stage in file.parents)
+            _place(file, target, copy=rules.copy, moves=bool(sources[kind].member))
     details = "{} x {} x {}, {:.3g} x {:.3g} x {:.3g} mm, {}".format(*image.shape[:3], *size, record["orientation"])
     window = WINDOW if rules.hounsfield else None
-    write_atomic(folder / picture_of(record), draw_case(case.name, details, planes, labelled, window))
+    write_atomic(folder / picture_of(record), draw_case(name, details, planes, labelled, window))
     return record
 
 
@@ -252,3 +240,97 @@ def _axes_notes(affine: np.ndarray) -> dict[str, bool]:
     shear = np.degrees(np.arcsin(np.abs(axes.T @ axes - np.eye(3)).max().clip(0, 1)))
     tilt = float(np.degrees(obliquity(affine)).max())
     return {f"axes sheared by {shear:.1f} degrees": bool(shear > 0.5), f"oblique by {tilt:.0f} degrees": tilt > 1}
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def to_nifti(voxels: np.ndarray, affine: np.ndarray, level: int = LEVEL) -> bytes:
+    """Make a .nii.gz file of voxels (X, Y, Z), with an affine in mm that all readers find."""
+    image = nib.Nifti1Image(voxels, affine)
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)  # ITK reads this one
+    image.header.set_xyzt_units("mm")
+    return gzip.compress(image.to_bytes(), level, mtime=0)
+
+
+def _with_affine(file: Path, affine: np.ndarray) -> bytes:
+    """Give the content of a NIfTI file another affine; its voxels and all else stay."""
+    kind = type(nib.load(file).header)
+    with ImageOpener(file) as opened:
+        content = bytearray(opened.read())
+    header = kind(bytes(content[: kind.sizeof_hdr]), check=False)
+    header.set_sform(affine, 1)
+    header.set_qform(affine, 1)
+    content[: kind.sizeof_hdr] = header.binaryblock
+    return gzip.compress(content, LEVEL, mtime=0) if file.name.endswith(".gz") else bytes(content)
+
+
+def _place(file: Path, target: Path, *, copy: bool, moves: bool) -> None:
+    """Bring a whole file to its final name: move it, make a hard link where the disk allows, or copy it."""
+    source = os.path.realpath(file)
+    temporary = target.with_name(f".{target.name}")
+    linked = False
+    if not (copy or moves):
+        with suppress(OSError):  # another file system, or one without hard links
+            os.link(source, temporary)
+            linked = True
+    if not linked:
+        (os.replace if moves else shutil.copyfile)(source, temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+    os.replace(temporary, target)
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def write_table(records: Sequence[Record], names: Sequence[str]) -> bytes:
+    """Make a CSV file with a row for each case.
+
+    Args:
+        records: from `prepare_cases`.
+        names: label names by value, the background first.
+    """
+    volumes = {str(value): f"{name} (ml)" for value, name in enumerate(names) if value}
+    rows = []
+    for record in records:
+        row = {**record, "notes": "; ".join(record.get("notes", ()))}
+        if "fault" not in record:
+            row |= {key: " ".join(map(str, record[key])) for key in ("shape", "spacing")}
+            row |= {end: f"{value:g}" for end, value in zip(("least", "greatest"), record["range"], strict=True)}
+            row |= {column: record["ml"].get(value, 0) for value, column in volumes.items()}
+        rows.append(row)
+    geometry = ("case", "shape", "spacing", "orientation", "dtype")
+    return to_csv(rows, [*geometry, "least", "greatest", *volumes.values(), "notes", "fault"])
+
+
+def describe(records: Sequence[Record], lists: Mapping[str, Sequence[str]], names: Sequence[str]) -> str:
+    """Sum up all cases in a few lines: geometry, intensities, and the volume of each label."""
+    good = [record for record in records if "fault" not in record]
+    sizes = [_span([record["shape"][axis] for record in good], "{:d}") for axis in range(3)]
+    spacings = [_span([record["spacing"][axis] for record in good], "{:.3g}") for axis in range(3)]
+    ends = [[record["range"][i] for record in good] for i in range(2)]
+    orientations = Counter(record["orientation"] for record in good).most_common()
+    notes = Counter(note.split(", the other")[0] for record in good for note in record["notes"])
+    lines = [
+        f"cases        {len(good)} prepared, {len(records) - len(good)} left out",
+        f"lists        {', '.join(f'{len(cases)} {name}' for name, cases in lists.items())}",
+        f"shape        {' x '.join(sizes)}",
+        f"spacing      {' x '.join(spacings)} mm",
+        f"orientation  {', '.join(f'{count} {codes}' for codes, count in orientations)}",
+        f"intensities  {_span(ends[0], '{:g}')} at the least, {_span(ends[1], '{:g}')} at the greatest",
+        *(f"note         {count} {'case' if count == 1 else 'cases'}: {note}" for note, count in notes.items()),
+        "",
+        f"{'label':<28}{'cases':>6}{'median':>10}{'least':>10}{'greatest':>10}  ml",
+    ]
+    for value, name in enumerate(names[1:], 1):
+        volumes = [record["ml"][str(value)] for record in good if str(value) in record["ml"]]
+        ends_ml = "".join(f"{v:>10.3g}" for v in (np.median(volumes), min(volumes), max(volumes))) if volumes else ""
+        lines.append(f"{value:>3} {name:<24}{len(volumes):>6}{ends_ml}")
+    return "\n".join(lines) + "\n"
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"

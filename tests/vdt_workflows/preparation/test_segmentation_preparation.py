@@ -24,9 +24,8 @@ from PIL import Image
 
 from tests.makers.volumes import make_affine, write_volume
 from vdt_workflows.data.volumes import find_volumes
-from vdt_workflows.preparation.public_sets import BTCV
+from vdt_workflows.preparation.public_sets import BTCV, StoredFile
 from vdt_workflows.preparation.segmentation import prepare_segmentation
-from vdt_workflows.preparation.stored_files import StoredFile
 from vdt_workflows.preparation.volumes import CaseRules, SourceCase, prepare_cases
 
 PARTS = ("training", "validation", "test")
