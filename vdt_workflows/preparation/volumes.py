@@ -107,6 +107,7 @@ def prepare_cases(
         records[record["case"]] = record
         if "fault" in record:
             logger.warning("%s; the case is left out", record["fault"])
+    shutil.rmtree(folder / STAGE)
     return [records[case.name] for case in cases]
 
 

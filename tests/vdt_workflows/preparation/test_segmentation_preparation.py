@@ -7,8 +7,6 @@ import gzip
 import json
 import multiprocessing
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,13 +14,13 @@ import time
 import zipfile
 from pathlib import Path
 
-import fire
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.makers.volumes import make_affine, write_volume
+from tests.support.folders import contents, times, wait_until_ended
 from vdt_workflows.data.volumes import find_volumes
 from vdt_workflows.preparation.public_sets import BTCV, StoredFile
 from vdt_workflows.preparation.segmentation import prepare_segmentation
@@ -77,10 +75,6 @@ def numbers(cases):
     return [int(Path(case["image"]).name[3:7]) for case in cases]
 
 
-def contents(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
 def rows(out):
     with (out / "summary.csv").open() as file:
         return {row["case"]: row for row in csv.DictReader(file)}
@@ -121,7 +115,7 @@ def test_the_unpacked_folder_gives_the_same_lists_by_hard_links(btcv, prepared_b
 
 def test_other_splits_of_a_prepared_folder_are_lists_of_their_own_and_nothing_is_made_again(btcv, prepared_btcv):
     out, _ = prepared_btcv
-    before = {path: path.stat().st_mtime_ns for kind in ("images", "labels") for path in (out / kind).iterdir()}
+    before = times(out, "*.nii.gz")
     first = (out / "dataset.json").read_bytes()
     seen = []
     for settings in ({"split": "recommended"}, {"folds": 5, "fold": 0}, {"folds": 5, "fold": 1}):
@@ -134,7 +128,7 @@ def test_other_splits_of_a_prepared_folder_are_lists_of_their_own_and_nothing_is
     assert len({datalist for datalist, _ in seen}) == 3
     assert seen[0][1] == [35, 36, 37, 38, 39, 40]
     assert not set(seen[1][1]) & set(seen[2][1])
-    assert {path: path.stat().st_mtime_ns for kind in ("images", "labels") for path in (out / kind).iterdir()} == before
+    assert times(out, "*.nii.gz") == before
 
 
 def test_the_table_has_geometry_intensities_and_organ_volumes(prepared_btcv):
@@ -365,8 +359,8 @@ def test_regions_in_place_of_labels_are_refused(own, tmp_path):
 # Bad cases
 
 
-def overwrite(path, values, **options):
-    write_volume(path, values, affine=AFFINE, **options)
+def overwrite(path, values, dtype=np.float32, affine=AFFINE):
+    write_volume(path, values, dtype=dtype, affine=affine)
 
 
 def flip_a_byte(path):
@@ -379,58 +373,51 @@ def noise(*shape):
     return np.random.default_rng(0).integers(0, 100, shape)
 
 
-BAD = {
-    "missing label": (lambda image, label: label.unlink(), "c_5_0000.nii.gz: has no label, which training"),
+def write_colour(path):
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, [(c, "u1") for c in "RGB"]), AFFINE), path)
+
+
+LABEL = make_label((1, 2))
+BAD_IMAGES = {
+    "4D": (lambda file: overwrite(file, noise(*SHAPE, 2), np.int16), ": 4D, of shape"),
+    "RGB": (write_colour, r": a colour \(RGB\) volume"),
+    "zero-size": (lambda file: overwrite(file, noise(9, 0, 8), np.int16), ": zero-size volume"),
+    "integer overflow": (
+        lambda file: overwrite(file, noise(*SHAPE).astype(np.int16) - 1024, np.uint16),
+        r": intensities from \d+ to \d+ do not fit 16-bit signed integers .*, as HU do; this is an",
+    ),
+    "wrong slope": (lambda file: set_slope(file, 1e6), ": intensities from .* do not fit 16-bit"),
+    "NaN": (
+        lambda file: overwrite(file, np.where(make_label((1,)), np.nan, 1.0)),
+        ": 4 voxels are NaN or infinite; expected finite values$",
+    ),
+    "cut short": (
+        lambda file: file.write_bytes(file.read_bytes()[:-300]),
+        r": cut short or damaged, \d+ of 1792 bytes can be unpacked",
+    ),
+    "damaged": (flip_a_byte, ": (its voxels cannot be read|not a readable)"),
+}
+BAD_LABELS = {
+    "missing label": (lambda file: file.unlink(), r"c_5_0000\.nii\.gz: has no label, which training"),
     "extra label": (
-        lambda image, label: overwrite(label, make_label((1, 9)), dtype=np.uint8),
+        lambda file: overwrite(file, make_label((1, 9)), np.uint8),
         r"c_5\.nii\.gz: unknown label values 9; expected 0, 1, 2$",
     ),
     "half a label": (
-        lambda image, label: overwrite(label, make_label((1, 2)) * 0.75),
+        lambda file: overwrite(file, LABEL * 0.75),
         r"c_5\.nii\.gz: label value 0\.75; expected whole numbers from 0 on$",
     ),
     "negative label": (
-        lambda image, label: overwrite(label, -make_label((1,)).astype(int), dtype=np.int16),
+        lambda file: overwrite(file, -make_label((1,)).astype(int), np.int16),
         r"c_5\.nii\.gz: label values from -1 to 0; expected whole numbers from 0 on$",
     ),
     "other spacing": (
-        lambda image, label: write_volume(
-            label, make_label((1, 2)), dtype=np.uint8, affine=make_affine((-0.8, 0.8, 1.5))
-        ),
+        lambda file: overwrite(file, LABEL, np.uint8, make_affine((-0.8, 0.8, 1.5))),
         r"c_5\.nii\.gz: its affine differs from that of .*c_5_0000\.nii\.gz in its spacing, .*; if the header alone is",
     ),
     "other shape": (
-        lambda image, label: overwrite(label, make_label((1, 2))[:-1], dtype=np.uint8),
+        lambda file: overwrite(file, LABEL[:-1], np.uint8),
         r"c_5\.nii\.gz: shape \(8, 10, 8\), but its image .* has shape \(9, 10, 8\)$",
-    ),
-    "4D": (lambda image, label: overwrite(image, noise(*SHAPE, 2), dtype=np.int16), "c_5_0000.nii.gz: 4D, of shape"),
-    "RGB": (
-        lambda image, label: nib.save(nib.Nifti1Image(np.zeros(SHAPE, [(c, "u1") for c in "RGB"]), AFFINE), image),
-        r"c_5_0000\.nii\.gz: a colour \(RGB\) volume",
-    ),
-    "zero-size": (
-        lambda image, label: overwrite(image, noise(9, 0, 8), dtype=np.int16),
-        "c_5_0000.nii.gz: zero-size volume",
-    ),
-    "integer overflow": (
-        lambda image, label: overwrite(image, noise(*SHAPE).astype(np.int16) - 1024, dtype=np.uint16),
-        r"c_5_0000\.nii\.gz: intensities from \d+ to \d+ do not fit 16-bit signed integers .*, as HU do; this is an",
-    ),
-    "wrong slope": (
-        lambda image, label: set_slope(image, 1e6),
-        "c_5_0000.nii.gz: intensities from .* do not fit 16-bit",
-    ),
-    "NaN": (
-        lambda image, label: overwrite(image, np.where(make_label((1,)), np.nan, 1.0)),
-        r"c_5_0000\.nii\.gz: 4 voxels are NaN or infinite; expected finite values$",
-    ),
-    "cut short": (
-        lambda image, label: image.write_bytes(image.read_bytes()[:-300]),
-        r"c_5_0000\.nii\.gz: cut short or damaged, \d+ of 1792 bytes can be unpacked",
-    ),
-    "damaged": (
-        lambda image, label: flip_a_byte(image),
-        r"c_5_0000\.nii\.gz: (its voxels cannot be read|not a readable)",
     ),
 }
 
@@ -441,10 +428,12 @@ def set_slope(path, slope):
     path.write_bytes(gzip.compress(content))
 
 
-@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize("fault", [*BAD_IMAGES, *BAD_LABELS])
 def test_a_bad_case_is_named_in_a_sentence_or_left_out_while_the_others_go_on(own, tmp_path, fault):
-    spoil, sentence = BAD[fault]
-    spoil(own / "imagesTr/c_5_0000.nii.gz", own / "labelsTr/c_5.nii.gz")
+    file = own / ("imagesTr/c_5_0000.nii.gz" if fault in BAD_IMAGES else "labelsTr/c_5.nii.gz")
+    spoil, sentence = {**BAD_IMAGES, **BAD_LABELS}[fault]
+    spoil(file)
+    sentence = rf"c_5_0000\.nii\.gz{sentence}" if fault in BAD_IMAGES else sentence
     settings = {"label_names": ["background", "a", "b"], "modality": "CT"}
     with pytest.raises(ValueError, match=sentence) as caught:
         prepare(own, tmp_path / "out", **settings)
@@ -507,12 +496,12 @@ def test_a_folder_of_other_origin_or_of_other_settings_is_refused(own, tmp_path)
 
 def test_a_finished_case_is_not_made_again_but_one_whose_source_changed_is(own, tmp_path):
     prepare(own, tmp_path / "out", copy=True)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/.prepared").glob("*.png")}
-    assert len(times) == 10
+    before = times(tmp_path / "out/.prepared", "*.png")
+    assert len(before) == 10
     write_case(own / "imagesTr/c_3_0000.nii.gz", own / "labelsTr/c_3.nii.gz", (1,))
     (tmp_path / "out/labels/c_4.nii.gz").unlink()
     prepare(own, tmp_path / "out", copy=True)
-    changed = [path.stem for path, before in times.items() if path.stat().st_mtime_ns != before]
+    changed = [path.stem for path, time in times(tmp_path / "out/.prepared", "*.png").items() if time != before[path]]
     assert sorted(changed) == ["c_3", "c_4"]
     assert rows(tmp_path / "out")["c_3"]["label 2 (ml)"] == "0"
     assert (tmp_path / "out/labels/c_4.nii.gz").read_bytes() == (own / "labelsTr/c_4.nii.gz").read_bytes()
@@ -561,62 +550,19 @@ def test_a_run_killed_in_its_midst_goes_on_and_leaves_the_same_files_and_no_proc
     finished = list(out.glob(".prepared/*.json"))
     assert 3 <= len(finished) < len(cases)
     assert len(workers) == 2
-    until = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in state(pid) for pid in workers):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until_ended(workers)
     for path in [*out.glob("images/*.nii.gz"), *out.glob("labels/*.nii.gz")]:  # no hidden ones: these bear final names
         nib.load(path).get_fdata()
-    times = {path: path.stat().st_mtime_ns for path in finished}
+    before = {path: path.stat().st_mtime_ns for path in finished}
     prepare_cases(cases, out, rules)
     assert contents(out) == contents(tmp_path / "whole")
-    assert {path: path.stat().st_mtime_ns for path in finished} == times
-
-
-def state(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
-
-
-def documented_commands():
-    text = (Path(__file__).parents[3] / "docs" / "segmentation_data.md").read_text()
-    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-
-
-@pytest.mark.parametrize("documented", documented_commands())
-def test_every_documented_command_runs(btcv, lits, own, tmp_path, documented):
-    words = shlex.split(documented)
-    assert words[:3] == ["vdt", "prepare", "volumes"]
-    places = {
-        "RawData.zip": str(btcv / "RawData.zip"),
-        "FOLDER": str(own),
-        "['Training Batch 1', 'Training Batch 2']": str(lits),
-    }
-    words = [places.get(word, word) for word in words[3:]]
-    words[words.index("--output_dir") + 1] = str(tmp_path / "out")
-    if "lits" in words:
-        words += ["--on_error", "skip"]  # six cases are not 131
-    told = fire.Fire(prepare_segmentation, command=[*words, "--workers", "1"])
-    assert find_volumes(tmp_path / "out", datalist=told["datalist"])["training"]
+    assert {path: path.stat().st_mtime_ns for path in finished} == before
 
 
 @pytest.mark.slow
 def test_the_command_prints_json_or_one_sentence(own, tmp_path):
-    words = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "vdt_workflows.cli",
-        "prepare",
-        "volumes",
-        "--data",
-        str(own),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    words = [sys.executable, "-W", "ignore", "-m", "vdt_workflows.cli", "prepare", "volumes"]
+    words += ["--data", str(own), "--output_dir", str(tmp_path / "out")]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["training"] == 7

@@ -1,0 +1,31 @@
+"""What folders hold, and processes that should have ended."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+
+def contents(root, pattern="*"):
+    """The bytes of every file below a folder, by name."""
+    return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob(pattern)) if file.is_file()}
+
+
+def times(root, pattern):
+    """The time of change of every file below a folder."""
+    return {file: file.stat().st_mtime_ns for file in root.rglob(pattern)}
+
+
+def wait_until_ended(pids, seconds=60):
+    """Wait until none of these processes runs any more."""
+    until = time.monotonic() + seconds
+    while any(map(_is_running, pids)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def _is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
