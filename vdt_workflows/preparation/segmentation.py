@@ -87,7 +87,7 @@ def prepare_segmentation(
 
     Args:
         data: zip archive or folder, or a list of them, with the volumes of BTCV or LiTS at any depth. For own data a
-            folder of NIfTI pairs, in any of the layouts of `vdt_workflows.find_volumes`, or a JSON list of cases.
+            folder of NIfTI pairs, in any of the layouts that the bundles read, or a JSON list of cases.
         output_dir: a new folder, or one of an earlier run with the same sources and settings. Another split of it is
             written as a list of its own beside the first.
         source: btcv, lits or own.

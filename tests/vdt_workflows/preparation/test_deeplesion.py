@@ -81,7 +81,7 @@ def test_official_counts_are_the_published_ones_and_compared_with_the_table():
     assert script._count(lesions[1:], "test") == (4926, 4830)
 
 
-def test_part_of_the_download_works_and_the_summary_tells_what_is_missing(root):
+def test_part_of_the_download_works_and_the_summary_says_what_is_missing(root):
     rows = [row(), row(number=120), row("000002_01_01"), row("000003_02_01")]
     summary = prepare(root, rows)
     assert summary["left_out"] == {"the key slice is not there": 1, "the series is not there": 2}

@@ -148,7 +148,7 @@ def test_what_was_found_in_each_scan_is_kept_beside(prepare):
     assert scan["problems"] == []
 
 
-def test_a_mask_that_reaches_the_faces_of_its_cube_is_told(archive, prepare):
+def test_a_mask_that_reaches_the_faces_of_its_cube_is_reported(archive, prepare):
     add(archive, "LIDC-IDRI-0004", [((3, 24), (5, 8), (5, 6), (3,))])
     problems = record(prepare())["scan_records"]["LIDC-IDRI-0004_1"]["problems"]
     assert problems == ["LIDC-IDRI-0004_1_01 reaches the faces of its cube, which may cut it"]
@@ -467,7 +467,7 @@ def test_a_scan_without_nodules_is_never_refused(archive, prepare):
     assert (scan["nodules"], scan["slices"], scan["slice_spacing_mm"]) == (0, 1, 0)
 
 
-def test_two_series_in_a_folder_are_told_and_used(archive, prepare):
+def test_two_series_in_a_folder_are_reported_and_used(archive, prepare):
     other = write_series(archive.scans[0].folder, name="zz", patient="LIDC-IDRI-0001")
     made = record(prepare())
     assert made["series_without_annotations"] == [uid("LIDC-IDRI-0001", "zz")]

@@ -178,7 +178,7 @@ def test_the_slice_thickness_is_how_near_contours_of_one_nodule_come(tmp_path):
     assert len(find_nodules(write(tmp_path / "2", np.zeros((20, 20, 20)), SliceThickness=2), readers)) == 1
 
 
-def test_a_contour_that_lies_in_no_slice_is_told_with_its_height(tmp_path):
+def test_a_contour_that_lies_in_no_slice_is_named_with_its_height(tmp_path):
     series = write(tmp_path, np.zeros((20, 20, 20)))
     with pytest.raises(ValueError, match=r"series [\d.]+ has no slice at z = -80 mm, .*; the nearest is at -81 mm$"):
         find_nodules(series, [boxes((5, 7), (5, 7), (18, 20))])

@@ -84,8 +84,8 @@ def rows(out):
 
 
 def test_the_archive_becomes_a_folder_that_find_volumes_reads_with_the_published_split(prepared_btcv, caplog):
-    out, told = prepared_btcv
-    assert {part: told[part] for part in PARTS} == {"training": 24, "validation": 6, "test": 6}
+    out, made = prepared_btcv
+    assert {part: made[part] for part in PARTS} == {"training": 24, "validation": 6, "test": 6}
     cases = find_volumes(out)
     assert numbers(cases["training"]) == [*range(1, 11), *range(21, 35)]
     assert numbers(cases["validation"]) == numbers(cases["test"]) == [35, 36, 37, 38, 39, 40]
@@ -154,8 +154,8 @@ def test_a_missing_case_is_named_and_left_out_when_asked(btcv, tmp_path):
     with pytest.raises(ValueError, match=r"^BTCV case 2: no image of this number in .*; --on_error skip goes on"):
         prepare(data, tmp_path / "out", source="btcv")
     assert not (tmp_path / "out").exists()
-    told = prepare(data, tmp_path / "out", source="btcv", split="published", on_error="skip")
-    assert (told["training"], told["test"], told["left_out"]) == (23, 5, 2)
+    made = prepare(data, tmp_path / "out", source="btcv", split="published", on_error="skip")
+    assert (made["training"], made["test"], made["left_out"]) == (23, 5, 2)
     assert json.loads((tmp_path / "out/dataset.json").read_text())["left_out"] == ["BTCV 2", "BTCV 36"]
     assert "no image of this number" in rows(tmp_path / "out")["BTCV 36"]["fault"]
 
@@ -177,8 +177,8 @@ def lits(tmp_path):
 )
 def test_liver_and_tumour_are_merged_by_default_and_kept_when_asked(lits, tmp_path, settings, names):
     out = tmp_path / "out"
-    told = prepare(lits, out, source="lits", folds=3, fold=0, **settings)
-    assert [told[part] for part in PARTS] == [3, 1, 2]
+    made = prepare(lits, out, source="lits", folds=3, fold=0, **settings)
+    assert [made[part] for part in PARTS] == [3, 1, 2]
     assert list(json.loads((out / "dataset.json").read_text())["labels"].values()) == names
     for case in find_volumes(out)["training"]:
         label, image = nib.load(case["label"]), nib.load(case["image"])
@@ -192,12 +192,12 @@ def test_liver_and_tumour_are_merged_by_default_and_kept_when_asked(lits, tmp_pa
 
 
 def test_the_published_lits_split_is_taken_by_number(lits, tmp_path):
-    told = prepare(lits, tmp_path / "out", source="lits", split="published", on_error="skip")
-    assert [told[part] for part in PARTS] == [3, 2, 1]
+    made = prepare(lits, tmp_path / "out", source="lits", split="published", on_error="skip")
+    assert [made[part] for part in PARTS] == [3, 2, 1]
     cases = find_volumes(tmp_path / "out")
     assert [Path(case["image"]).name for case in cases["validation"]] == ["volume-0.nii", "volume-29.nii"]
     assert [Path(case["image"]).name for case in cases["test"]] == ["volume-2.nii"]
-    assert told["left_out"] == 125
+    assert made["left_out"] == 125
 
 
 SPOILT_AFFINES = {
@@ -254,8 +254,8 @@ def own(tmp_path):
 
 
 def test_own_pairs_are_split_by_seed_and_labels_without_names_are_numbered(own, tmp_path):
-    told = prepare(own, tmp_path / "out")
-    assert [told[part] for part in PARTS] == [7, 1, 2]
+    made = prepare(own, tmp_path / "out")
+    assert [made[part] for part in PARTS] == [7, 1, 2]
     listed = json.loads((tmp_path / "out/dataset.json").read_text())
     assert listed["labels"] == {"0": "background", "1": "label 1", "2": "label 2"}
     first = {part: sorted(case["image"] for case in listed[part]) for part in PARTS}
@@ -278,8 +278,8 @@ def test_names_modality_and_lists_come_from_the_data(own, tmp_path, labels):
     content = {"name": "Mine", "modality": {"0": "CT"}, "labels": labels, "licence": "CC0"}
     write = (own / "dataset.json").write_text
     write(json.dumps({**content, "training": entries[:6], "test": [*entries[6:9], "imagesTr/c_9_0000.nii.gz"]}))
-    told = prepare(own, tmp_path / "out")
-    assert [told[part] for part in PARTS] == [5, 1, 3]
+    made = prepare(own, tmp_path / "out")
+    assert [made[part] for part in PARTS] == [5, 1, 3]
     listed = json.loads((tmp_path / "out/dataset.json").read_text())
     assert listed["labels"] == {"0": "background", "1": "a", "2": "b"}
     assert (listed["name"], listed["modality"], listed["licence"]) == ("Mine", {"0": "CT"}, "CC0")
@@ -310,8 +310,8 @@ def test_a_folder_for_each_case_is_taken_by_a_list_and_its_name_tells_cases_apar
     for entry in entries:
         write_case(tmp_path / entry["image"], tmp_path / entry["label"])
     (tmp_path / "list.json").write_text(json.dumps({"training": entries[:1], "validation": entries[1:]}))
-    told = prepare(tmp_path / "list.json", tmp_path / "out", test_fraction=0)
-    assert [told[part] for part in PARTS] == [1, 2, 0]
+    made = prepare(tmp_path / "list.json", tmp_path / "out", test_fraction=0)
+    assert [made[part] for part in PARTS] == [1, 2, 0]
     assert sorted(path.name for path in (tmp_path / "out/labels").iterdir()) == [f"p{n}_ct.nii.gz" for n in range(3)]
     (tmp_path / "q").mkdir()
     (tmp_path / "p0").rename(tmp_path / "q" / "p1")
@@ -438,9 +438,9 @@ def test_a_bad_case_is_named_in_a_sentence_or_left_out_while_the_others_go_on(ow
     with pytest.raises(ValueError, match=sentence) as caught:
         prepare(own, tmp_path / "out", **settings)
     assert "\n" not in str(caught.value)
-    told = prepare(own, tmp_path / "out", **settings, on_error="skip")
-    assert told["left_out"] == 1
-    assert sum(told[part] for part in PARTS) == 9
+    made = prepare(own, tmp_path / "out", **settings, on_error="skip")
+    assert made["left_out"] == 1
+    assert sum(made[part] for part in PARTS) == 9
     assert rows(tmp_path / "out")["c_5"]["fault"] == str(caught.value)
     assert not list((tmp_path / "out").rglob("c_5*.nii.gz"))
     assert json.loads((tmp_path / "out/dataset.json").read_text())["left_out"] == ["c_5"]
@@ -452,8 +452,8 @@ def test_a_part_of_which_nothing_is_left_is_said_and_the_others_are_listed(own, 
     listed = {"training": entries[:3], "validation": entries[3:4], "test": entries[4:]}
     (own / "list.json").write_text(json.dumps(listed))
     (own / "labelsTr" / "c_4.nii.gz").unlink()
-    told = prepare(own / "list.json", tmp_path / "out", on_error="skip")
-    assert [told[part] for part in PARTS] == [3, 1, 0]
+    made = prepare(own / "list.json", tmp_path / "out", on_error="skip")
+    assert [made[part] for part in PARTS] == [3, 1, 0]
     assert "none of the 1 test cases can be used" in caplog.text
 
 
