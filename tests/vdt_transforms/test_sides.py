@@ -6,9 +6,9 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Orientation
 from scipy.spatial.transform import Rotation
+from vdt_transforms.sides import left_right_axis
 
 from vdt_transforms import FlipLeftRight, RandFlipLeftRight, RandFlipLeftRightd
-from vdt_transforms.sides import left_right_axis
 
 BCV = [[2, 3], [12, 13]]
 

@@ -11,7 +11,7 @@ The first folder is searched for CT series by their headers, so its layout and n
     lidc/sheet_001.png, ...             every nodule with its readers' outlines, to look at
     lidc/prepare.json                   settings, and what was found in each scan
     lidc/npz/lidc314_1.npz, ...         on request (--npz): the layout of the published archive
-    lidc/scans/, lidc/dicom_index.*     what a run that was interrupted, or is given more of the archive, goes on from
+    lidc/scans/                         what a run that was interrupted, or is given more of the archive, goes on from
 
 docs/lidc.md says where the data are from, and by which rules all this is made.
 """
@@ -37,7 +37,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from vdt_workflows.dicom import DicomFolder, DicomSeries, find_series
+from vdt_transforms.dicom_series import DicomFolder, DicomSeries, find_series
 from vdt_workflows.files import write_atomic
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.lidc import RATINGS, Annotation, Annotations, consensus, read_annotations
@@ -121,7 +121,8 @@ def prepare_lidc(
     settings = {"size": size, "spacing_mm": 1.0, "npz": bool(npz)}
     store = read_annotations(str(annotations))
     finished = _claim(root, settings)
-    folder = find_series(str(dicom_dir), index_file=root / "dicom_index.json.gz", workers=workers)
+    read = partial(run_parallel, workers=workers, label="headers")
+    folder = find_series(str(dicom_dir), modalities=("CT",), mapper=read)
     scans, errors = _match(store, folder, str(dicom_dir))
     todo = [scan for scan in scans if not _is_prepared(root, scan)]
     logger.info("%d annotated scans, %d of them prepared already", len(scans), len(scans) - len(todo))

@@ -12,8 +12,8 @@ from monai.transforms import LoadImage
 from pydicom.uid import JPEG2000Lossless
 
 from tests.makers.dicom import AXIAL, uid, write_series, write_slice
-from vdt_workflows import dicom_headers
-from vdt_workflows.dicom import find_series
+from vdt_transforms import dicom_headers
+from vdt_transforms.dicom_series import find_series
 
 HU = np.arange(6 * 5 * 4).reshape(6, 5, 4) - 60  # (columns, rows, slices)
 SHORT = uid("LIDC-IDRI-0001", "a")

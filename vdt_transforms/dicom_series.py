@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pydicom
 
-from vdt_workflows.dicom_headers import Header, import_pydicom, read_headers
+from vdt_transforms.dicom_checks import along_normal, check_alike, check_places, check_straight, describe_damage
+from vdt_transforms.dicom_headers import Header, Map, read_headers
 
+logger = logging.getLogger(__name__)
+
+AIR = -1024  # HU
+INT16 = np.iinfo(np.int16)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -25,7 +31,7 @@ class DicomSeries:
 
     Attributes:
         uid: SeriesInstanceUID.
-        folder: where its files are; the first folder if there are several.
+        folder: the one that holds its files, in itself or in folders below.
         files: one a slice.
         positions: centre of the first pixel of each slice, (slices, 3), mm, in DICOM's world (LPS).
         orientation: directions along a row and along a column, (2, 3).
@@ -53,7 +59,7 @@ class DicomSeries:
     @property
     def slice_spacing(self) -> float:
         """Median distance between neighbouring slices in mm; 0 of a single slice."""
-        steps = np.diff(_along_normal(self.positions, self.orientation))
+        steps = np.diff(along_normal(self.positions, self.orientation))
         return float(np.median(steps)) if len(steps) else 0.0
 
     @property
@@ -79,27 +85,33 @@ class DicomSeries:
     def read_slice(self, index: int) -> np.ndarray:
         """Read one slice, (rows, columns): CT in HU as int16, other modalities as float32.
 
+        In CT, padding (PixelPaddingValue) is read as air, -1024 HU.
+
         Raises:
-            ValueError: naming the file, if its pixels cannot be decoded or are not one grey value each.
+            ValueError: naming the file, if its pixels cannot be decoded, are not one grey value each, or are no HU.
         """
         file = self.files[index]
         try:
-            dataset = import_pydicom().dcmread(file)
-            values = dataset.pixel_array
+            dataset = pydicom.dcmread(file)
+            stored = dataset.pixel_array
         except Exception as error:  # broken bytes and missing decoders raise whatever they lead to
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{file}: its pixels cannot be decoded ({reason}); copy or download it again") from error
-        kind = dataset.get("PhotometricInterpretation", "MONOCHROME2")
-        if kind != "MONOCHROME2" or values.shape != (self.rows, self.columns):
-            raise ValueError(
-                f"{file}: {kind} pixels of shape {values.shape};"
-                f" expected MONOCHROME2 of shape {(self.rows, self.columns)}"
-            )
+        if stored.shape != (self.rows, self.columns):
+            raise ValueError(f"{file}: pixels of shape {stored.shape}; expected {(self.rows, self.columns)}")
         slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
         if not (np.isfinite(slope) and np.isfinite(intercept) and slope):
             raise ValueError(f"{file}: RescaleSlope {slope:g} and RescaleIntercept {intercept:g} give no values")
-        values = values * np.float32(slope) + np.float32(intercept)
-        return values.round().clip(-32768, 32767).astype(np.int16) if self.modality == "CT" else values
+        values = stored * np.float32(slope) + np.float32(intercept)
+        if self.modality != "CT":
+            return values
+        values[stored == dataset.get("PixelPaddingValue")] = AIR
+        if values.max() > INT16.max:
+            raise ValueError(
+                f"{file}: values up to {values.max():g}, which no CT has in HU; this is an integer overflow or a wrong"
+                " RescaleSlope, so export the series again"
+            )
+        return values.round().clip(INT16.min).astype(np.int16)
 
     def read(self, *, irregular: bool = False) -> np.ndarray:
         """Read the volume, (columns, rows, slices), to go with `affine`.
@@ -124,83 +136,140 @@ class DicomFolder:
 
 
 def find_series(
-    root: str | os.PathLike,
-    *,
-    modalities: Collection[str] = ("CT",),
-    index_file: str | os.PathLike | None = None,
-    workers: int | None = None,
+    root: str | os.PathLike, *, modalities: Collection[str] = ("CT", "MR"), mapper: Map = map
 ) -> DicomFolder:
     """Find the series below a folder by what the headers say; names of files and folders mean nothing.
 
     MONAI's `PydicomReader` reads a folder as one series in the order of its instance numbers; several series in a
-    folder, missing slices and copies go unnoticed. Here each series is apart, sorted by place, and checked.
+    folder, missing slices and copies go unnoticed. Here each series is apart, sorted by position, and checked.
 
     Args:
         root: the folder; headers of everything below it are read.
         modalities: which to take, of "CT" and "MR".
-        index_file: where headers are kept for the next time.
-        workers: processes that read headers, all cores by default.
+        mapper: see `read_headers`.
 
     Returns:
         The series sorted by patient and uid. Those whose folder holds a damaged file have an error that names it.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ImportError: if pydicom is missing.
     """
     root = Path(root)
-    headers = read_headers(root, index_file=index_file, workers=workers)
     slices: dict[str, list[Header]] = defaultdict(list)
     damaged: dict[str, list[Header]] = defaultdict(list)  # by series, or by folder where the series is not known
+    localizers: list[Header] = []
     skipped: Counter[str] = Counter()
-    for header in headers:
+    for header in read_headers(root, mapper=mapper):
         if header.damaged:
             damaged[header.series_uid or os.path.dirname(header.path)].append(header)
         elif header.skipped or header.modality not in modalities:
             skipped[header.skipped or header.modality] += 1
+            localizers += [header] if header.skipped == "localizer" else []
         else:
             slices[header.series_uid].append(header)
     in_folder: dict[str, set[str]] = defaultdict(set)
     for uid, group in slices.items():
         for header in group:
             in_folder[os.path.dirname(header.path)].add(uid)
-    series = [_build(root, group, damaged, in_folder) for group in slices.values()]
+    series = [_build(root, group, damaged, localizers, in_folder) for group in slices.values()]
     claimed = slices.keys() | in_folder.keys()
-    lost = [_damage(root, group) for key, group in sorted(damaged.items()) if key not in claimed]
+    lost = [describe_damage(root, group) for key, group in sorted(damaged.items()) if key not in claimed]
     return DicomFolder(
         tuple(sorted(series, key=lambda s: (s.patient_id, s.uid))), dict(sorted(skipped.items())), (*lost,)
     )
 
 
+def list_series(root: str | os.PathLike, *, mapper: Map = map) -> dict[Path, DicomSeries | ValueError]:
+    """List the folders below a folder, or that one, that hold a series of CT or MR to be read as a volume.
+
+    A warning names each file that is left out: a localizer, or a copy.
+
+    Args:
+        root: the folder.
+        mapper: see `read_headers`.
+
+    Returns:
+        By folder, its series, which may have errors of its own (see `DicomSeries.check`), or the error that it holds
+        several, as one folder is one volume. Empty if there is none.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: naming a damaged file, if there are no others.
+    """
+    found = find_series(root, mapper=mapper)
+    for sentence in () if found.series else found.damaged:
+        raise ValueError(sentence)
+    folders: dict[Path, DicomSeries | ValueError] = {}
+    for series in found.series:
+        folder = series.folder
+        inside = [s for s in found.series if folder in (s.folder, *s.folder.parents)]
+        folders[folder] = series
+        for note in series.notes if len(inside) == 1 else ():
+            logger.warning("%s", note)
+        if len(inside) > 1:
+            counts = ", ".join(f"{s.uid} with {len(s.files)}" for s in inside[:3])
+            folders[folder] = ValueError(
+                f"{folder}: holds {len(inside)} series ({counts} images); put each into a folder of its own"
+            )
+    return folders
+
+
+def find_one_series(folder: str | os.PathLike) -> DicomSeries:
+    """Find the one series of CT or MR in a folder or below it (see `list_series`).
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: naming the folder, if it holds no series or several, or a damaged file.
+    """
+    by_folder = list_series(folder)
+    if not by_folder:
+        raise ValueError(f"{folder}: no DICOM series of CT or MR in it or below it")
+    if len(by_folder) > 1:
+        raise ValueError(f"{folder}: holds {len(by_folder)} folders with series; give the folder of one")
+    (series,) = by_folder.values()
+    if isinstance(series, ValueError):
+        raise series
+    return series
+
+
 def _build(
-    root: Path, group: Sequence[Header], damaged: dict[str, list[Header]], in_folder: dict[str, set[str]]
+    root: Path,
+    group: Sequence[Header],
+    damaged: dict[str, list[Header]],
+    localizers: Sequence[Header],
+    in_folder: dict[str, set[str]],
 ) -> DicomSeries:
     first = group[0]
     folders = list(dict.fromkeys(os.path.dirname(header.path) for header in group))
-    where = f"{root / folders[0]}: series {first.series_uid}"
+    folder = root / os.path.commonpath(folders) if all(folders) else root
+    where = f"{folder}: series {first.series_uid}"
     notes = [
-        f"{root / folder}: holds {len(in_folder[folder])} series, which are kept apart by their uid"
-        for folder in folders
-        if len(in_folder[folder]) > 1
+        f"{root / name}: holds {len(in_folder[name])} series, which are kept apart by their uid"
+        for name in folders
+        if len(in_folder[name]) > 1
     ]
-    unique = list({header.sop_uid or header.path: header for header in reversed(group)}.values())
-    if len(unique) < len(group):
-        notes.append(f"{where} has {len(group) - len(unique)} files twice; one copy of each is read")
+    beside = [h for h in localizers if h.series_uid == first.series_uid or os.path.dirname(h.path) in folders]
+    notes += [f"{root / header.path}: a localizer, left out" for header in beside]
+    once: dict[str, Header] = {}
+    for header in group:
+        if (kept := once.setdefault(header.sop_uid or header.path, header)) is not header:
+            notes.append(f"{root / header.path}: the same image as {root / kept.path}, left out")
+    unique = list(once.values())
     orientation = np.reshape(first.orientation, (2, 3))
-    places = _along_normal([header.position for header in unique], orientation)
+    places = along_normal([header.position for header in unique], orientation)
     order = sorted(range(len(unique)), key=lambda i: (places[i], unique[i].instance))
-    kept, irregularities = _check_places([unique[i] for i in order], places[order], root, where)
-    positions = np.array([header.position for header in kept])
-    errors = [_damage(root, damaged[key]) for key in (first.series_uid, *folders) if key in damaged]
-    errors += _check_alike(unique, root, where)
-    if len(kept) < 2:
+    in_order, irregularities = check_places([unique[i] for i in order], places[order], root, where)
+    positions = np.array([header.position for header in in_order])
+    errors = [describe_damage(root, damaged[key]) for key in (first.series_uid, *folders) if key in damaged]
+    errors += check_alike(unique, root, where)
+    if len(in_order) < 2:
         errors.append(f"{where} has one slice; a volume needs two or more")
     return DicomSeries(
         uid=first.series_uid,
         patient_id=first.patient_id,
         modality=first.modality,
-        folder=root / folders[0],
-        files=tuple(root / header.path for header in kept),
+        folder=folder,
+        files=tuple(root / header.path for header in in_order),
         positions=positions,
         orientation=orientation,
         pixel_spacing=(first.pixel_spacing[0], first.pixel_spacing[1]),
@@ -209,78 +278,5 @@ def _build(
         thickness=first.thickness,
         notes=tuple(notes),
         irregularities=tuple(irregularities),
-        errors=tuple(errors or _check_straight(positions, orientation, min(first.pixel_spacing), where)),
+        errors=tuple(errors or check_straight(positions, orientation, min(first.pixel_spacing), where)),
     )
-
-
-def _check_alike(headers: Sequence[Header], root: Path, where: str) -> list[str]:
-    errors = []
-    for what, values in {
-        "pixels": {(header.rows, header.columns) for header in headers},
-        "mm between pixels": {tuple(np.round(header.pixel_spacing, 4).tolist()) for header in headers},
-        "as directions of rows and columns": {tuple(np.round(header.orientation, 3).tolist()) for header in headers},
-    }.items():
-        if len(values) > 1:
-            shown = " and ".join(" x ".join(f"{v:g}" for v in value) for value in sorted(values)[:2])
-            errors.append(f"{where} mixes slices with {shown} {what}; expected the same in all")
-    for header in headers:
-        if header.modality == "CT" and not header.rescaled:
-            path = root / header.path
-            return [*errors, f"{path}: has no RescaleSlope or no RescaleIntercept, so its values are not HU"]
-    return errors
-
-
-def _check_straight(positions: np.ndarray, orientation: np.ndarray, pixel: float, where: str) -> list[str]:
-    normal = np.cross(*orientation)
-    steps = positions - positions[0]
-    shift = np.linalg.norm(steps - np.outer(steps @ normal, normal), axis=1).max()
-    if shift <= 0.5 * pixel:
-        return []
-    return [
-        f"{where}: its slices shift sideways by up to {shift:.1f} mm, as with a tilted gantry;"
-        " expected slices straight above each other"
-    ]
-
-
-def _damage(root: Path, headers: Sequence[Header]) -> str:
-    more = f" (and {len(headers) - 1} more damaged files)" if len(headers) > 1 else ""
-    return f"{root / headers[0].path}: {headers[0].damaged}; copy or download it again{more}"
-
-
-def _along_normal(positions: Any, orientation: np.ndarray) -> np.ndarray:
-    """Place of each slice along the common normal, which points to the head, or else to the back or the left."""
-    normal = np.cross(*orientation)
-    return np.asarray(positions) @ normal * np.sign(normal[np.abs(normal).argmax()])
-
-
-def _check_places(
-    headers: Sequence[Header], places: np.ndarray, root: Path, where: str
-) -> tuple[list[Header], list[str]]:
-    """Leave out slices at the place of another, and say what makes the others irregular."""
-    found = []
-    distinct = np.unique(np.round(places, 3))
-    spacing = float(np.median(np.diff(distinct))) if len(distinct) > 1 else 0.0
-    apart = np.diff(places, prepend=-np.inf) > max(0.05 * spacing, 1e-3)
-    kept = [header for header, is_apart in zip(headers, apart, strict=True) if is_apart]
-    if len(kept) < len(headers):
-        number = int(np.argmin(apart))
-        found.append(
-            f"{where} has slices at the same place, {len(headers) - len(kept)} too many, the first"
-            f" {root / headers[number].path} at {places[number]:g} mm; the one of lowest instance number is kept"
-        )
-    z = places[apart]
-    steps = np.diff(z)
-    if (gaps := np.flatnonzero(steps > 1.5 * spacing)).size:
-        missing = int(np.round(steps[gaps] / spacing - 1).sum())
-        found.append(
-            f"{where} lacks {missing} slice{'s' * (missing > 1)}, the first between {z[gaps[0]]:g} and"
-            f" {z[gaps[0] + 1]:g} mm where slices are {spacing:g} mm apart; copy or download the series again"
-        )
-    elif len(z) > 2:
-        off = np.abs(z - np.linspace(z[0], z[-1], len(z))).max()
-        if off > 0.1 * spacing:
-            found.append(
-                f"{where} has uneven slices, {steps.min():g} to {steps.max():g} mm apart and up to {off:.2g} mm off a"
-                " regular grid"
-            )
-    return kept, found
