@@ -209,7 +209,7 @@ def list_series(root: str | os.PathLike, *, mapper: Map = map) -> dict[Path, Dic
         if len(inside) > 1:
             counts = ", ".join(f"{s.uid} with {len(s.files)}" for s in inside[:3])
             folders[folder] = ValueError(
-                f"{folder}: holds {len(inside)} series ({counts} images); put each into a folder of its own"
+                f"{folder}: holds {len(inside)} series; put each into a folder of its own ({counts} images)"
             )
     return folders
 

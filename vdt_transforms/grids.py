@@ -56,7 +56,7 @@ def align_grids(
     aside = mapping[:3, :3].copy()
     aside[axes, range(3)] = 0
     if sorted(axes) != [0, 1, 2] or np.abs(aside * size).max() > tolerance:
-        raise ValueError("one grid is turned by other than right angles from the other")
+        raise ValueError("turned by other than right angles")
     positions = [
         mapping[axis, i] * np.arange(n) + mapping[axis, 3] for i, (axis, n) in enumerate(zip(axes, size, strict=True))
     ]

@@ -106,12 +106,10 @@ class RandResizeStackd(RandArrayPerKey):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Resize the stack of each key, and the boxes."""
         d = dict(data)
-        sides = {tuple(d[key].shape[-2:]) for key in self.key_iterator(d)}
-        if len(sides) != 1:
-            raise ValueError(
-                f"the stacks under {', '.join(map(str, self.keys))} must have the same sides, got {sorted(sides)}"
-            )
-        (old,) = sides
+        first = self.first_key(d)
+        if first == ():
+            return d
+        old = tuple(d[first].shape[-2:])
         d = super().__call__(d)
         new = self.transform.resized(old)
         d |= {key: resize_boxes(d[key], old, new) for key in self.box_keys if key in d}

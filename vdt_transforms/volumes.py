@@ -205,8 +205,9 @@ class RandFlipLeftRightd(RandomizableTransform, MapTransform):
         """Mirror the volumes under `keys`, or leave them."""
         d = dict(data)
         self.randomize(None)
-        for key in self.key_iterator(d) if self._do_transform else ():
-            d[key] = self._mirror(d[key], self.pairs if key in self.label_keys else ())
+        for key in self.key_iterator(d):
+            if self._do_transform:
+                d[key] = self._mirror(d[key], self.pairs if key in self.label_keys else ())
         return d
 
     def _mirror(self, img: torch.Tensor, pairs: Sequence[tuple[int, ...]]) -> torch.Tensor:

@@ -22,7 +22,7 @@ def boxes(columns, rows, slices, spacing=1.0, origin=ORIGIN):
 
 def write(folder, hu, **options):
     write_series(folder, hu, **{"spacing": (1.0, 1.0, 1.0), "origin": ORIGIN, **options})
-    (series,) = find_series(folder, workers=1).series
+    (series,) = find_series(folder).series
     return series
 
 
