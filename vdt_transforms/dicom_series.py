@@ -95,8 +95,9 @@ class DicomSeries:
             dataset = pydicom.dcmread(file)
             stored = dataset.pixel_array
         except Exception as error:  # broken bytes and missing decoders raise whatever they lead to
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{file}: its pixels cannot be decoded ({reason}); copy or download it again") from error
+            reason = " ".join(str(error).split())
+            hint = "install one of these decoders" if "missing dependencies" in reason else "copy or download it again"
+            raise ValueError(f"{file}: its pixels cannot be decoded ({reason}); {hint}") from error
         if stored.shape != (self.rows, self.columns):
             raise ValueError(f"{file}: pixels of shape {stored.shape}; expected {(self.rows, self.columns)}")
         slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
