@@ -147,8 +147,9 @@ def test_an_irregular_series_is_accepted_by_the_knob_of_listing_and_of_loading(t
     assert list_volumes(tmp_path, irregular="accept") == [{"image": str(tmp_path)}]
     for reader in ("SeriesReader", "VolumeReader", "NoduleReader"):
         np.testing.assert_array_equal(load(tmp_path, f"vdt_transforms.{reader}", irregular="accept")[0], HU)
-    with pytest.raises(ValueError, match="irregular must be 'refuse' or 'accept', got 'yes'"):
-        SeriesReader("yes")
+    for ask in (SeriesReader, partial(list_volumes, tmp_path)):
+        with pytest.raises(ValueError, match="irregular must be 'refuse' or 'accept', got 'yes'"):
+            ask(irregular="yes")
 
 
 def test_positions_written_to_a_tenth_of_a_millimetre_are_regular(tmp_path):

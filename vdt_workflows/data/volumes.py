@@ -155,6 +155,8 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
 
 def _find_dicom(path: Path, on_error: str, irregular: str) -> tuple[list[Case], set[str]]:
     """List the folders that hold one usable series, and which of them to leave out."""
+    if irregular not in ("refuse", "accept"):
+        raise ValueError(f"irregular must be 'refuse' or 'accept', got {irregular!r}")
     folders = list_series(path, mapper=run_parallel)
     faults: set[str] = set()
     for folder, series in folders.items():

@@ -466,7 +466,7 @@ def a_truncated_file(archive):
 def a_tilted_gantry(archive):
     for index, file in enumerate(archive.scans[0].files):
         rewrite(file, file, ImagePositionPatient=[ORIGIN[0], ORIGIN[1] + index / 2, ORIGIN[2] + 2 * index])
-    return r"its slices shift sideways by up to 9\.5 mm, as with a tilted gantry"
+    return r"its slices shift sideways by up to 9\.5 mm, as with a gantry tilted by 14"
 
 
 def sagittal_slices(archive):
