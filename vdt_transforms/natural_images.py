@@ -65,7 +65,7 @@ class LoadNaturalImage(Transform):
                 raise ImageDecodeError("it is empty (0 bytes); copy or download it again")
             image = torch.from_numpy(_decode(data)).permute(2, 0, 1)
             return _brightness(image).repeat(3, 1, 1) if self.grey else image
-        except Exception as error:  # on broken bytes Pillow's readers raise whatever they stumble over
+        except Exception as error:  # on broken bytes Pillow's readers raise errors of any kind
             name = f"{len(file)} bytes in memory" if isinstance(file, bytes) else str(file)
             raise ImageDecodeError(f"cannot read the image {name}: {_reason(error)}") from error
 

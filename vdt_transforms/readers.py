@@ -145,7 +145,7 @@ class NoduleReader(VolumeReader):
                 images.append(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header))
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{path}: no such file") from error
-            except Exception as error:  # a damaged archive raises whatever its decompressor stumbles over
+            except Exception as error:  # a damaged archive raises errors of any kind
                 raise ValueError(f"{path}: not a readable nodule or scan ({error})") from error
         self.filenames = list(img)  # which `read` of the last file left as that alone
         return super().get_data(images)

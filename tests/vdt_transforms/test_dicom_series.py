@@ -296,7 +296,7 @@ def test_series_of_several_patients_are_sorted_by_patient(tmp_path):
 def test_what_is_no_slice_is_skipped_and_counted_by_its_kind(tmp_path):
     write_series(tmp_path, HU)
     (tmp_path / "notes.xml").write_text("<LidcReadMessage/>")
-    (tmp_path / ".hidden").write_text("hidden files are not looked at")
+    (tmp_path / ".hidden").write_text("hidden files are passed over")
     kinds = {"SR": "88.33", "SEG": "66.4", "RTSTRUCT": "481.3"}
     for name, end in kinds.items():
         write_slice(tmp_path / f"{name}.dcm", Modality=name, SOPClassUID=f"1.2.840.10008.5.1.4.1.1.{end}")
@@ -403,7 +403,7 @@ def write_like(file, **fields):
     )
 
 
-def test_a_damaged_file_of_no_series_is_told_apart(tmp_path):
+def test_a_damaged_file_of_no_series_is_listed_apart(tmp_path):
     write_series(tmp_path / "x", HU)
     (tmp_path / "y").mkdir()
     for name in ("a.dcm", "b.dcm"):
