@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from vdt_transforms.slice_stacks import slice_mixes, towards_key
+from vdt_transforms.slice_stacks import nearest_stored, slice_mixes
 
 
 class VolumeLesionDetector(nn.Module):
@@ -76,7 +76,7 @@ class VolumeLesionDetector(nn.Module):
         numbers = range(len(planes))
         mixes = slice_mixes(self.slices, self.distance, interval)
         for key in numbers:
-            stack = torch.stack([sum(planes[towards_key(key, o, numbers)] * w for o, w in mix) for mix in mixes])  # type: ignore[misc]  # a mix is never empty
+            stack = torch.stack([sum(planes[nearest_stored(key, o, numbers)] * w for o, w in mix) for mix in mixes])  # type: ignore[misc]  # a mix is never empty
             yield self._scaled(stack)
 
     def _scaled(self, stack: Tensor) -> Tensor:

@@ -3,33 +3,30 @@
 Conventions, for every transform of this package:
 
 - A natural image is (channels, rows, columns) = (3, H, W), RGB, 0..255, as Pillow shows it: MONAI's own Pillow reader
-  transposes unless told `reverse_indexing=False`.
+  transposes unless it gets `reverse_indexing=False`.
 - Read as a volume it is (1, 3, H, W), depth first: one channel, three slices, rows, columns.
 - A stack of slices is (slices, X, Y), from the head to the feet, X along the columns and Y down the rows of a slice;
   its boxes are (x1, y1, x2, y2), as MONAI's box transforms take them.
 - A medical volume keeps MONAI's order (C, X, Y, Z); voxel sizes are in mm, CT values in HU.
-- The dictionary twin of a transform has its name and a `d`; all keys share one draw.
+- The dictionary version of a transform has its name and a `d`; all keys share one draw.
 - Inputs are never changed in place. Random transforms draw from `self.R` alone.
 """
 
 from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd, CheckOverflow, CheckOverflowd
-from vdt_transforms.classes import ReadClass, ReadClassd
-from vdt_transforms.dicom import SeriesReader, VolumeReader
-from vdt_transforms.grids import RestoreGrid, RestoreGridd
+from vdt_transforms.grids import RestoreGrid, RestoreGridd, Spacing, Spacingd
 from vdt_transforms.natural_images import (
     ImageDecodeError,
     LoadNaturalImage,
+    LoadNaturalImaged,
     RandResizedCropImage,
+    RandResizedCropImaged,
     ResizeCenterCropImage,
+    ResizeCenterCropImaged,
 )
-from vdt_transforms.natural_images_dictionary import LoadNaturalImaged, RandResizedCropImaged, ResizeCenterCropImaged
-from vdt_transforms.nodules import CropNodule, CropNoduled, NoduleReader, RandRotateCube, RandRotateCubed
-from vdt_transforms.sides import FlipLeftRight, RandFlipLeftRight, RandFlipLeftRightd
-from vdt_transforms.slabs import ForegroundSlices, ForegroundSlicesd, RandSlab, RandSlabd
-from vdt_transforms.slice_folders import SliceFolderReader
-from vdt_transforms.slice_stacks import RandFlipSlices, RandResizeStack, SliceStackReader
-from vdt_transforms.slice_stacks_dictionary import RandFlipSlicesd, RandResizeStackd, SliceStackReaderd
-from vdt_transforms.spacing import Spacing, Spacingd
+from vdt_transforms.nodules import CropNodule, CropNoduled, RandRotateCube, RandRotateCubed
+from vdt_transforms.readers import NoduleReader, ReadClass, ReadClassd, SeriesReader, SliceFolderReader, VolumeReader
+from vdt_transforms.slice_stacks import SliceStackReader, SliceStackReaderd
+from vdt_transforms.stack_augmentation import RandFlipSlices, RandFlipSlicesd, RandResizeStack, RandResizeStackd
 from vdt_transforms.vdt import (
     MEAN,
     STD,
@@ -38,8 +35,8 @@ from vdt_transforms.vdt import (
     RandSliceShuffle,
     RandSliceShuffled,
     VolumeToImage,
-    VolumeToImaged,
 )
+from vdt_transforms.volumes import ForegroundSlices, ForegroundSlicesd, RandFlipLeftRightd, RandSlab, RandSlabd
 
 __all__ = [
     "MEAN",
@@ -52,7 +49,6 @@ __all__ = [
     "CheckOverflowd",
     "CropNodule",
     "CropNoduled",
-    "FlipLeftRight",
     "ForegroundSlices",
     "ForegroundSlicesd",
     "ImageDecodeError",
@@ -61,7 +57,6 @@ __all__ = [
     "LoadNaturalImage",
     "LoadNaturalImaged",
     "NoduleReader",
-    "RandFlipLeftRight",
     "RandFlipLeftRightd",
     "RandFlipSlices",
     "RandFlipSlicesd",
@@ -89,5 +84,4 @@ __all__ = [
     "Spacingd",
     "VolumeReader",
     "VolumeToImage",
-    "VolumeToImaged",
 ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
-
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.transforms import MapTransform, Transform
+from monai.transforms import Transform
+
+from vdt_transforms.dictionary import ArrayPerKey
 
 INT16 = np.iinfo(np.int16)
 
@@ -84,36 +83,21 @@ class CheckOverflow(Transform):
         return img
 
 
-class _Checkd(MapTransform):
-    """What the dictionary versions share: check the volumes under `keys`."""
-
-    def __init__(self, keys: KeysCollection, check: Callable, allow_missing_keys: bool) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.transform = check
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Check the volumes under `keys`."""
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.transform(d[key])
-        return d
-
-
-class CheckFinited(_Checkd):
+class CheckFinited(ArrayPerKey):
     """Dictionary version of `CheckFinite`."""
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, CheckFinite(), allow_missing_keys)
 
 
-class CheckLabelsd(_Checkd):
+class CheckLabelsd(ArrayPerKey):
     """Dictionary version of `CheckLabels`."""
 
     def __init__(self, keys: KeysCollection, num_classes: int, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, CheckLabels(num_classes), allow_missing_keys)
 
 
-class CheckOverflowd(_Checkd):
+class CheckOverflowd(ArrayPerKey):
     """Dictionary version of `CheckOverflow`."""
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:

@@ -1,16 +1,66 @@
-"""Label maps back on the grid of the file that was segmented."""
+"""Voxel grids: resampling to a voxel size, how one grid lies in another, label maps back on their file's grid."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
+from monai import transforms
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Transform
+from monai.transforms import MapTransform, Spacing, Transform
+
+__all__ = ["RestoreGrid", "RestoreGridd", "Spacing", "Spacingd", "align_grids"]
+
+
+class Spacingd(transforms.Spacingd):
+    """Resample volumes to a voxel size in mm, as `monai.transforms.Spacingd`, also beside `<key>_*` entries of text.
+
+    From MONAI 1.6.0 on, the original takes every entry whose name starts with `<key>_` for metadata and calls
+    `.update` on it. MONAI Label puts the file's path in `image_path`, so that every inference request fails. Here such
+    entries are set aside during the call. `Invertd` undoes it as it undoes the original.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any], *args: Any, **kwargs: Any) -> dict[Hashable, Any]:
+        """Resample the volumes under `keys`."""
+        prefixes = tuple(f"{key}_" for key in self.key_iterator(dict(data)))
+        aside = {k: v for k, v in data.items() if str(k).startswith(prefixes) and not isinstance(v, Mapping)}
+        aside = {k: v for k, v in aside.items() if k not in self.keys}
+        out = super().__call__({k: v for k, v in data.items() if k not in aside}, *args, **kwargs)
+        return {**out, **aside}
+
+
+def align_grids(
+    source: np.ndarray, target: np.ndarray, size: Sequence[int], tolerance: float = 0.5
+) -> tuple[list[int], list[np.ndarray]]:
+    """Find how a grid of voxels lies in another one whose axes are parallel to its own.
+
+    Args:
+        source: 4 x 4, voxel to world, of the grid that values are taken from.
+        target: the same of the grid that values are wanted on.
+        size: voxels along each axis of the target.
+        tolerance: voxels of the source that an axis may depart sideways within `size`.
+
+    Returns:
+        For each axis of the target, which axis of the source runs along it, and where along that one each of its
+        voxels lies, in voxels of the source, whole or not.
+
+    Raises:
+        ValueError: if one grid is turned by other than right angles from the other.
+    """
+    mapping = np.linalg.solve(np.asarray(source, np.float64), np.asarray(target, np.float64))
+    axes = np.abs(mapping[:3, :3]).argmax(0)
+    aside = mapping[:3, :3].copy()
+    aside[axes, range(3)] = 0
+    if sorted(axes) != [0, 1, 2] or np.abs(aside * size).max() > tolerance:
+        raise ValueError("turned by other than right angles")
+    positions = [
+        mapping[axis, i] * np.arange(n) + mapping[axis, 3] for i, (axis, n) in enumerate(zip(axes, size, strict=True))
+    ]
+    return [int(axis) for axis in axes], positions
 
 
 class RestoreGrid(Transform):
@@ -34,16 +84,13 @@ class RestoreGrid(Transform):
             raise ValueError("labels and image must be MetaTensors, which know their grids")
         wanted = torch.as_tensor(np.asarray(image.meta["original_affine"]), dtype=torch.float64)
         size = [int(n) for n in np.asarray(image.meta["spatial_shape"])[:3]]
-        mapping = torch.linalg.solve(labels.affine.to(torch.float64).cpu(), wanted).numpy()
-        axes = np.abs(mapping[:3, :3]).argmax(0)
-        rest = mapping[:3, :3].copy()
-        rest[axes, range(3)] = 0
-        if sorted(axes) != [0, 1, 2] or np.abs(rest * size).max() > 0.5:
+        try:
+            axes, positions = align_grids(np.asarray(labels.affine.cpu()), wanted.numpy(), size)
+        except ValueError as error:
             name = image.meta.get("filename_or_obj", "the volume")
-            raise ValueError(f"{name}: turned by other than right angles; its labels cannot be put back by indexing")
-        out = labels.as_tensor().permute(0, *(int(axis) + 1 for axis in axes))
-        for dim, (axis, length) in enumerate(zip(axes, size, strict=True), 1):
-            places = mapping[axis, dim - 1] * np.arange(length) + mapping[axis, 3]
+            raise ValueError(f"{name}: {error}; its labels cannot be put back by indexing") from error
+        out = labels.as_tensor().permute(0, *(axis + 1 for axis in axes))
+        for dim, places in enumerate(positions, 1):
             out = _take(out, dim, places)
         restored = MetaTensor(out.contiguous(), meta=deepcopy(image.meta))
         restored.affine = wanted

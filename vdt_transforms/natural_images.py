@@ -7,7 +7,6 @@ a few hundred images a second the bookkeeping would cost more than the crop.
 from __future__ import annotations
 
 import math
-import weakref
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -16,9 +15,12 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
+from monai.config import KeysCollection
 from monai.transforms import RandomizableTransform, Transform
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from vdt_transforms.dictionary import ArrayPerKey, RandArrayPerKey
 
 JPEG_START = b"\xff\xd8"
 PLAIN_COLOURS = ("Gray", "RGB", "YCbCr")  # of a JPEG; simplejpeg does not convert the others
@@ -42,8 +44,7 @@ class LoadNaturalImage(Transform):
     - CMYK (Adobe's inverted kind too), YCbCr, 16-bit colour: Pillow's conversion
     - animation: the first frame
 
-    An EXIF orientation is applied, whatever the format. The memory of a JPEG's pixels is used again once nothing holds
-    the image: new pages for each picture would cost a third of the decoding.
+    An EXIF orientation is applied, whatever the format.
 
     Args:
         grey: take the colours out: all three are the brightness, 0.299 red + 0.587 green + 0.114 blue, rounded.
@@ -55,7 +56,6 @@ class LoadNaturalImage(Transform):
 
     def __init__(self, grey: bool = False) -> None:
         self.grey = grey
-        self._spare = SpareMemory()
 
     def __call__(self, file: str | Path | bytes) -> Tensor:
         """Read `file`."""
@@ -63,11 +63,18 @@ class LoadNaturalImage(Transform):
             data = file if isinstance(file, bytes) else Path(file).read_bytes()
             if not data:
                 raise ImageDecodeError("it is empty (0 bytes); copy or download it again")
-            image = torch.from_numpy(_decode(data, self._spare)).permute(2, 0, 1)
+            image = torch.from_numpy(_decode(data)).permute(2, 0, 1)
             return _brightness(image).repeat(3, 1, 1) if self.grey else image
-        except Exception as error:  # on broken bytes Pillow's readers raise whatever they stumble over
+        except Exception as error:  # on broken bytes Pillow's readers raise errors of any kind
             name = f"{len(file)} bytes in memory" if isinstance(file, bytes) else str(file)
             raise ImageDecodeError(f"cannot read the image {name}: {_reason(error)}") from error
+
+
+class LoadNaturalImaged(ArrayPerKey):
+    """Dictionary version of `LoadNaturalImage`."""
+
+    def __init__(self, keys: KeysCollection, grey: bool = False, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, LoadNaturalImage(grey), allow_missing_keys)
 
 
 def _brightness(image: Tensor) -> Tensor:
@@ -88,42 +95,13 @@ def _reason(error: Exception) -> str:
     return f"it is damaged or cut short ({type(error).__name__}: {error}); copy or download it again"
 
 
-class SpareMemory:
-    """Memory of the last array, for the next one if nothing holds the last any more.
-
-    Safe with threads: whoever takes the memory leaves none for the others, who then get new memory.
-    """
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
-
-    def __reduce__(self) -> tuple[type[SpareMemory], tuple[()]]:
-        return SpareMemory, ()  # the memory does not travel with a transform
-
-    def array(self, rows: int, columns: int) -> np.ndarray:
-        """Give a uint8 array (rows, columns, 3) of undefined values."""
-        size = rows * columns * 3
-        memory = np.empty(0, np.uint8)
-        with suppress(IndexError):
-            last, user = self._kept.pop()
-            if user() is None:
-                memory = last
-        if not size <= memory.size <= 8 * size:  # nor keep what one large picture took
-            memory = np.empty(size, np.uint8)
-        array = memory[:size].reshape(rows, columns, 3)
-        self._kept = [(memory, weakref.ref(array))]
-        return array
-
-
-def _decode(data: bytes, spare: SpareMemory) -> np.ndarray:
+def _decode(data: bytes) -> np.ndarray:
     """Bytes to uint8 (H, W, 3)."""
     if data.startswith(JPEG_START) and _is_upright(data):
         with suppress(ValueError):  # 12 bits, stray bytes, cut short: Pillow knows what to do, or why it cannot
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours in PLAIN_COLOURS and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
-                pixels = spare.array(height, width)
-                simplejpeg.decode_jpeg(data, "RGB", fastupsample=True, buffer=pixels)
-                return pixels
+                return simplejpeg.decode_jpeg(data, "RGB", fastupsample=True)
     with Image.open(BytesIO(data)) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return np.array(_to_rgb(image))
@@ -217,6 +195,23 @@ class RandResizedCropImage(RandomizableTransform):
         return crop.flip(-1) if self.flip else crop
 
 
+class RandResizedCropImaged(RandArrayPerKey):
+    """Dictionary version of `RandResizedCropImage`: one draw, for the first key's size, serves all keys."""
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        size: int,
+        *,
+        area: tuple[float, float] = (0.08, 1.0),
+        aspect: tuple[float, float] = (3 / 4, 4 / 3),
+        flip_prob: float = 0.5,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        crop = RandResizedCropImage(size, area=area, aspect=aspect, flip_prob=flip_prob)
+        super().__init__(keys, crop, allow_missing_keys)
+
+
 class ResizeCenterCropImage(Transform):
     """Resize the short side, then crop the centre. (C, H, W) -> (C, size, size).
 
@@ -240,3 +235,10 @@ class ResizeCenterCropImage(Transform):
         rows, columns = (self.short_side * side // short for side in image.shape[-2:])
         top, left = (round((side - self.size) / 2) for side in (rows, columns))
         return resize(image, rows, columns)[:, top : top + self.size, left : left + self.size]
+
+
+class ResizeCenterCropImaged(ArrayPerKey):
+    """Dictionary version of `ResizeCenterCropImage`."""
+
+    def __init__(self, keys: KeysCollection, size: int, *, short_side: int, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, ResizeCenterCropImage(size, short_side=short_side), allow_missing_keys)

@@ -1,4 +1,4 @@
-"""Nodules: a reader of their files, a crop around a place in the world, and the rotations of a cube.
+"""Nodules: a crop around a place in the world, and the rotations of a cube.
 
 A jittered crop is MONAI's `RandSpatialCropd` to the crop, after `CropNoduled` to the crop and twice the jitter: shifted
 by whole voxels up to the jitter, each as often as the others.
@@ -7,88 +7,25 @@ by whole voxels up to the jitter, each as often as the others.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
-from monai.config import KeysCollection, NdarrayOrTensor, PathLike
-from monai.data import MetaTensor, NibabelReader
-from monai.transforms import InvertibleTransform, MapTransform, Randomizable, SpatialResample, Transform
-from monai.utils import TraceKeys, TransformBackends, ensure_tuple, ensure_tuple_rep
+from monai.config import KeysCollection, NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Randomizable, SpatialResample, Transform
+from monai.utils import ensure_tuple_rep
 from nibabel.affines import apply_affine
 from torch.nn.functional import pad
 
-from vdt_transforms.dicom import SeriesReader
+from vdt_transforms.dictionary import RandArrayPerKey
 
 logger = logging.getLogger(__name__)
 
-WINDOW = (-1024.0, 400.0)  # HU, that the published files map linearly to 0..255
 AIR = -1024.0  # HU
 NEAR = 1e-3  # voxels, or parts of a voxel size, that count as nothing
 PLANES = ((0, 1), (0, 2), (1, 2))  # of the three quarter turns, in the order they are applied
-
-
-class NoduleReader(NibabelReader):
-    """MONAI reader of nodules: published `.npz` files, and scans or crops in NIfTI or as DICOM folders.
-
-    A published file has arrays (z, y, x) of 1 mm: `voxel`, uint8 for the window of -1024 to 400 HU, and masks
-    `answer1`, ... They come out as (X, Y, Z), `voxel` in HU. Columns run to the patient's left and rows to the back, so
-    the affine is diag(-1, -1, 1, 1); the files do not tell where in the scan a cube was. NIfTI is read by
-    `NibabelReader`, a folder by `SeriesReader`.
-
-    Give it to `LoadImaged(reader="vdt_transforms.NoduleReader")`, with `array="answer1"` for the masks.
-
-    Args:
-        array: the array that is read from an npz file.
-        kwargs: every further argument goes to `NibabelReader`.
-
-    Raises:
-        ValueError: naming the file, when it is damaged, has no such array, or holds no volume.
-    """
-
-    def __init__(self, array: str = "voxel", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.array = array
-
-    def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
-        """Say whether all files are npz, NIfTI or folders."""
-        names = [str(name) for name in ensure_tuple(filename)]
-        return all(name.endswith((".npz", ".nii", ".nii.gz")) or os.path.isdir(name) for name in names)
-
-    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[str]:
-        """Keep the paths: `LoadImage` hides what goes wrong here behind the next reader's failure."""
-        return [os.fspath(path) for path in ensure_tuple(data)]
-
-    def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Read one file or folder (X, Y, Z), or several files as channels, with their metadata."""
-        if len(img) == 1 and os.path.isdir(img[0]):
-            return SeriesReader().get_data(img)
-        images = []
-        for path in img:
-            try:
-                image = self._open(path) if path.endswith(".npz") else super().read(path, **self.kwargs)
-                images.append(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header))
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{path}: no such file") from error
-            except Exception as error:  # a damaged archive raises whatever its decompressor stumbles over
-                raise ValueError(f"{path}: not a readable nodule or scan ({error})") from error
-        self.filenames = list(img)  # which `read` of the last file left as that alone
-        return super().get_data(images)
-
-    def _open(self, path: str) -> nib.Nifti1Image:
-        with np.load(path, allow_pickle=False) as archive:
-            if self.array not in archive:
-                raise ValueError(f"it has the arrays {', '.join(archive.files)}, not {self.array}")
-            values = archive[self.array]
-        if values.ndim != 3:
-            raise ValueError(f"its {self.array} has the shape {values.shape}, not (z, y, x)")
-        if self.array == "voxel":
-            low, high = WINDOW
-            values = values.astype(np.float32) * np.float32((high - low) / 255) + np.float32(low)
-        return nib.Nifti1Image(values.astype(np.float32).transpose(), np.diag([-1.0, -1.0, 1.0, 1.0]))
 
 
 class CropNodule(Transform):
@@ -177,7 +114,7 @@ def _mm(position: Sequence[float] | np.ndarray) -> str:
 
 
 class CropNoduled(MapTransform):
-    """Dictionary twin of `CropNodule`, which makes an item of each nodule of a scan.
+    """Dictionary version of `CropNodule`, which makes an item of each nodule of a scan.
 
     `nodules` of the dictionary lists places: dictionaries with a `position` in mm (RAS), or a `voxel` of the file (it
     may lie between voxels), and whatever else belongs to the nodule. The result is a list of dictionaries, each with
@@ -226,7 +163,7 @@ class CropNoduled(MapTransform):
         return item
 
 
-class RandRotateCube(Randomizable, InvertibleTransform):
+class RandRotateCube(Randomizable, Transform):
     """Turn a cube into one of its 24 rotations, or of 48 orientations with reflections. (C, X, Y, Z) -> (C, X, Y, Z).
 
     As published: three independent numbers of quarter turns, 0 to 3, about the planes of the axes (0, 1), (0, 2) and
@@ -241,8 +178,6 @@ class RandRotateCube(Randomizable, InvertibleTransform):
     Args:
         reflect: whether to draw a reflection.
     """
-
-    backend = [TransformBackends.TORCH, TransformBackends.NUMPY]  # noqa: RUF012  (MONAI declares it this way)
 
     def __init__(self, reflect: bool = True) -> None:
         self.reflect = reflect
@@ -262,23 +197,9 @@ class RandRotateCube(Randomizable, InvertibleTransform):
         out = _turn(img, self.axes, self.back)
         if not isinstance(img, MetaTensor):
             return out
-        info = self.track_transform_meta(
-            img,
-            sp_size=out.shape[1:],
-            affine=_voxel_map(img.shape[1:], self.axes, self.back),
-            extra_info={"axes": self.axes, "back": self.back},
-            transform_info=self.get_transform_info(),
-        )
-        return MetaTensor(out).copy_meta_from(info)
-
-    def inverse(self, data: torch.Tensor) -> torch.Tensor:
-        """Undo the turn that the volume went through."""
-        info = self.pop_transform(data)[TraceKeys.EXTRA_INFO]
-        undo = RandRotateCube()
-        undo.axes = [info["axes"].index(axis) for axis in range(3)]
-        undo.back = [info["back"][axis] for axis in undo.axes]
-        with undo.trace_transform(False):
-            return undo(data, randomize=False)
+        turned = MetaTensor(out).copy_meta_from(img)
+        turned.affine = img.affine.double() @ _voxel_map(img.shape[1:], self.axes, self.back)
+        return turned
 
 
 def combine_turns(turns: Sequence[int], reflection: int | None) -> tuple[list[int], list[bool]]:
@@ -315,31 +236,8 @@ def _voxel_map(shape: Sequence[int], axes: Sequence[int], back: Sequence[bool]) 
     return matrix
 
 
-class RandRotateCubed(Randomizable, MapTransform, InvertibleTransform):
-    """Dictionary twin of `RandRotateCube`; all keys share one orientation."""
-
-    backend = RandRotateCube.backend
+class RandRotateCubed(RandArrayPerKey):
+    """Dictionary version of `RandRotateCube`; all keys share one orientation."""
 
     def __init__(self, keys: KeysCollection, reflect: bool = True, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.transform = RandRotateCube(reflect)
-
-    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> RandRotateCubed:
-        """Seed the array transform, which makes all the draws."""
-        self.transform.set_random_state(seed, state)
-        return self
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Turn the volumes under `keys`."""
-        d = dict(data)
-        self.transform.randomize()
-        for key in self.key_iterator(d):
-            d[key] = self.transform(d[key], randomize=False)
-        return d
-
-    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Turn the volumes under `keys` back."""
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.transform.inverse(d[key])
-        return d
+        super().__init__(keys, RandRotateCube(reflect), allow_missing_keys)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812  (the field's name for it)
-from monai.apps.detection.transforms.box_ops import resize_boxes
-from monai.transforms import LoadImage, Orientation, RandomizableTransform, Transform
+from monai.config import KeysCollection
+from monai.transforms import LoadImage, MapTransform, Orientation, Transform
 from PIL import Image
 from torch import Tensor
 
@@ -163,7 +162,7 @@ class SliceStackReader(Transform):
         stack: np.ndarray | None = None
         for i, mix in enumerate(mixes):
             for offset, weight in mix:
-                number = towards_key(key, offset, numbers)
+                number = nearest_stored(key, offset, numbers)
                 if number not in seen:
                     seen[number] = read(number)
                     if seen[number].shape != seen[next(iter(seen))].shape:
@@ -185,7 +184,41 @@ class SliceStackReader(Transform):
         return self._numbers[folder]
 
 
-def towards_key(key: int, offset: int, numbers: Container[int]) -> int:
+class SliceStackReaderd(MapTransform):
+    """Dictionary version of `SliceStackReader`.
+
+    Args:
+        keys: of the files.
+        slices, distance, reference: as `SliceStackReader` takes them.
+        interval_key: of the mm between slices; an item without it leaves them to the volume.
+        slice_key: of a volume's key slice.
+        allow_missing_keys: whether a missing key is passed over.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        slices: int = 9,
+        distance: float = 2.5,
+        *,
+        reference: bool = False,
+        interval_key: str = "slice_interval",
+        slice_key: str = "key_slice",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.read = SliceStackReader(slices, distance, reference=reference)
+        self.interval_key, self.slice_key = interval_key, slice_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace each file by its stack."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.read(d[key], d.get(self.interval_key), d.get(self.slice_key))
+        return d
+
+
+def nearest_stored(key: int, offset: int, numbers: Container[int]) -> int:
     """Choose the slice at `offset`, or where it is missing the nearest stored one towards the key slice."""
     step = 1 if offset > 0 else -1
     while offset and key + offset not in numbers:
@@ -207,63 +240,3 @@ def read_slice(path: Path) -> np.ndarray:
     if not mode.startswith("I"):
         raise ValueError(f"{path}: is of Pillow's mode {mode}; expected one channel of 16 bits that holds HU + 32768")
     return pixels.astype(np.float32) - HU_OFFSET
-
-
-class RandFlipSlices(RandomizableTransform):
-    """Reverse the order of the slices at random: head and feet change places. (slices, X, Y) -> the same.
-
-    Args:
-        prob: probability of the flip.
-    """
-
-    def __init__(self, prob: float = 0.5) -> None:
-        super().__init__(prob)
-
-    def __call__(self, img: Tensor | np.ndarray, randomize: bool = True) -> Tensor | np.ndarray:
-        """Flip `img`; `randomize=False` applies the last draw again."""
-        if randomize:
-            self.randomize(None)
-        if not self._do_transform:
-            return img
-        return img.flip(0) if isinstance(img, Tensor) else np.flip(img, 0)
-
-
-class RandResizeStack(RandomizableTransform):
-    """Resize a stack and its boxes so that the longer side is one of `sizes`, drawn at random.
-
-    (slices, X, Y) -> (slices, X', Y'); the aspect ratio is kept up to rounding, and boxes (L, 4) are multiplied by the
-    exact ratio of the sides. Bilinear without antialiasing, as published.
-
-    Args:
-        sizes: lengths of the longer side in pixels; one of them makes the resize fixed, 0 keeps the image's own.
-    """
-
-    def __init__(self, sizes: Sequence[int] | int) -> None:
-        super().__init__(prob=1.0)
-        self.sizes = [sizes] if isinstance(sizes, int) else list(sizes)
-        if not self.sizes or min(self.sizes) < 0:
-            raise ValueError(f"sizes must be numbers of pixels, 0 or more, got {sizes}")
-        self.size = self.sizes[0]
-
-    def randomize(self, data: object = None) -> None:
-        """Draw `size`."""
-        self.size = self.sizes[self.R.randint(len(self.sizes))] if len(self.sizes) > 1 else self.sizes[0]
-
-    def __call__(self, img: Tensor | np.ndarray, randomize: bool = True) -> Tensor:
-        """Resize `img`; `randomize=False` applies the last draw again."""
-        if randomize:
-            self.randomize()
-        image = torch.as_tensor(img).as_subclass(Tensor)
-        sides = self.resized(tuple(image.shape[-2:]))
-        if sides == tuple(image.shape[-2:]):
-            return image
-        return F.interpolate(image[None], sides, mode="bilinear", align_corners=False)[0]
-
-    def resized(self, sides: tuple[int, ...]) -> tuple[int, int]:
-        """Give the sides (X', Y') that the last draw makes of `sides` (X, Y)."""
-        x, y = (int(side * (self.size or max(sides)) / max(sides) + 0.5) for side in sides)
-        return max(x, 1), max(y, 1)
-
-    def resize_boxes(self, boxes: np.ndarray | Tensor, sides: tuple[int, ...]) -> np.ndarray | Tensor:
-        """Move boxes (L, 4) of an image of `sides` (X, Y) with it."""
-        return resize_boxes(boxes, sides, self.resized(sides))

@@ -10,14 +10,12 @@ Source: arXiv 2201.01426; the pipeline of its published pre-training configs.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from typing import Any
-
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.transforms import MapTransform, RandomizableTransform, Transform
-from monai.utils import TransformBackends
+from monai.transforms import RandomizableTransform, Transform
+
+from vdt_transforms.dictionary import ArrayPerKey, RandArrayPerKey
 
 MEAN = 114.495  # of ImageNet's three channel means, on the 0..255 scale
 STD = 57.63  # of ImageNet's three channel standard deviations, on the same scale
@@ -37,8 +35,6 @@ class ImageToVolume(Transform):
     Raises:
         ValueError: if the image is not 2D with channels first, or has neither one nor `slices` channels.
     """
-
-    backend = [TransformBackends.TORCH, TransformBackends.NUMPY]  # noqa: RUF012  (MONAI declares it this way)
 
     def __init__(self, slices: int = 3, mean: float = 0.0, std: float = 1.0) -> None:
         if std <= 0:
@@ -63,6 +59,20 @@ class ImageToVolume(Transform):
         return volume.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
 
 
+class ImageToVolumed(ArrayPerKey):
+    """Dictionary version of `ImageToVolume`."""
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        slices: int = 3,
+        mean: float = 0.0,
+        std: float = 1.0,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, ImageToVolume(slices, mean, std), allow_missing_keys)
+
+
 class VolumeToImage(Transform):
     """Read the slices of a one-channel volume as colours: the inverse of `ImageToVolume`.
 
@@ -75,8 +85,6 @@ class VolumeToImage(Transform):
     Raises:
         ValueError: if the volume does not have one channel and three spatial axes.
     """
-
-    backend = [TransformBackends.TORCH, TransformBackends.NUMPY]  # noqa: RUF012  (MONAI declares it this way)
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
         self.mean = mean
@@ -99,8 +107,6 @@ class RandSliceShuffle(RandomizableTransform):
         prob: probability of shuffling; 1 in the published pre-training.
     """
 
-    backend = [TransformBackends.TORCH, TransformBackends.NUMPY]  # noqa: RUF012  (MONAI declares it this way)
-
     def __init__(self, prob: float = 1.0) -> None:
         super().__init__(prob)
         self.order: list[int] = []
@@ -122,74 +128,8 @@ class RandSliceShuffle(RandomizableTransform):
         return img.index_select(1, torch.tensor(self.order, device=img.device))  # thrice as fast as indexing by a list
 
 
-class ImageToVolumed(MapTransform):
-    """Dictionary version of `ImageToVolume`."""
-
-    backend = ImageToVolume.backend
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        slices: int = 3,
-        mean: float = 0.0,
-        std: float = 1.0,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.transform = ImageToVolume(slices, mean, std)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Lift the images under `keys`."""
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.transform(d[key])
-        return d
-
-
-class VolumeToImaged(MapTransform):
-    """Dictionary version of `VolumeToImage`."""
-
-    backend = VolumeToImage.backend
-
-    def __init__(
-        self, keys: KeysCollection, mean: float = 0.0, std: float = 1.0, allow_missing_keys: bool = False
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.transform = VolumeToImage(mean, std)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Lay the volumes under `keys` out as images."""
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.transform(d[key])
-        return d
-
-
-class RandSliceShuffled(RandomizableTransform, MapTransform):
+class RandSliceShuffled(RandArrayPerKey):
     """Dictionary version of `RandSliceShuffle`; all keys share one order."""
 
-    backend = RandSliceShuffle.backend
-
     def __init__(self, keys: KeysCollection, prob: float = 1.0, allow_missing_keys: bool = False) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
-        RandomizableTransform.__init__(self, prob)
-        self.transform = RandSliceShuffle(prob)
-
-    def set_random_state(
-        self, seed: int | None = None, state: np.random.RandomState | None = None
-    ) -> RandSliceShuffled:
-        """Seed the array transform, which makes all the draws."""
-        super().set_random_state(seed, state)
-        self.transform.set_random_state(seed, state)
-        return self
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Shuffle the volumes under `keys`."""
-        d = dict(data)
-        first = self.first_key(d)
-        if first == ():
-            return d
-        self.transform.randomize(d[first])
-        for key in self.key_iterator(d):
-            d[key] = self.transform(d[key], randomize=False)
-        return d
+        super().__init__(keys, RandSliceShuffle(prob), allow_missing_keys)

@@ -30,7 +30,7 @@ from networks.conversion import to_2d, to_3d
 from tests.makers.dicom import write_series
 from tests.makers.nodules import write_published, write_published_split
 from tests.support.bundle_runs import BASE, BUNDLES, ROOT, TINY, command, config_files, places, run
-from vdt_workflows.dicom import find_series
+from vdt_transforms.dicom_series import find_series
 from vdt_workflows.training.initialisation import initialise
 
 SCHEMA = ROOT / "vdt_workflows" / "packaging" / "metadata_schema.json"

@@ -131,7 +131,7 @@ PROMISED = {
     ],
     "docs/lidc.md": [
         *(f"lidc/{name}" for name in ("nodules.csv", "images/*.nii.gz", "labels/*.nii.gz", "sheet_001.png")),
-        *(f"lidc64/{name}" for name in ("nodules.csv", "prepare.json", "dicom_index.json.gz")),
+        *(f"lidc64/{name}" for name in ("nodules.csv", "prepare.json")),
     ],
     "docs/monai_label.md": [f"dist/{LIVER}_v*.zip", f"dist/{SEGMENTATION}_v*.zip"],
     "docs/packaging.md": [f"{LIVER}/eval/case0_seg.nii.gz"],

@@ -21,12 +21,12 @@ from tests.makers.dicom import write_series
 from tests.makers.nodules import write_nodules
 from tests.makers.volumes import make_affine, write_volume
 from vdt_transforms import LoadNaturalImage, NoduleReader, SeriesReader
+from vdt_transforms.dicom_series import find_series
 from vdt_workflows.data.cache import SeededCacheDataset
 from vdt_workflows.data.images import find_images
 from vdt_workflows.data.nodule_positions import list_nodules
 from vdt_workflows.data.nodules import find_nodules
 from vdt_workflows.data.volumes import find_volumes
-from vdt_workflows.dicom import find_series
 from vdt_workflows.errors import explanation
 from vdt_workflows.training.checkpoints import ResumeRun, load_weights, save_weights
 

@@ -196,7 +196,7 @@ def test_lesion_of_a_dicom_series_is_found_at_its_place_in_the_patient(tmp_path,
 def test_damaged_dicom_series_is_named_rather_than_read_by_another_reader(tmp_path):
     files = write_dicom(tmp_path / "scan")
     files[1].unlink()
-    with pytest.raises(ValueError, match="not at equal distances"):
+    with pytest.raises(ValueError, match=r"uneven slices, 2\.5 to 5 mm apart"):
         LoadImage(reader=SliceFolderReader([1, 1, 5]))(tmp_path / "scan")
 
 

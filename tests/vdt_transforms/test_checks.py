@@ -83,12 +83,3 @@ def test_the_whole_range_of_int16_passes_as_the_same_object(kind):
     volume = kind(np.array([-32768.0, 32767.0]).reshape(1, 1, 1, 2))
     assert CheckOverflow()(volume) is volume
     assert CheckOverflowd("image")({"image": volume})["image"] is volume
-
-
-def test_a_missing_key_is_an_error_unless_allowed():
-    for check in (CheckFinited("image"), CheckLabelsd("image", 2), CheckOverflowd("image")):
-        with pytest.raises(KeyError, match="image"):
-            check({})
-    assert CheckFinited("image", allow_missing_keys=True)({}) == {}
-    assert CheckLabelsd("image", 2, allow_missing_keys=True)({}) == {}
-    assert CheckOverflowd("image", allow_missing_keys=True)({}) == {}

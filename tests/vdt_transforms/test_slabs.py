@@ -106,14 +106,6 @@ def test_cut_is_a_view_of_the_scan_and_keeps_its_place_in_the_world():
     np.testing.assert_array_equal(out.affine[:3, 3], [0, 0, 5])
 
 
-def test_same_state_gives_the_same_slabs():
-    image, label = scan(40, 5, 30)
-    a, b = ([RandSlabd(["image", "label"], "label", 4).set_random_state(7)] * 20 for _ in range(2))
-    got = [[numbers(slab({"image": image, "label": label})["image"]) for slab in slabs] for slabs in (a, b)]
-    assert got[0] == got[1]
-    assert len({tuple(n) for n in got[0]}) > 5
-
-
 @pytest.mark.parametrize("arguments", [{"slices": 0}, {"slices": 4, "tries": 0}], ids=str)
 def test_wrong_argument_is_named(arguments):
     with pytest.raises(ValueError, match="slices and tries must be at least 1"):

@@ -17,7 +17,6 @@ from vdt_transforms import (
     RandResizeStack,
     RandResizeStackd,
     SliceStackReader,
-    SliceStackReaderd,
 )
 from vdt_transforms.slice_stacks import HU_OFFSET, slice_mixes
 
@@ -330,26 +329,3 @@ def test_box_outside_the_image_is_clipped_or_dropped_with_its_label():
     out = ClipBoxToImaged(box_keys="box", label_keys="label", box_ref_image_keys="image", remove_empty=True)(item)
     assert out["box"].tolist() == [[0, 4, 6, 24]]
     assert out["label"].tolist() == [1]
-
-
-def test_dictionary_twins_give_what_the_arrays_give(tmp_path):
-    write_series(tmp_path, range(1, 12))
-    item = {"image": tmp_path / "006.png", "slice_interval": 2.5, "box": np.ones((1, 4))}
-    stack = SliceStackReaderd("image")(item)["image"]
-    assert torch.equal(stack, SliceStackReader()(item["image"], 2.5))
-    for twin, array in (
-        (RandFlipSlicesd("image"), RandFlipSlices()),
-        (RandResizeStackd("image", [4, 8, 12]), RandResizeStack([4, 8, 12])),
-    ):
-        twin.set_random_state(5)
-        array.set_random_state(5)
-        for _ in range(5):
-            assert torch.equal(twin({"image": stack})["image"], array(stack))
-    assert item["image"] == tmp_path / "006.png"
-
-
-@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, MetaTensor], ids=["numpy", "torch", "MetaTensor"])
-def test_numpy_torch_and_metatensor_agree(kind):
-    stack = np.random.default_rng(0).normal(size=(9, 6, 8)).astype(np.float32)
-    for transform in (RandFlipSlices(prob=1.0), RandResizeStack(12)):
-        np.testing.assert_array_equal(np.asarray(transform(kind(stack))), np.asarray(transform(stack)))

@@ -16,13 +16,13 @@ PUBLIC = {
     """,
     "vdt_transforms": """
         MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd CropNodule
-        CropNoduled FlipLeftRight ForegroundSlices ForegroundSlicesd ImageDecodeError ImageToVolume
-        ImageToVolumed LoadNaturalImage LoadNaturalImaged NoduleReader RandFlipLeftRight RandFlipLeftRightd
+        CropNoduled ForegroundSlices ForegroundSlicesd ImageDecodeError ImageToVolume
+        ImageToVolumed LoadNaturalImage LoadNaturalImaged NoduleReader RandFlipLeftRightd
         RandFlipSlices RandFlipSlicesd RandResizeStack RandResizeStackd RandResizedCropImage
         RandResizedCropImaged RandRotateCube RandRotateCubed RandSlab RandSlabd RandSliceShuffle
         RandSliceShuffled ReadClass ReadClassd ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
         RestoreGridd SeriesReader SliceFolderReader SliceStackReader SliceStackReaderd Spacing Spacingd
-        VolumeReader VolumeToImage VolumeToImaged
+        VolumeReader VolumeToImage
     """,
     "vdt_workflows": """
         Attach CaseScores ClipGradients DetectionReport DetectionScores LoadWeights RememberRun ReportNodules

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from vdt_transforms.dicom_series import list_series
 from vdt_workflows.data.headers import check_geometry
-from vdt_workflows.dicom import DicomSeries, find_series
+from vdt_workflows.parallel import run_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def draw(cases: Sequence[T], share: float, *seed: int) -> tuple[list[T], list[T]
     return rest, [case for i, case in enumerate(cases) if i in chosen]
 
 
-def list_volumes(source: str | os.PathLike, *, on_error: str = "raise") -> list[Case]:
+def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregular: str = "refuse") -> list[Case]:
     """List the volumes to segment: a NIfTI file, a folder of them, or DICOM series, each in a folder of its own.
 
     A folder may also be a data set, whose `imagesTs`, `imagesTr` or `images` are taken. Where it holds no NIfTI file,
@@ -115,6 +116,8 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise") -> list[
         source: the file or folder.
         on_error: "raise" stops at the first volume that cannot be used, as its headers show (see `check_header` and
             `DicomSeries`); "skip" logs its sentence, leaves it out and goes on.
+        irregular: what to do with DICOM series that are no regular grid, "refuse" or "accept"; give the reader the same
+            (see `vdt_transforms.SeriesReader`).
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
@@ -130,7 +133,7 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise") -> list[
         cases = [{"image": str(file)} for file in files]
         faults = _find_faults([(case, False) for case in cases], on_error)
     else:
-        cases, faults = _find_dicom(path, on_error)
+        cases, faults = _find_dicom(path, on_error, irregular)
     if not cases:
         raise ValueError(
             f"{path}: no .nii or .nii.gz file in it nor in its images folders, and no DICOM series below it"
@@ -150,24 +153,23 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise") -> list[
     return usable
 
 
-def _find_dicom(path: Path, on_error: str) -> tuple[list[Case], set[str]]:
+def _find_dicom(path: Path, on_error: str, irregular: str) -> tuple[list[Case], set[str]]:
     """List the folders that hold one usable series, and which of them to leave out."""
-    found = find_series(path, modalities=("CT", "MR"))
-    in_folder: dict[Path, list[DicomSeries]] = {}
-    for series in found.series:
-        in_folder.setdefault(series.folder, []).append(series)
+    if irregular not in ("refuse", "accept"):
+        raise ValueError(f"irregular must be 'refuse' or 'accept', got {irregular!r}")
+    folders = list_series(path, mapper=run_parallel)
     faults: set[str] = set()
-    for folder, several in in_folder.items():
+    for folder, series in folders.items():
         try:
-            if len(several) > 1:
-                raise ValueError(f"{folder}: holds {len(several)} series; put each into a folder of its own")
-            several[0].check()
+            if isinstance(series, ValueError):
+                raise series
+            series.check(irregular=irregular == "accept")
         except ValueError as error:
             if on_error == "raise":
                 raise
             logger.warning("%s; the volume is left out", error)
             faults.add(str(folder))
-    return [{"image": str(folder)} for folder in in_folder], faults
+    return [{"image": str(folder)} for folder in folders], faults
 
 
 def check_on_error(on_error: str) -> None:

@@ -17,7 +17,8 @@ from pydicom import Dataset, dcmread
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from vdt_workflows.dicom import LPS_TO_RAS, DicomSeries, find_series
+from vdt_transforms.dicom_series import DicomSeries, find_one_series
+from vdt_transforms.grids import align_grids
 from vdt_workflows.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -124,34 +125,19 @@ def place_on_slices(labels: np.ndarray, affine: np.ndarray, series: DicomSeries)
     Raises:
         ValueError: naming the folder, if the voxels do not lie on the pixels of the images.
     """
-    first = np.append(series.positions[0], 1.0)
-    own = np.eye(4)
-    own[:3, 0] = series.orientation[0] * series.pixel_spacing[1]
-    own[:3, 1] = series.orientation[1] * series.pixel_spacing[0]
-    own[:3, 3] = first[:3]
-    to_voxel = np.linalg.inv(affine) @ LPS_TO_RAS
-    starts = np.column_stack([series.positions, np.ones(len(series.files))]) @ to_voxel.T
-    steps = (to_voxel @ own)[:3, :2]  # voxels that one column, and one row, of an image are
-    axes = [int(np.abs(steps[:, 0]).argmax()), int(np.abs(steps[:, 1]).argmax())]
-    signs = [int(np.sign(steps[axis, i])) for i, axis in enumerate(axes)]
-    size = (series.columns, series.rows)
-    ideal = np.zeros((3, 2))
-    ideal[axes, [0, 1]] = signs
-    off = max(
-        float(np.abs((steps - ideal) * size).max()),
-        float(np.abs(starts[:, :3] - starts[:, :3].round()).max()),
-    )
-    through = 3 - sum(axes)
-    places = starts[:, through].round().astype(int)
-    expected = sorted(places.tolist()) == list(range(labels.shape[through])) if axes[0] != axes[1] else False
-    if not expected or off > 0.1 or tuple(labels.shape[axis] for axis in axes) != size:
+    size = (series.columns, series.rows, len(series.files))
+    try:
+        axes, positions = align_grids(affine, series.affine, size, tolerance=0.1)
+        voxels = [places.round().astype(int) for places in positions]
+        for axis, places, nearest in zip(axes, positions, voxels, strict=True):
+            if np.abs(places - nearest).max() > 0.1 or sorted(nearest) != list(range(labels.shape[axis])):
+                raise ValueError("voxels and pixels do not coincide")
+    except ValueError as error:
         raise ValueError(
             f"{series.folder}: the labels do not lie on the pixels of its {len(series.files)} images of"
-            f" {series.rows} x {series.columns}; are its instance numbers in the order of the slices?"
-        )
-    for axis, sign in zip(axes, signs, strict=True):
-        labels = np.flip(labels, axis) if sign < 0 else labels
-    return labels.transpose(through, axes[1], axes[0])[places]
+            f" {series.rows} x {series.columns} ({error})"
+        ) from error
+    return labels.transpose(axes)[np.ix_(*voxels)].transpose(2, 1, 0)
 
 
 def make_segmentation(frames: np.ndarray, series: DicomSeries, label_names: Sequence[str], algorithm: str) -> bytes:
@@ -242,11 +228,9 @@ def _is_slice(path: Path) -> bool:
 def _only_series(source: Path) -> DicomSeries:
     if not source.is_dir():
         raise ValueError(f"{source}: no DICOM folder, whose images a DICOM SEG must refer to; use output_format: nifti")
-    series = find_series(source, modalities=("CT", "MR"), workers=1).series
-    if len(series) != 1:
-        raise ValueError(f"{source}: holds {len(series)} DICOM series; a DICOM SEG is made of one")
-    series[0].check()
-    return series[0]
+    series = find_one_series(source)
+    series.check()
+    return series
 
 
 def _source_header(file: Path) -> Dataset:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydicom.misc import is_dicom
 
-from vdt_transforms.slice_folders import list_slices
+from vdt_transforms.readers import list_slices
 from vdt_transforms.slice_stacks import read_slice
 
 

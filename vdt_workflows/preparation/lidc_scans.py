@@ -10,7 +10,7 @@ The first folder is searched for CT series by their headers, so its layout and n
     lidc/labels/<nodule>.nii.gz         what at least half of its readers took for nodule (uint8), on the same grid
     lidc/sheet_001.png, ...             every nodule with its readers' outlines, to be checked by eye
     lidc/prepare.json                   settings, and what was found in each scan; written last
-    lidc/scans/, lidc/dicom_index.*     what a run that was interrupted, or is given more of the archive, goes on from
+    lidc/scans/                         what a run that was interrupted, or is given more of the archive, goes on from
 
 docs/lidc.md says where the data are from, and by which rules all this is made.
 """
@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 
+from vdt_transforms.dicom_series import DicomFolder, DicomSeries, find_series
 from vdt_workflows.data.nodule_tables import COLUMNS, RATINGS
 from vdt_workflows.data.volumes import check_on_error
-from vdt_workflows.dicom import DicomFolder, DicomSeries, find_series
 from vdt_workflows.files import claim, read_record, remove_unfinished, write_atomic, write_csv, write_json, write_record
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.lidc import Annotation, Annotations, consensus, read_annotations
@@ -99,7 +99,8 @@ def prepare_lidc(
     store = read_annotations(str(annotations))
     claim(root, settings, empty=True)
     remove_unfinished(root, *(root / kind for kind in ("images", "labels", "scans")))
-    folder = find_series(str(dicom_dir), index_file=root / "dicom_index.json.gz", workers=workers)
+    read = partial(run_parallel, workers=workers, label="headers")
+    folder = find_series(str(dicom_dir), modalities=("CT",), mapper=read)
     scans, errors = _match(store, folder, str(dicom_dir))
     todo = [scan for scan in scans if read_record(_record_of(root, scan), root, _origin(scan)) is None]
     logger.info("%d annotated scans, %d of them prepared already", len(scans), len(scans) - len(todo))

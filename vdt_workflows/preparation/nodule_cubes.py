@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vdt_workflows.dicom import DicomSeries
+from vdt_transforms.dicom_series import DicomSeries
 from vdt_workflows.preparation.lidc import Annotation, cluster_annotations, consensus, draw_masks, locate_contours
 
 AIR = -1024  # HU

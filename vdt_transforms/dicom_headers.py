@@ -1,25 +1,17 @@
-"""What the headers of all DICOM files below a folder say, read in parallel and kept in an index file."""
+"""What the headers of all DICOM files below a folder say."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import logging
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
-from vdt_workflows.files import write_atomic
-from vdt_workflows.parallel import run_parallel
+import pydicom
+from pydicom.errors import InvalidDicomError
 
-logger = logging.getLogger(__name__)
-
-VERSION = 1  # of the index file
-CHUNK = 500  # files that a process reads at once
+CHUNK = 500  # files of one task
 SLICES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}  # SOP classes of one slice a file
 OTHERS = {  # SOP classes that are called by another name than their modality
     "1.2.840.10008.5.1.4.1.1.2.1": "multi-frame CT",
@@ -38,8 +30,9 @@ NEEDED = {  # and how many values
 TAGS = [
     *NEEDED,
     *("SOPClassUID", "SOPInstanceUID", "PatientID", "Modality", "ImageType", "InstanceNumber", "SliceThickness"),
-    *("BitsAllocated", "SamplesPerPixel", "RescaleSlope", "RescaleIntercept"),
+    *("BitsAllocated", "SamplesPerPixel", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept"),
 ]
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 class Header(NamedTuple):
@@ -52,6 +45,7 @@ class Header(NamedTuple):
         position: centre of the first pixel, mm, in DICOM's world, where x grows to the left and y to the back.
         orientation: directions along a row and along a column.
         pixel_spacing: mm between rows, and between columns.
+        colours: how pixels are to be understood; MONOCHROME2 for grey values, the brighter the greater.
         rescaled: whether it says how stored numbers become physical ones (HU in CT).
     """
 
@@ -69,66 +63,33 @@ class Header(NamedTuple):
     orientation: Sequence[float] = ()
     pixel_spacing: Sequence[float] = ()
     thickness: float | None = None
+    colours: str = ""
     rescaled: bool = False
 
 
-def import_pydicom() -> ModuleType:
-    """Import pydicom, which only those need who read DICOM.
-
-    Raises:
-        ImportError: with the command that installs it.
-    """
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ImportError("reading DICOM needs pydicom; install it with: pip install pydicom") from error
-    return pydicom
-
-
-def read_headers(
-    root: str | os.PathLike, *, index_file: str | os.PathLike | None = None, workers: int | None = None
-) -> list[Header]:
+def read_headers(root: str | os.PathLike, *, mapper: Map = map) -> list[Header]:
     """Read the headers of all files below a folder; names say nothing, hidden files are left out.
 
     Args:
         root: the folder.
-        index_file: where headers are kept. Files whose size and time of change are those in it are not opened again.
-        workers: processes, all cores by default.
+        mapper: applies a function to tasks, as `map` does, or in several processes and in any order.
 
     Returns:
         The headers in the order of their paths.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ImportError: if pydicom is missing.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected one with DICOM files in it or below it")
-    import_pydicom()
-    files = dict(sorted(_list_files(root)))
-    known = _read_index(index_file, root)
-    headers = {path: known[path][1] for path, state in files.items() if path in known and known[path][0] == state}
-    new = [path for path in files if path not in headers]
-    logger.info("%s: %d files, %d of them in the index", root, len(files), len(headers))
-    chunks = [new[i : i + CHUNK] for i in range(0, len(new), CHUNK)]
-    saved = time.monotonic()
-    try:
-        for chunk in run_parallel(
-            partial(_read_chunk, root), chunks, workers=workers, label="headers" if len(chunks) > 1 else ""
-        ):
-            headers.update((header.path, header) for header in chunk)
-            if time.monotonic() - saved > 60:  # a killed run over a slow network loses no more than this
-                _write_index(index_file, root, files, headers)
-                saved = time.monotonic()
-    finally:
-        if new or known.keys() - files.keys():
-            _write_index(index_file, root, files, headers)
-    return [headers[path] for path in files]
+    files = sorted(_list_files(root))
+    chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
+    return sorted(header for chunk in mapper(partial(_read_chunk, root), chunks) for header in chunk)
 
 
-def _list_files(root: Path) -> Iterator[tuple[str, list[int]]]:
-    """Relative path, and size and time of change in ns, of each file."""
+def _list_files(root: Path) -> Iterator[str]:
+    """Paths relative to the root."""
     pending, seen = [""], set()
     while pending:
         folder = pending.pop()
@@ -144,8 +105,7 @@ def _list_files(root: Path) -> Iterator[tuple[str, list[int]]]:
                 if entry.is_dir():
                     pending.append(f"{path}/")
                 elif entry.is_file():
-                    state = entry.stat()
-                    yield path, [state.st_size, state.st_mtime_ns]
+                    yield path
 
 
 def _read_chunk(root: Path, paths: Sequence[str]) -> list[Header]:
@@ -154,12 +114,11 @@ def _read_chunk(root: Path, paths: Sequence[str]) -> list[Header]:
 
 def read_header(root: Path, path: str) -> Header:
     """Read one file's header; what is wrong with the file is said in it, not raised."""
-    pydicom = import_pydicom()
     try:
         with open(root / path, "rb") as file:
-            dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
+            dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
             return _understand(path, dataset, os.path.getsize(root / path) - file.tell())
-    except pydicom.errors.InvalidDicomError:
+    except InvalidDicomError:
         if not path.lower().endswith((".dcm", ".dicom", ".ima")):
             return Header(path, skipped="not DICOM")
         empty = not os.path.getsize(root / path)
@@ -207,31 +166,6 @@ def _understand(path: str, dataset: Any, rest: int) -> Header:
         orientation=[float(v) for v in dataset.ImageOrientationPatient],
         pixel_spacing=[float(v) for v in dataset.PixelSpacing],
         thickness=float(thickness) if thickness else None,
+        colours=str(dataset.get("PhotometricInterpretation", "MONOCHROME2")),
         rescaled=dataset.get("RescaleSlope") is not None and dataset.get("RescaleIntercept") is not None,
     )
-
-
-def _read_index(file: str | os.PathLike | None, root: Path) -> dict[str, tuple[list[int], Header]]:
-    if file is None or not os.path.isfile(file):
-        return {}
-    try:
-        content = json.loads(gzip.decompress(Path(file).read_bytes()))
-        if content["version"] != VERSION or content["root"] != str(root.resolve()):
-            return {}
-        known = [(state, Header(*header)) for state, header in content["files"]]
-        return {header.path: (state, header) for state, header in known if not header.damaged}  # it may be mended now
-    except Exception as error:  # broken bytes raise whatever they lead to, and an index is never worth a stop
-        logger.warning("%s cannot be read and is made again (%s)", file, error)
-        return {}
-
-
-def _write_index(
-    file: str | os.PathLike | None, root: Path, files: dict[str, list[int]], headers: dict[str, Header]
-) -> None:
-    if file is not None:
-        content = {
-            "version": VERSION,
-            "root": str(root.resolve()),
-            "files": [[files[path], header] for path, header in sorted(headers.items()) if path in files],
-        }
-        write_atomic(file, gzip.compress(json.dumps(content, separators=(",", ":")).encode(), 1, mtime=0))

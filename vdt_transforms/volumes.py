@@ -1,15 +1,27 @@
-"""Slabs of consecutive slices out of whole scans, as the published segmentation code takes its training samples."""
+"""Augmentation of scans and their label maps: slabs of consecutive slices, and mirror images of the body."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.transforms import BorderPad, MapTransform, Randomizable, SpatialCrop, Transform
-from monai.utils import convert_to_tensor
+from monai.data import MetaTensor
+from monai.transforms import (
+    BorderPad,
+    Flip,
+    MapTransform,
+    Randomizable,
+    RandomizableTransform,
+    SpatialCrop,
+    Transform,
+)
+from monai.utils import convert_to_tensor, ensure_tuple
+
+from vdt_transforms.dictionary import RandArrayPerKey
 
 
 class ForegroundSlices(Transform):
@@ -28,7 +40,7 @@ class ForegroundSlicesd(MapTransform):
     """Dictionary version of `ForegroundSlices`; the result goes to `<key>_slices`."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Look at the label maps under `keys`."""
+        """Find the slices of the label maps under `keys`."""
         d = dict(data)
         for key in self.key_iterator(d):
             d[f"{key}_slices"] = ForegroundSlices()(d[key])
@@ -99,7 +111,7 @@ class RandSlab(Randomizable, Transform):
         extent: torch.Tensor | None = None,
         randomize: bool = True,
     ) -> torch.Tensor:
-        """(C, X, Y, Z) -> (C, X, Y, slices); `label` (by default the volume itself) is what the draw looks at."""
+        """(C, X, Y, Z) -> (C, X, Y, slices); `label` (by default the volume itself) is what the draw depends on."""
         if randomize:
             self.randomize(img if label is None else label, extent)
         depth = img.shape[-1]
@@ -112,13 +124,13 @@ class RandSlab(Randomizable, Transform):
         return BorderPad([0, 0, 0, 0, *missing], mode="edge")(slab)
 
 
-class RandSlabd(Randomizable, MapTransform):
+class RandSlabd(RandArrayPerKey):
     """Dictionary version of `RandSlab`: all volumes under `keys` give the same slices.
 
     Args:
         keys: volumes on one grid.
-        label_key: the label map that the draw looks at; its `<label_key>_slices` (see `ForegroundSlicesd`) is used and
-            taken out if it is there.
+        label_key: the label map that the draw depends on; its `<label_key>_slices` (see `ForegroundSlicesd`), if there,
+            is used and taken out.
         slices, foreground_prob, inside, max_share, tries: see `RandSlab`.
         allow_missing_keys: do not raise if a key is missing.
     """
@@ -134,20 +146,75 @@ class RandSlabd(Randomizable, MapTransform):
         tries: int = 10,
         allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        slab = RandSlab(slices, foreground_prob, inside, max_share, tries)
+        super().__init__(keys, slab, allow_missing_keys)
         self.label_key = label_key
-        self.slab = RandSlab(slices, foreground_prob, inside, max_share, tries)
-
-    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> RandSlabd:
-        """Share the random state with the array transform."""
-        super().set_random_state(seed, state)
-        self.slab.set_random_state(state=self.R)
-        return self
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Cut the volumes under `keys`."""
         d = dict(data)
-        self.slab.randomize(d[self.label_key], d.pop(f"{self.label_key}_slices", None))
+        self.transform.randomize(d[self.label_key], d.pop(f"{self.label_key}_slices", None))
         for key in self.key_iterator(d):
-            d[key] = self.slab(d[key], randomize=False)
+            d[key] = self.transform(d[key], randomize=False)
         return d
+
+
+def left_right_axis(affine: Any) -> int:
+    """Give the spatial axis of a volume that runs most nearly from left to right, also for oblique volumes.
+
+    Args:
+        affine: 4 x 4, voxel to world; the first world axis runs from left to right (or back).
+    """
+    return int(np.flatnonzero(nib.io_orientation(np.asarray(affine, dtype=np.float64))[:, 0] == 0)[0])
+
+
+class RandFlipLeftRightd(RandomizableTransform, MapTransform):
+    """Mirror all volumes under `keys` from left to right, or none; in label maps, exchange paired organs as well.
+
+    A mirrored right kidney looks like a left one, so that a plain flip would teach wrong names. The axis is taken from
+    the volume's affine, which is updated.
+
+    Args:
+        keys: images and label maps (C, X, Y, Z), `MetaTensor`s with an affine.
+        label_keys: which of them are label maps, whose `pairs` change places.
+        prob: how often.
+        pairs: labels that change places, such as `[[2, 3], [12, 13]]` for kidneys and adrenal glands.
+        allow_missing_keys: do not raise if a key is missing.
+
+    Raises:
+        ValueError: if a pair does not hold two labels, or a label is in two pairs.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        label_keys: KeysCollection = (),
+        prob: float = 0.5,
+        pairs: Sequence[Sequence[int]] = (),
+        allow_missing_keys: bool = False,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob)
+        labels = [label for pair in pairs for label in pair]
+        if any(len(pair) != 2 for pair in pairs) or len(labels) != len(set(labels)):
+            raise ValueError(f"pairs must hold each label once, two a pair, got {[list(p) for p in pairs]}")
+        self.label_keys = ensure_tuple(label_keys)
+        self.pairs = [tuple(pair) for pair in pairs]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Mirror the volumes under `keys`, or leave them."""
+        d = dict(data)
+        self.randomize(None)
+        for key in self.key_iterator(d):
+            if self._do_transform:
+                d[key] = self._mirror(d[key], self.pairs if key in self.label_keys else ())
+        return d
+
+    def _mirror(self, img: torch.Tensor, pairs: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        flip = Flip(left_right_axis(img.affine if isinstance(img, MetaTensor) else torch.eye(4)))
+        with flip.trace_transform(False):  # no entry in `applied_operations`: nothing could invert it
+            mirrored = flip(img)
+        exchanged = mirrored.clone() if pairs else mirrored
+        for a, b in pairs:
+            exchanged[mirrored == a], exchanged[mirrored == b] = b, a
+        return exchanged
