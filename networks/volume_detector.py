@@ -75,7 +75,9 @@ class VolumeLesionDetector(nn.Module):
         """
         planes = volume.permute(2, 0, 1).float()
         offsets = range(-(self.slices // 2), self.slices // 2 + 1)
-        places = torch.tensor([k * self.distance / interval for k in offsets], dtype=torch.float64)  # from the key slice
+        places = torch.tensor(
+            [k * self.distance / interval for k in offsets], dtype=torch.float64
+        )  # from the key slice
         near = (places.abs() + 1e-6).floor()  # 3 * (2.5 / 7.5) is meant to be 1
         weight = (places.abs() - near).clamp(min=0).to(planes)[:, None, None]
         near, far = (places.sign() * near).long(), (places.sign() * (near + 1)).long()

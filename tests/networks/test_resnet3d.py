@@ -15,8 +15,6 @@ from networks.resnet3d import BasicBlock, Bottleneck, StemConv3d, ZeroPadShortcu
 from tests.support.network_checks import (
     COPIES,
     NORMS,
-    assert_compiled_step_is_the_eager_step,
-    assert_copy_answers_alike,
     assert_every_parameter_gets_a_gradient,
     count,
     probe_loss,
@@ -405,32 +403,12 @@ def test_monai_resnet_of_the_same_weights_gives_the_same_maps(depth, block, laye
 # Copies
 
 
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param(ALL, id="image"),
-        pytest.param({"checkpointing": True, "shortcut": "A", "norm": "group"}, id="checkpointing-shortcut-A-group"),
-        pytest.param({"return_stem": True, "out_indices": (1,), **FLAT}, id="flat-stem-two-stages"),
-    ],
-)
-def test_copy_answers_as_the_network_does(arguments, how):
-    assert_copy_answers_alike(narrow(**{**FLAT, **arguments}), torch.randn(1, 1, 6, 17, 16), how)
-
-
 def test_pickled_and_deep_copied_networks_still_carry_and_check_their_architecture():
     for how in ("pickled", "deep-copied"):
         twin = COPIES[how](narrow(shortcut="A"), None)
         assert twin.state_dict()._metadata[""]["architecture"]["shortcut"] == "A"
         with pytest.raises(ValueError, match="depth_stride=True"):
             twin.load_state_dict(narrow(shortcut="A", depth_stride=True).state_dict())
-
-
-@pytest.mark.slow  # compiling takes seconds
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_training_step_is_the_eager_one(checkpointing):
-    network = narrow(depth_stride=True, checkpointing=checkpointing, out_indices=(1, 3))
-    assert_compiled_step_is_the_eager_step(network, torch.randn(2, 1, 16, 32, 48))
 
 
 # Architecture in the state dict
