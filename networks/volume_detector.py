@@ -74,7 +74,7 @@ class VolumeLesionDetector(nn.Module):
         A slice between two stored ones is interpolated; beyond the ends of the volume the last one stands in.
         """
         planes = volume.permute(2, 0, 1).float()
-        offsets = range(-(self.slices // 2), self.slices // 2 + 1)
+        offsets = range(-(self.slices // 2), self.slices // 2 + 1)  # from the key slice
         places = torch.tensor(
             [k * self.distance / interval for k in offsets], dtype=torch.float64
         )  # from the key slice
