@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from networks.checkpoints import read_checkpoint
     from networks.classifier import ResNet3DClassifier
     from networks.conversion import FlatConv3d, constrain, convert, expand
     from networks.depth_first import DepthFirst
@@ -26,54 +27,34 @@ if TYPE_CHECKING:
     from networks.genesis import GenesisUNet3D
     from networks.nodule_fcn import NoduleFCN
     from networks.p3d import P3D
+    from networks.published_names import describe_encoder
     from networks.resnet2d import ResNet2D, ResNet2DClassifier
     from networks.resnet3d import ResNet3D
     from networks.unet3d import ResUNet3D
     from networks.volume_detector import VolumeLesionDetector
-    from networks.weights import LoadReport, describe_encoder, load_pretrained, read_checkpoint
+    from networks.weights import LoadReport, load_pretrained
 
-_MODULES = {
-    "P3D": "p3d",
-    "DepthFirst": "depth_first",
-    "FlatConv3d": "conversion",
-    "GenesisUNet3D": "genesis",
-    "LesionDetector": "detector",
-    "LoadReport": "weights",
-    "NoduleFCN": "nodule_fcn",
-    "ResNet2D": "resnet2d",
-    "ResNet2DClassifier": "resnet2d",
-    "ResNet3D": "resnet3d",
-    "ResNet3DClassifier": "classifier",
-    "ResUNet3D": "unet3d",
-    "VolumeLesionDetector": "volume_detector",
-    "constrain": "conversion",
-    "convert": "conversion",
-    "describe_encoder": "weights",
-    "expand": "conversion",
-    "load_pretrained": "weights",
-    "read_checkpoint": "weights",
+_NAMES = {
+    "checkpoints": ["read_checkpoint"],
+    "classifier": ["ResNet3DClassifier"],
+    "conversion": ["FlatConv3d", "constrain", "convert", "expand"],
+    "depth_first": ["DepthFirst"],
+    "detector": ["LesionDetector"],
+    "genesis": ["GenesisUNet3D"],
+    "nodule_fcn": ["NoduleFCN"],
+    "p3d": ["P3D"],
+    "published_names": ["describe_encoder"],
+    "resnet2d": ["ResNet2D", "ResNet2DClassifier"],
+    "resnet3d": ["ResNet3D"],
+    "unet3d": ["ResUNet3D"],
+    "volume_detector": ["VolumeLesionDetector"],
+    "weights": ["LoadReport", "load_pretrained"],
 }
-__all__ = [
-    "P3D",
-    "DepthFirst",
-    "FlatConv3d",
-    "GenesisUNet3D",
-    "LesionDetector",
-    "LoadReport",
-    "NoduleFCN",
-    "ResNet2D",
-    "ResNet2DClassifier",
-    "ResNet3D",
-    "ResNet3DClassifier",
-    "ResUNet3D",
-    "VolumeLesionDetector",
-    "constrain",
-    "convert",
-    "describe_encoder",
-    "expand",
-    "load_pretrained",
-    "read_checkpoint",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = ["P3D", "GenesisUNet3D", "LesionDetector", "NoduleFCN", "ResNet2D", "ResNet2DClassifier", "ResNet3D"]
+__all__ += ["ResNet3DClassifier", "ResUNet3D", "VolumeLesionDetector"]
+__all__ += ["DepthFirst", "FlatConv3d", "constrain", "convert", "expand"]
+__all__ += ["LoadReport", "describe_encoder", "load_pretrained", "read_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

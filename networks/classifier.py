@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from networks.resnet3d import ResNet3D
+from networks.resnet3d import ResNet3D, check_classes
 
 
 class LinearHead(nn.Module):
@@ -14,6 +14,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
+        check_classes(num_classes)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(in_channels, num_classes)
 
@@ -39,8 +40,6 @@ class ResNet3DClassifier(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, *, dropout: float = 0.0, **encoder: Any) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         self.backbone = ResNet3D(depth, out_indices=(3,), **encoder)
         self.head = LinearHead(self.backbone.channels[-1], num_classes, dropout)
 

@@ -165,14 +165,6 @@ def _sizes_of(conv: nn.Conv2d | nn.Conv3d) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in names}
 
 
-def native(conv: FlatConv3d) -> nn.Conv3d:
-    """Write flat kernels out: an ordinary `Conv3d` that answers as `conv` does."""
-    new = nn.Conv3d(**_sizes_of(conv), bias=False)
-    new.weight = nn.Parameter(conv._written_out().detach(), requires_grad=conv.weight.requires_grad)
-    new.bias = conv.bias
-    return new.train(conv.training)
-
-
 def convert(module_2d: nn.Module, method: str) -> nn.Module:
     """Make a 3D network of a 2D one, with its weights; the 2D one is left as it is.
 
@@ -229,7 +221,16 @@ def constrain(network: nn.Module, method: str) -> nn.Module:
 
 def expand(network: nn.Module) -> nn.Module:
     """Put ordinary convolutions in the place of every `FlatConv3d` of a network; its answers stay the same."""
-    return _map_layers(network, lambda layer, name: native(layer) if isinstance(layer, FlatConv3d) else layer)
+
+    def change(layer: nn.Module, name: str) -> nn.Module:
+        if not isinstance(layer, FlatConv3d):
+            return layer
+        new = nn.Conv3d(**_sizes_of(layer), bias=False)
+        new.weight = nn.Parameter(layer._written_out().detach(), requires_grad=layer.weight.requires_grad)
+        new.bias = layer.bias
+        return new.train(layer.training)
+
+    return _map_layers(network, change)
 
 
 def _map_layers(module: nn.Module, change: Any, name: str = "") -> nn.Module:

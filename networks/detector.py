@@ -14,6 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from networks.p3d import P3D
+from networks.resnet3d import check_classes
 
 STRIDES = (4, 8, 16, 32, 64)
 AIR = -2.118  # the window's lower end, after the published normalisation
@@ -183,8 +184,7 @@ class LesionDetector(nn.Module):
         **backbone: Any,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_classes(num_classes)
         self.pad_value = pad_value
         self.columns_first = columns_first
         self.backbone = P3D(depth, conversion=conversion, **backbone)

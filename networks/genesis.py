@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 
+from networks.resnet3d import check_classes
+
 LEVELS = (64, 128, 256, 512)  # channels of each level's output, and the published names of the levels
 
 
-class _ConvBlock(nn.Module):
-    """3 x 3 x 3 convolution with bias, batch norm, ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1)
-        self.bn1 = nn.BatchNorm3d(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, D, H, W) -> (N, C', D, H, W)."""
-        return F.relu(self.bn1(self.conv1(x)))
+def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
+    conv = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(conv1=conv, bn1=nn.BatchNorm3d(out_channels), relu=nn.ReLU()))
 
 
-class _Down(nn.Module):
-    """Two convolutions."""
-
-    def __init__(self, in_channels: int, middle: int, out_channels: int) -> None:
-        super().__init__()
-        self.ops = nn.Sequential(_ConvBlock(in_channels, middle), _ConvBlock(middle, out_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, D, H, W) -> (N, C', D, H, W)."""
-        return self.ops(x)
+def _down(in_channels: int, middle: int, out_channels: int) -> nn.Sequential:
+    layers = nn.Sequential(_convolution(in_channels, middle), _convolution(middle, out_channels))
+    return nn.Sequential(OrderedDict(ops=layers))
 
 
 class _Up(nn.Module):
@@ -40,7 +29,7 @@ class _Up(nn.Module):
     def __init__(self, deep: int, skip: int) -> None:
         super().__init__()
         self.up_conv = nn.ConvTranspose3d(deep, deep, 2, stride=2)
-        self.ops = nn.Sequential(_ConvBlock(deep + skip, skip), _ConvBlock(skip, skip))
+        self.ops = nn.Sequential(_convolution(deep + skip, skip), _convolution(skip, skip))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """(N, C, D, H, W) and (N, C', 2 D, 2 H, 2 W) -> (N, C', 2 D, 2 H, 2 W)."""
@@ -67,15 +56,14 @@ class GenesisUNet3D(nn.Module):
 
     def __init__(self, num_classes: int, *, base_channels: int = 64) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_classes(num_classes)
         if base_channels < 2 or base_channels % 2:
             raise ValueError(f"base_channels must be even, got {base_channels}")
         a, b, c, d = (base_channels * level // LEVELS[0] for level in LEVELS)
-        self.down_tr64 = _Down(1, a // 2, a)
-        self.down_tr128 = _Down(a, a, b)
-        self.down_tr256 = _Down(b, b, c)
-        self.down_tr512 = _Down(c, c, d)
+        self.down_tr64 = _down(1, a // 2, a)
+        self.down_tr128 = _down(a, a, b)
+        self.down_tr256 = _down(b, b, c)
+        self.down_tr512 = _down(c, c, d)
         self.up_tr256 = _Up(d, c)
         self.up_tr128 = _Up(c, b)
         self.up_tr64 = _Up(b, a)

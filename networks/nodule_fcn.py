@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 
-from networks.resnet3d import ResNet3D, conv3x3x3, norm_layer
-from networks.unet3d import ConvNormReLU
+from networks.resnet3d import ResNet3D, check_classes, conv3x3x3, norm_layer
+from networks.unet3d import conv_norm_relu
 
 
 class NoduleHead(nn.Module):
@@ -18,8 +18,8 @@ class NoduleHead(nn.Module):
     def __init__(self, channels: list[int], num_classes: int, norm: str) -> None:
         super().__init__()
         stem, middle, deep = channels
-        self.conv1 = ConvNormReLU(middle + deep, deep, 1, norm)
-        self.conv2 = ConvNormReLU(stem + deep, deep, 1, norm)
+        self.conv1 = conv_norm_relu(middle + deep, deep, 1, norm)
+        self.conv2 = conv_norm_relu(stem + deep, deep, 1, norm)
         self.seg_head = nn.Sequential(
             conv3x3x3(deep, middle), norm_layer(norm, middle), nn.ReLU(inplace=True), nn.Conv3d(middle, num_classes, 1)
         )
@@ -54,8 +54,7 @@ class NoduleFCN(nn.Module):
 
     def __init__(self, num_classes: int = 2, depth: int = 18, *, norm: str = "batch", **encoder: Any) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_classes(num_classes)
         self.backbone = ResNet3D(
             depth,
             norm=norm,

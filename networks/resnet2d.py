@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from networks.classifier import LinearHead
-from networks.resnet3d import ResNet3D
-
-_FLAT: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm3d: nn.BatchNorm2d,
-    nn.InstanceNorm3d: nn.InstanceNorm2d,
-}
-
-
-def _to_2d(layer: nn.Module) -> nn.Module:
-    if isinstance(layer, nn.Conv3d):
-        kernel, stride, padding, dilation = (
-            int(size[-1]) for size in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        )
-        flat = nn.Conv2d(layer.in_channels, layer.out_channels, kernel, stride, padding, dilation, bias=False)
-        nn.init.kaiming_normal_(flat.weight, mode="fan_out", nonlinearity="relu")
-        return flat
-    if isinstance(layer, nn.MaxPool3d):
-        return nn.MaxPool2d(3, layer.stride[-1], padding=1)  # type: ignore[index]  # three strides, as ResNet3D gives
-    layer.__class__ = _FLAT.get(type(layer), type(layer))  # the same fields, for one axis less
-    for name, child in layer.named_children():
-        setattr(layer, name, _to_2d(child))
-    return layer
+from networks.resnet3d import LAYERS, check_depth, init_weights, norm_layer
 
 
 class ResNet2D(nn.Sequential):
-    """Torchvision's ResNet without its head, at any width: the layers of a `ResNet3D`, each in 2D.
+    """Torchvision's ResNet without its head, at any width and with any norm: its own blocks, and its names.
 
-    (N, C, H, W) -> the last map, (N, C', H / 32, W / 32).
-
-    State-dict names are torchvision's, so that `networks.load_pretrained` reads its file as it reads torchvision's.
+    (N, C, H, W) -> the last map, (N, C', H / 32, W / 32). `networks.load_pretrained` reads its file as it reads
+    torchvision's.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
         in_channels: channels of the image.
-        base_channels: channels of the stem and of the first stage's blocks; torchvision has 64.
+        base_channels: channels of the stem and of the first stage's blocks; torchvision's ResNet has 64.
         norm: "batch", "group" or "instance", for every norm of the network.
         zero_init_residual: the last norm of every block starts at zero.
 
@@ -62,15 +40,29 @@ class ResNet2D(nn.Sequential):
         norm: str = "batch",
         zero_init_residual: bool = True,
     ) -> None:
-        twin = ResNet3D(
-            depth,
-            in_channels=in_channels,
-            base_channels=base_channels,
-            norm=norm,
-            zero_init_residual=zero_init_residual,
-        )
-        super().__init__(OrderedDict((name, _to_2d(layer)) for name, layer in twin.named_children()))
-        self.channels = twin.channels[-1]
+        from torchvision.models.resnet import BasicBlock, Bottleneck  # here, as its import is slow
+
+        super().__init__()
+        check_depth(depth)
+        block = BasicBlock if depth < 50 else Bottleneck
+        make_norm = partial(norm_layer, norm, axes=2)
+        self.conv1 = nn.Conv2d(in_channels, base_channels, 7, 2, padding=3, bias=False)
+        self.bn1 = make_norm(base_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.channels = base_channels
+        for index, blocks in enumerate(LAYERS[depth]):
+            width, stride = base_channels * 2**index, 2 if index else 1
+            out_channels = width * block.expansion
+            downsample = None
+            if self.channels != out_channels:
+                convolution = nn.Conv2d(self.channels, out_channels, 1, stride, bias=False)
+                downsample = nn.Sequential(convolution, make_norm(out_channels))
+            first = block(self.channels, width, stride, downsample, norm_layer=make_norm)
+            others = [block(out_channels, width, norm_layer=make_norm) for _ in range(blocks - 1)]
+            self.add_module(f"layer{index + 1}", nn.Sequential(first, *others))
+            self.channels = out_channels
+        init_weights(self, zero_init_residual)
 
 
 class ResNet2DClassifier(nn.Module):
@@ -88,8 +80,6 @@ class ResNet2DClassifier(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, *, dropout: float = 0.0, **encoder: Any) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         self.backbone = ResNet2D(depth, **encoder)
         self.head = LinearHead(self.backbone.channels, num_classes, dropout)
 

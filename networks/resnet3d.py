@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from math import gcd
-from typing import Any
+from operator import mul
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from networks.checkpoints import record_architecture
 
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 STEMS = ("strided", "unet", "flat")
@@ -16,23 +19,35 @@ NORMS = ("batch", "group", "instance")
 Stride = tuple[int, int, int]
 
 
-def norm_layer(norm: str, channels: int) -> nn.Module:
-    """Build the norm called `norm` for `channels` feature maps.
+def check_depth(depth: int) -> None:
+    """Refuse a depth that is not one of `LAYERS`."""
+    if depth not in LAYERS:
+        raise ValueError(f"depth must be one of {sorted(LAYERS)}, got {depth!r}")
+
+
+def check_classes(num_classes: int) -> None:
+    """Refuse a number of classes below one."""
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+
+
+def norm_layer(norm: str, channels: int, axes: int = 3) -> nn.Module:
+    """Build the norm called `norm` for `channels` feature maps of three or two axes.
 
     Group norm has 32 groups as published, or fewer where a group would have less than two channels.
     """
     if norm == "batch":
-        return nn.BatchNorm3d(channels)
+        return nn.BatchNorm3d(channels) if axes == 3 else nn.BatchNorm2d(channels)
     if norm == "group":
         return nn.GroupNorm(gcd(64, channels) // 2 or 1, channels)
     if norm == "instance":
-        return nn.InstanceNorm3d(channels, affine=True)
+        return (nn.InstanceNorm3d if axes == 3 else nn.InstanceNorm2d)(channels, affine=True)
     raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
 
 
-def conv3x3x3(in_channels: int, out_channels: int, stride: Stride = (1, 1, 1), dilation: int = 1) -> nn.Conv3d:
+def conv3x3x3(in_channels: int, out_channels: int, stride: Stride = (1, 1, 1)) -> nn.Conv3d:
     """3 x 3 x 3 convolution that keeps the size at stride 1."""
-    return nn.Conv3d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+    return nn.Conv3d(in_channels, out_channels, 3, stride, padding=1, bias=False)
 
 
 def conv1x1x1(in_channels: int, out_channels: int, stride: Stride = (1, 1, 1)) -> nn.Conv3d:
@@ -65,38 +80,16 @@ class StemConv3d(nn.Conv3d):
         return y.unflatten(1, (self.out_channels, number))
 
 
-def _write_architecture(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-    local_metadata["architecture"] = module.architecture
-
-
-def _check_architecture(
-    module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *unused: Any
-) -> None:
-    written = local_metadata.get("architecture", {})
-    differ = [f"{k}={written[k]!r} (here {v!r})" for k, v in module.architecture.items() if written.get(k, v) != v]  # type: ignore[operator, union-attr]  # ours is a dict
-    if differ:
-        raise ValueError(
-            f"the checkpoint was made by a ResNet3D with {', '.join(differ)}; build the network with the same"
-            " arguments, or start from its encoder with networks.load_pretrained, which allows other strides"
-        )
-
-
-def _times(a: Stride, b: Stride) -> Stride:
-    return (a[0] * b[0], a[1] * b[1], a[2] * b[2])
-
-
 class BasicBlock(nn.Module):
     """Two 3 x 3 x 3 convolutions beside a shortcut (depths 18 and 34)."""
 
     expansion = 1
 
-    def __init__(
-        self, in_channels: int, width: int, stride: Stride, dilation: int, norm: str, downsample: nn.Module | None
-    ) -> None:
+    def __init__(self, in_channels: int, width: int, stride: Stride, norm: str, downsample: nn.Module | None) -> None:
         super().__init__()
-        self.conv1 = conv3x3x3(in_channels, width, stride, dilation)
+        self.conv1 = conv3x3x3(in_channels, width, stride)
         self.bn1 = norm_layer(norm, width)
-        self.conv2 = conv3x3x3(width, width, dilation=dilation)
+        self.conv2 = conv3x3x3(width, width)
         self.bn2 = norm_layer(norm, width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
@@ -114,13 +107,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self, in_channels: int, width: int, stride: Stride, dilation: int, norm: str, downsample: nn.Module | None
-    ) -> None:
+    def __init__(self, in_channels: int, width: int, stride: Stride, norm: str, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = conv1x1x1(in_channels, width)
         self.bn1 = norm_layer(norm, width)
-        self.conv2 = conv3x3x3(width, width, stride, dilation)
+        self.conv2 = conv3x3x3(width, width, stride)
         self.bn2 = norm_layer(norm, width)
         self.conv3 = conv1x1x1(width, width * self.expansion)
         self.bn3 = norm_layer(norm, width * self.expansion)
@@ -191,6 +182,30 @@ class ZeroPadShortcut(nn.Module):
         return F.pad(self.subsample(x), [0, 0, 0, 0, 0, 0, 0, self.added_channels])
 
 
+def _make_stage(
+    block: type[BasicBlock | Bottleneck], blocks: int, channels: int, width: int, stride: Stride, norm: str, kind: str
+) -> list[nn.Module]:
+    """Build the blocks of a stage, the first of which strides and takes `channels`; its shortcut is of that kind."""
+    out_channels = width * block.expansion
+    downsample: nn.Module | None = None
+    if kind == "A" and (channels != out_channels or max(stride) > 1):
+        downsample = ZeroPadShortcut(out_channels - channels, stride)
+    elif channels != out_channels or max(stride) > 1:
+        downsample = nn.Sequential(conv1x1x1(channels, out_channels, stride), norm_layer(norm, out_channels))
+    others = [block(out_channels, width, (1, 1, 1), norm, None) for _ in range(blocks - 1)]
+    return [block(channels, width, stride, norm, downsample), *others]
+
+
+def init_weights(network: nn.Module, zero_init_residual: bool) -> None:
+    """Start convolutions as Kaiming normal (fan-out) and, if asked, the last norm of every block at zero."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d | nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        last = getattr(module, "bn3", getattr(module, "bn2", None))
+        if zero_init_residual and last is not None:
+            nn.init.zeros_(last.weight)
+
+
 class ResNet3D(nn.Module):
     """3D ResNet encoder whose weights serve any number of slices: 3 (an image), 32 or 48 (a CT patch).
 
@@ -210,7 +225,6 @@ class ResNet3D(nn.Module):
         stem: "strided" (7 x 7 x 7 convolution of stride 2, then max-pool), "unet" (convolution of stride 1, then
             max-pool) or "flat" (convolution of stride 1, no max-pool).
         strides: stride of each stage.
-        dilations: dilation of each stage's 3 x 3 x 3 convolutions.
         shortcut: "B" (1 x 1 x 1 convolution and norm) or "A" (subsampling and zeros) where a block changes the shape.
         norm: "batch", "group" or "instance", for every norm of the network.
         out_indices: the stages (0 to 3) whose maps are returned; later stages than the last one are not built.
@@ -238,7 +252,6 @@ class ResNet3D(nn.Module):
         depth_stride: bool = False,
         stem: str = "strided",
         strides: Sequence[int] = (1, 2, 2, 2),
-        dilations: Sequence[int] = (1, 1, 1, 1),
         shortcut: str = "B",
         norm: str = "batch",
         out_indices: Sequence[int] = (3,),
@@ -249,15 +262,13 @@ class ResNet3D(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if depth not in LAYERS:
-            raise ValueError(f"depth must be one of {sorted(LAYERS)}, got {depth!r}")
+        check_depth(depth)
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {STEMS}, got {stem!r}")
         if shortcut not in ("A", "B"):
             raise ValueError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
-        for name, values in (("strides", strides), ("dilations", dilations)):
-            if len(values) != 4 or any(v < 1 for v in values):
-                raise ValueError(f"{name} must be four positive integers, got {tuple(values)}")
+        if len(strides) != 4 or any(stride < 1 for stride in strides):
+            raise ValueError(f"strides must be four positive integers, got {tuple(strides)}")
         if not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
             raise ValueError(f"out_indices must name stages 0 to 3, got {tuple(out_indices)}")
         if not -1 <= frozen_stages <= 4:
@@ -278,68 +289,25 @@ class ResNet3D(nn.Module):
         self.maxpool = nn.Identity() if stem == "flat" else nn.MaxPool3d(3, pool_stride, padding=1)
 
         block = BasicBlock if depth < 50 else Bottleneck
-        channels, reductions = [base_channels], [stem_stride]
-        reduction = _times(stem_stride, pool_stride)
+        channels = [base_channels]
         stages: list[nn.Module] = []
         for index, blocks in enumerate(LAYERS[depth]):
-            stride = stride3d(strides[index])
-            in_channels, out_channels = channels[-1], base_channels * 2**index * block.expansion
-            shortcut_layer: nn.Module | None = None
-            if shortcut == "A" and (in_channels != out_channels or max(stride) > 1):
-                shortcut_layer = ZeroPadShortcut(out_channels - in_channels, stride)
-            elif in_channels != out_channels or max(stride) > 1:
-                shortcut_layer = nn.Sequential(
-                    conv1x1x1(in_channels, out_channels, stride), norm_layer(norm, out_channels)
-                )
-            layers = []
-            for number in range(blocks):
-                first = number == 0
-                layers.append(
-                    block(
-                        in_channels if first else out_channels,
-                        base_channels * 2**index,
-                        stride if first else (1, 1, 1),
-                        dilations[index],
-                        norm,
-                        shortcut_layer if first else None,
-                    )
-                )
+            width = base_channels * 2**index
+            layers = _make_stage(block, blocks, channels[-1], width, stride3d(strides[index]), norm, shortcut)
             built = index <= self.out_indices[-1]
             stages.append(Stage(*layers, checkpointing=checkpointing) if built else nn.Identity())
-            reduction = _times(reduction, stride)
-            channels.append(out_channels)
-            reductions.append(reduction)
+            channels.append(width * block.expansion)
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
 
         returned = [0] * return_stem + [index + 1 for index in self.out_indices]
+        total = list(accumulate([2 if stem == "strided" else 1, 1 if stem == "flat" else 2, *strides], mul))
         self.channels = [channels[i] for i in returned]
-        self.reductions = [reductions[i] for i in returned]
-        self._init_weights(zero_init_residual)
+        self.reductions = [stride3d([total[0], *total[2:]][i]) for i in returned]
+        init_weights(self, zero_init_residual)
         self.train()
-
-        # What a checkpoint's shapes do not tell travels in its metadata, and is compared when it is loaded whole.
-        self.architecture = {
-            "depth": depth,
-            "depth_stride": depth_stride,
-            "stem": stem,
-            "strides": list(strides),
-            "dilations": list(dilations),
-            "shortcut": shortcut,
-            "norm": norm,
-        }
-        self.register_state_dict_post_hook(_write_architecture)
-        self.register_load_state_dict_pre_hook(_check_architecture)
-
-    def _init_weights(self, zero_init_residual: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if zero_init_residual:
-            for module in self.modules():
-                if isinstance(module, BasicBlock):
-                    nn.init.zeros_(module.bn2.weight)  # type: ignore[arg-type]  # every norm here has weights
-                elif isinstance(module, Bottleneck):
-                    nn.init.zeros_(module.bn3.weight)  # type: ignore[arg-type]  # the same
+        record_architecture(
+            self, depth=depth, depth_stride=depth_stride, stem=stem, strides=list(strides), shortcut=shortcut, norm=norm
+        )
 
     def train(self, mode: bool = True) -> "ResNet3D":
         """Set training mode, leaving frozen stages and, with `norm_eval`, batch norms in evaluation mode."""

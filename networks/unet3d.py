@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 
-from networks.resnet3d import ResNet3D, norm_layer
+from networks.resnet3d import ResNet3D, check_classes, norm_layer
 
 
-class ConvNormReLU(nn.Module):
+def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> nn.Sequential:
     """Convolution that keeps the size, norm, ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: str) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.bn = norm_layer(norm, out_channels)
-        self.relu = nn.ReLU(inplace=True)
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, D, H, W) -> (N, C', D, H, W)."""
-        return self.relu(self.bn(self.conv(x)))
+    conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(OrderedDict(conv=conv, bn=norm_layer(norm, out_channels), relu=nn.ReLU(inplace=True)))
 
 
 class UpStage(nn.Module):
@@ -31,10 +24,10 @@ class UpStage(nn.Module):
 
     def __init__(self, deep_channels: int, skip_channels: int, norm: str) -> None:
         super().__init__()
-        self.reduce = ConvNormReLU(deep_channels, skip_channels, 1, norm)
+        self.reduce = conv_norm_relu(deep_channels, skip_channels, 1, norm)
         self.fuse = nn.Sequential(
-            ConvNormReLU(2 * skip_channels, skip_channels, 3, norm),
-            ConvNormReLU(skip_channels, skip_channels, 3, norm),
+            conv_norm_relu(2 * skip_channels, skip_channels, 3, norm),
+            conv_norm_relu(skip_channels, skip_channels, 3, norm),
         )
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
@@ -65,7 +58,7 @@ class SegmentationHead(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, width: int, dropout: float, norm: str) -> None:
         super().__init__()
-        self.convs = nn.Sequential(ConvNormReLU(in_channels, width, 3, norm), ConvNormReLU(width, width, 3, norm))
+        self.convs = nn.Sequential(conv_norm_relu(in_channels, width, 3, norm), conv_norm_relu(width, width, 3, norm))
         self.dropout = nn.Dropout3d(dropout)
         self.conv_seg = nn.Conv3d(width, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
@@ -112,8 +105,7 @@ class ResUNet3D(nn.Module):
         **encoder: Any,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_classes(num_classes)
         self.backbone = ResNet3D(
             depth,
             norm=norm,

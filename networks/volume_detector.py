@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 from torchvision.ops import box_iou
-
-from vdt_transforms.slice_stacks import nearest_stored, slice_mixes
 
 
 class VolumeLesionDetector(nn.Module):
@@ -32,7 +30,7 @@ class VolumeLesionDetector(nn.Module):
         least_iou: of boxes in neighbouring slices that are one lesion.
 
     Raises:
-        ValueError: if a volume tells no distance between its slices.
+        ValueError: if the distance between a volume's slices is unknown or not positive.
     """
 
     def __init__(
@@ -65,19 +63,25 @@ class VolumeLesionDetector(nn.Module):
         """
         affines = getattr(volumes, "affine", None)
         if affines is None:
-            raise ValueError("volumes must be MetaTensors, whose affine tells the distance between slices")
+            raise ValueError("volumes must be MetaTensors, whose affine holds the distance between slices")
         affines = torch.as_tensor(affines).reshape(-1, 4, 4)
         plain = torch.as_tensor(volumes).as_subclass(Tensor)
         return [self._find(plain[i, 0], affines[min(i, len(affines) - 1)]) for i in range(len(plain))]
 
-    def stacks(self, volume: Tensor, interval: float) -> Any:
-        """Yield the stacks (slices, X, Y) of all slices of a volume (X, Y, Z), as training prepares them."""
+    def stacks(self, volume: Tensor, interval: float) -> Iterator[Tensor]:
+        """Yield the stacks (slices, X, Y) of all slices of a volume (X, Y, Z), as training prepares them.
+
+        A slice between two stored ones is interpolated; beyond the ends of the volume the last one stands in.
+        """
         planes = volume.permute(2, 0, 1).float()
-        numbers = range(len(planes))
-        mixes = slice_mixes(self.slices, self.distance, interval)
-        for key in numbers:
-            stack = torch.stack([sum(planes[nearest_stored(key, o, numbers)] * w for o, w in mix) for mix in mixes])  # type: ignore[misc]  # a mix is never empty
-            yield self._scaled(stack)
+        offsets = range(-(self.slices // 2), self.slices // 2 + 1)  # from the key slice
+        places = torch.tensor([k * self.distance / interval for k in offsets], dtype=torch.float64)
+        near = (places.abs() + 1e-6).floor()  # 3 * (2.5 / 7.5) is meant to be 1
+        weight = (places.abs() - near).clamp(min=0).to(planes)[:, None, None]
+        near, far = (places.sign() * near).long(), (places.sign() * (near + 1)).long()
+        for key in range(len(planes)):
+            inner, outer = (planes[(key + offset).clamp(0, len(planes) - 1)] for offset in (near, far))
+            yield self._scaled(inner.lerp(outer, weight))
 
     def _scaled(self, stack: Tensor) -> Tensor:
         (low, high), (start, end) = self.window, self.value_range

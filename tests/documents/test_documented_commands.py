@@ -127,7 +127,7 @@ PROMISED = {
     "docs/how-to/report.md": [f"{BCV}/report.html"],
     "docs/initialisation.md": [
         f"{BCV}/eval/case0_seg.nii.gz",
-        *("encoder.pt", "encoder.json", "monai.pt", "monai.json", "resnet18_back.pth", "resnet18_back.json"),
+        *("encoder.pt", "encoder.json", "monai.pt", "monai.json"),
     ],
     "docs/lidc.md": [
         *(f"lidc/{name}" for name in ("nodules.csv", "images/*.nii.gz", "labels/*.nii.gz", "sheet_001.png")),

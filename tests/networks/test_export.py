@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 from networks import P3D, DepthFirst, LesionDetector, NoduleFCN, ResNet3DClassifier, ResUNet3D
+from tests.support.network_checks import as_list
 
 NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], list[tuple[int, ...]]]] = {  # the first size is the example
     "unet": (
@@ -32,10 +32,6 @@ SCRIPTED = {
         [(2, 9, 64, 64), (1, 9, 96, 64), (1, 9, 80, 128)],
     ),
 }
-
-
-def as_list(output: Any) -> list[torch.Tensor]:
-    return [output] if isinstance(output, torch.Tensor) else list(output)
 
 
 def compare(network: torch.nn.Module, exported: Callable, sizes: list[tuple[int, ...]]) -> None:
@@ -77,11 +73,3 @@ def test_exported_networks_answer_as_the_network_on_other_sizes(name, tmp_path):
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
     (taken,) = session.get_inputs()
     compare(network, lambda x: session.run(None, {taken.name: x.numpy()}), sizes)
-
-
-@pytest.mark.slow
-def test_the_detector_stops_where_boxes_are_suppressed():
-    """When this fails, torchvision has learnt to export: then docs/export.md can say so."""
-    network, sizes = make("detector")
-    with pytest.raises(Exception, match="nms"):  # of a private class of torch
-        torch.export.export(network, (torch.randn(sizes[0]),))

@@ -6,10 +6,7 @@ import torch
 from networks import NoduleFCN, load_pretrained
 from tests.support.golden import published_weights
 from tests.support.network_checks import (
-    COPIES,
     NORMS,
-    assert_compiled_step_is_the_eager_step,
-    assert_copy_answers_alike,
     assert_every_parameter_gets_a_gradient,
     count,
     randomise,
@@ -78,18 +75,3 @@ def test_checkpoint_of_other_classes_leaves_the_last_layer_random(tmp_path):
     torch.save(narrow(2).state_dict(), path)
     report = load_pretrained(narrow(3), path)
     assert report.left_random == ["decode_head.seg_head.3.weight", "decode_head.seg_head.3.bias"]
-
-
-def test_wrong_number_of_classes_is_named():
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
-        narrow(0)
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_copy_answers_as_the_network_does(how):
-    assert_copy_answers_alike(narrow(), torch.randn(1, 1, 12, 13, 18), how)
-
-
-@pytest.mark.slow  # compiling takes seconds
-def test_compiled_training_step_is_the_eager_one():
-    assert_compiled_step_is_the_eager_step(narrow(checkpointing=True), torch.randn(2, 1, 12, 13, 16))

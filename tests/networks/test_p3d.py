@@ -6,9 +6,6 @@ from torch import nn
 
 from networks import P3D, load_pretrained
 from tests.support.network_checks import (
-    COPIES,
-    assert_compiled_step_is_the_eager_step,
-    assert_copy_answers_alike,
     assert_every_parameter_gets_a_gradient,
     randomise,
 )
@@ -149,26 +146,6 @@ def test_wrong_argument_is_named_with_its_value(arguments, sentence):
 def test_input_of_another_number_of_slices_is_refused():
     with pytest.raises(ValueError, match="built for 9 slices, got an input of 3"):
         narrow(conversion="group")(torch.randn(1, 3, 32, 32))
-
-
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("conversion", ["center", "group"])
-def test_copy_answers_as_the_network_does(conversion, how):
-    assert_copy_answers_alike(narrow(conversion=conversion), torch.randn(1, 1, 9, 32, 48), how)
-
-
-@pytest.mark.slow
-def test_compiled_training_step_is_the_eager_one():
-    assert_compiled_step_is_the_eager_step(narrow(18, conversion="group"), torch.randn(1, 1, 9, 32, 32))
-
-
-def test_checkpointing_changes_no_bit_of_the_gradients():
-    gradients = []
-    for checkpointing in (False, True):
-        network = randomise(narrow(conversion="group", checkpointing=checkpointing))
-        sum(m.square().sum() for m in network(torch.ones(1, 9, 32, 32))).backward()
-        gradients.append([p.grad for p in network.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 # Weights

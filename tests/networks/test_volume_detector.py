@@ -86,8 +86,8 @@ def test_network_is_settable_and_low_scores_are_left_out():
     assert len(detector(volume(values))[0]["box"]) == 1
 
 
-def test_plain_tensor_is_refused_as_it_tells_no_distance():
-    with pytest.raises(ValueError, match="must be MetaTensors, whose affine tells the distance between slices"):
+def test_plain_tensor_is_refused_as_it_has_no_distance():
+    with pytest.raises(ValueError, match="must be MetaTensors, whose affine holds the distance between slices"):
         VolumeLesionDetector(Bright())(torch.zeros(1, 1, 8, 8, 5))
 
 

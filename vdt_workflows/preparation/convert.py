@@ -1,10 +1,10 @@
-"""Turn the weights people have into a file of a native 3D encoder, or of another tool, tensor by tensor.
+"""Turn the weights people have into a file of a native 3D encoder, or of MONAI's, tensor by tensor.
 
     vdt convert --source resnet18.pth --output encoder.pt --init i3d
 
 The file written is what every bundle takes by --init vdt --pretrained encoder.pt. With --target monai it is what
 `monai.networks.nets.resnet18(pretrained="encoder.pt", spatial_dims=3, n_input_channels=1, feed_forward=False, ...)`
-takes, and with --target 2d the way back to torchvision's names and kernels.
+takes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from networks import ResNet3D, describe_encoder, load_pretrained, read_checkpoint
-from networks.conversion import METHODS, to_2d, to_3d
-from networks.weights import native_names
+from networks import LoadReport, ResNet3D, describe_encoder, load_pretrained, read_checkpoint
+from networks.conversion import METHODS
+from networks.published_names import rename_encoder
 from vdt_workflows.files import save_atomic, write_atomic
 from vdt_workflows.training.checkpoints import save_weights
 
-TARGETS = ("native", "monai", "2d")
-MONAI = {  # what MONAI's networks must be called with to be the written one
+TARGETS = ("native", "monai")
+MONAI: dict[str, Any] = {  # what MONAI's networks must be called with to be the written one
     "spatial_dims": 3,
     "n_input_channels": 1,
     "conv1_t_size": 7,
@@ -54,9 +51,9 @@ def convert_weights(
         source: an encoder, alone or within a classifier or a segmentation network: of this package, MedicalNet, MONAI's
             ResNet or a video ResNet; or a 2D ResNet of torchvision, timm or the pre-training bundle.
         output: the file to write; a report lies beside it, its suffix replaced by .json.
-        init: how 2D kernels become 3D: i3d, acs or 2.5d; with --target 2d, how they had become so.
+        init: how 2D kernels become 3D: i3d, acs or 2.5d.
         stem: how an RGB stem becomes one for grey volumes: sum or mean (see `networks.load_pretrained`).
-        target: native (this package), monai (`monai.networks.nets.resnet*`) or 2d.
+        target: native (this package) or monai (`monai.networks.nets.resnet*`).
         overwrite: replace an existing output.
 
     Returns:
@@ -74,9 +71,7 @@ def convert_weights(
         raise ValueError(f"init must be one of {METHODS}, or left out for a 3D source, got {init!r}")
     if Path(output).exists() and not overwrite:
         raise FileExistsError(f"{output}: exists already; name another output, or add --overwrite")
-    if target == "2d" and init is None:
-        raise ValueError("target '2d' needs init, the conversion to undo: i3d, acs or 2.5d")
-    tensors = native_names(read_checkpoint(source))
+    tensors = rename_encoder(read_checkpoint(source))
     architecture = describe_encoder(tensors)
     if not architecture:
         raise ValueError(
@@ -84,26 +79,16 @@ def convert_weights(
         )
     if target == "monai" and architecture["norm"] != "batch":
         raise ValueError(f"{source}: has no running statistics; target 'monai' takes networks with batch norm alone")
-    network = ResNet3D(**{**architecture, "in_channels": 1 if target != "2d" else architecture["in_channels"]})
-    report = load_pretrained(network, source, stem=stem, conversion=None if target == "2d" else init)
-    record = _record(report)
-    lost: list[str] = []
+    network = ResNet3D(**{**architecture, "in_channels": 1})
+    record = _record(load_pretrained(network, source, stem=stem, conversion=init))
     if target == "native":
         save_weights(network, output, {"source": Path(source).name, "init": init, "stem": stem})
-    elif target == "monai":
-        lost.append(LOSSY)
-        save_atomic(OrderedDict((name, tensor) for name, tensor in network.state_dict().items()), output)
-    elif init is not None:
-        flat = {name: _flatten(source, name, tensor, init) for name, tensor in network.state_dict().items()}
-        save_atomic(OrderedDict(flat), output)
-        record = {n: ("summed along depth" if init == "i3d" else "taken from its plane") if t.dim() == 4 else record[n]
-                  for n, t in flat.items()}  # fmt: skip
-        if init == "i3d":
-            lost.append("the sum of K equal taps is rounded, to about 1e-7 of a weight")
-    return _write_report(output, source, architecture, record, target, lost)
+    else:
+        save_atomic(OrderedDict(network.state_dict().items()), output)
+    return _write_report(output, source, architecture, record, target)
 
 
-def _record(report: Any) -> dict[str, str]:
+def _record(report: LoadReport) -> dict[str, str]:
     """Say for each tensor what became of it."""
     record = dict.fromkeys(report.matched, "copied")
     for names, what in ((report.folded, "summed over the channels of its input"), (report.inflated, "inflated")):
@@ -114,34 +99,14 @@ def _record(report: Any) -> dict[str, str]:
     return record | {name: f"dropped, {why}" for name, why in report.skipped.items()}
 
 
-def _flatten(source: str, name: str, tensor: Tensor, init: str) -> Tensor:
-    if tensor.dim() != 5:
-        return tensor
-    if tensor.shape[-1] == 1:
-        return tensor.squeeze(2)
-    kernel = to_2d(tensor, init)
-    if not torch.allclose(to_3d(kernel, init), tensor, rtol=1e-5, atol=1e-7 * float(tensor.abs().max())):
-        raise ValueError(
-            f"{source}: {name} was not made by {init!r}, or was trained natively since; only kernels that a conversion"
-            " made have a way back to 2D"
-        )
-    return kernel
-
-
 def _write_report(
-    output: str, source: str, architecture: dict[str, Any], record: dict[str, str], target: str, lost: list[str]
+    output: str, source: str, architecture: dict[str, Any], record: dict[str, str], target: str
 ) -> dict[str, Any]:
     kinds = ("copied", "summed", "inflated", "dropped")
-    counts = {kind: sum(kind in what for what in record.values()) for kind in kinds}
-    counts["changed"] = sum(not any(kind in what for kind in kinds) for what in record.values())
-    result = {
-        "output": output,
-        "source": source,
-        "target": target,
-        "architecture": architecture,
-        **counts,
-        "lost": lost,
-    }
+    result: dict[str, Any] = {"output": output, "source": source, "target": target, "architecture": architecture}
+    result |= {kind: sum(kind in what for what in record.values()) for kind in kinds}
+    result["changed"] = sum(not any(kind in what for kind in kinds) for what in record.values())
+    result["lost"] = [LOSSY] if target == "monai" else []
     if target == "monai":
         width = architecture["base_channels"]
         result["call"] = {**MONAI, "shortcut_type": architecture["shortcut"]}

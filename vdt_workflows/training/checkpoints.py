@@ -15,7 +15,7 @@ from ignite.handlers import Checkpoint
 from torch import nn
 
 from networks import load_pretrained, read_checkpoint
-from networks.weights import describe_damage, load_whole
+from networks.checkpoints import describe_damage, load_whole
 from vdt_workflows.files import save_atomic
 
 logger = logging.getLogger(__name__)
