@@ -9,7 +9,6 @@ beside it, and the whole comparison in `demo/comparison/report.html`. Interrupte
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -18,18 +17,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from draw_vdt import draw_vdt
 from make_demo_data import make_demo_data
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from vdt_transforms import ImageToVolume, LoadNaturalImage, RandSliceShuffle
 from vdt_workflows.cli import run_function
 from vdt_workflows.data.images import find_images
-from vdt_workflows.files import claim, write_atomic
-from vdt_workflows.report.comparison_page import draw_example
+from vdt_workflows.drawing import draw_sheet, draw_tile, to_png
+from vdt_workflows.files import claim, read_csv, write_atomic
+from vdt_workflows.report.cells import run_bundle
+from vdt_workflows.report.charts import draw_curves, draw_example
 from vdt_workflows.report.matrix import compare
-from vdt_workflows.report.run_bundles import run_bundle
 
 PRETRAINING = "imagenet_vdt_pretraining"
 TRANSFER = {
@@ -86,7 +83,7 @@ def demo(
     images, volumes = str(Path(images).resolve()), str(Path(volumes).resolve())
 
     _say("2/4  one picture, read as a volume")
-    draw_vdt(images, root / "vdt.png")
+    draw_vdt(str(root / "vdt.png"), image=find_images(images)["val"][0]["image"])
 
     _say("3/4  VDT pre-training")
     pretraining = root / "pretraining"
@@ -105,23 +102,33 @@ def demo(
         write_atomic(marker, b"")
 
     _say("4/4  transfer, and the same from scratch")
-    made = compare(
+    finished = compare(
         f"scratch,vdt={pretraining / 'models' / 'encoder.pt'}",
         volumes,
         str(root / "comparison"),
         settings=transfer,
-        **{"fractions": 1.0, "seeds": seeds, "protocols": "short", "steps": steps, "points": points},
-        **{"training_cases": 20, "held_out": 60, "curve_cases": 60, "workers": min(2, os.cpu_count() or 1)},
+        fractions=1.0,
+        seeds=seeds,
+        protocols="short",
+        steps=steps,
+        points=points,
+        training_cases=20,
+        held_out=60,
+        curve_cases=60,
+        workers=min(2, os.cpu_count() or 1),
     )
-    results = json.loads(Path(made["report"]).with_name("results.json").read_text())
+    results = json.loads(Path(finished["report"]).with_name("results.json").read_text())
     for cell in results["cells"]:
         if cell["state"] != "finished":
             raise ChildProcessError(f"{cell['folder']}/log.txt: {cell['error']}")
     shutil.copy(pretraining / "eval" / "curves.png", root / "pretraining.png")
-    draw_curves(results, root / "dice.png")
-    draw_segmentations(results, root / "examples.png")
-    with (pretraining / "eval" / "history.csv").open() as file:
-        last = list(csv.DictReader(file))[-1]
+    curves = draw_curves(results, "short")
+    assert curves is not None  # all cells have finished
+    write_atomic(root / "dice.png", to_png(curves, dpi=120))
+    text, pictures = draw_example(results)
+    tiles = [draw_tile(picture, name) for name, picture in pictures]
+    write_atomic(root / "examples.png", to_png(draw_sheet(tiles, text)))
+    last = read_csv(pretraining / "eval" / "history.csv", ["epoch", "val_top1"], others=True)[-1]
     summary = [
         "# What came out",
         "",
@@ -155,58 +162,6 @@ def make_table(results: Mapping[str, Any]) -> list[str]:
     seeds = len(results["summary"][0]["by_seed"])
     note = f"Mean over {seeds} seed{'s' * (seeds > 1)} and {results['held_out']}; in brackets a 95 % interval"
     return [*lines, "", f"{note}. Learned from {results['summary'][0]['labels']} cases."]
-
-
-def draw_curves(results: Mapping[str, Any], path: Path) -> None:
-    """Draw each row's score against the steps."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for row in results["summary"]:
-        axes.plot(*zip(*row["curve"], strict=True), marker="o", label=row["row"])
-    axes.set(xlabel="optimiser steps", ylabel="mean Dice", title=f"{results['held_out']} held out", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
-
-
-def draw_segmentations(results: Mapping[str, Any], path: Path) -> None:
-    """Draw one held-out case: its label, and what each row makes of it."""
-    text, pictures = draw_example(results)
-    figure = Figure(figsize=(3.2 * len(pictures), 3.6), layout="constrained")
-    for axes, (name, pixels) in zip(figure.subplots(1, len(pictures)), pictures, strict=True):
-        axes.imshow(pixels, interpolation="nearest")
-        axes.set_title(name)
-        axes.axis("off")
-    figure.suptitle(text)
-    save_figure(figure, path)
-
-
-def draw_vdt(images: str, path: Path) -> None:
-    """Draw an image, the three slices it is read as, and the same slices in a random order."""
-    found = find_images(images)["val"]
-    image = LoadNaturalImage()(found[0]["image"])
-    volume = ImageToVolume()(image)
-    shuffled = RandSliceShuffle().set_random_state(seed=1)(volume)
-    rows = [("image", image.permute(1, 2, 0)[None]), ("volume", volume[0]), ("shuffled", shuffled[0])]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    grid = figure.subplots(3, 3)
-    for axes_row, (name, slices) in zip(grid, rows, strict=True):
-        for number, axes in enumerate(axes_row):
-            axes.axis("off")
-            if number < len(slices):
-                picture = np.asarray(slices[number])
-                axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
-                title = f"{tuple(image.shape)} colours" if name == "image" else f"{name}: slice {number + 1} of 3"
-                axes.set_title(title, fontsize="small")
-    figure.suptitle("The variable dimension transform: colours become slices")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure to a file, without a display."""
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=120)
 
 
 def _say(text: str) -> None:

@@ -8,37 +8,34 @@ depth goes through a ResNet3D: three slices in pre-training, as many as there ar
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from networks import ResNet3D
-from vdt_transforms import ImageToVolume, RandSliceShuffle
+from vdt_transforms import ImageToVolume, LoadNaturalImage, RandSliceShuffle
 from vdt_workflows.cli import run_function
+from vdt_workflows.drawing import to_png
 from vdt_workflows.files import write_atomic
 
 
-def draw_vdt(output: str, size: int = 96) -> dict[str, list[list[int]]]:
+def draw_vdt(output: str, size: int = 96, image: str = "") -> dict[str, list[list[int]]]:
     """Write the picture, and return the shapes of the maps that it shows.
 
     Args:
         output: the PNG.
-        size: pixels of the picture's side.
+        size: pixels of the made picture's side.
+        image: file of a picture to show in its place.
 
     Raises:
         ValueError: if the size is below 32 pixels.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if size < 32:
         raise ValueError(f"size must be 32 or more, got {size}")
-    image = make_picture(size)
-    volume = ImageToVolume()(image)
-    shuffle = RandSliceShuffle(prob=1.0)
-    shuffle.set_random_state(1)
-    shuffled = shuffle(volume)
+    pixels = np.asarray(LoadNaturalImage()(image)) if image else make_picture(size)
+    volume = ImageToVolume()(pixels)
+    shuffled = RandSliceShuffle(prob=1.0).set_random_state(1)(volume)
     shapes = {}
     with torch.no_grad():
         for name, depth_stride, x in (
@@ -47,25 +44,20 @@ def draw_vdt(output: str, size: int = 96) -> dict[str, list[list[int]]]:
         ):
             network = ResNet3D(18, base_channels=4, depth_stride=depth_stride, out_indices=(0, 1, 2, 3)).eval()
             shapes[name] = [list(x.shape[2:]), *(list(y.shape[2:]) for y in network(x.float()))]
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12)
+    figure = Figure(figsize=(10, 5.6), layout=ConstrainedLayoutEngine(h_pad=0.12))
     axes = figure.subplots(2, 4)
-    axes[0, 0].imshow(np.moveaxis(np.asarray(image), 0, -1).astype(np.uint8))
+    axes[0, 0].imshow(np.moveaxis(pixels, 0, -1).astype(np.uint8))
     axes[0, 0].set_title("image (3, H, W)")
     for row, (values, name) in enumerate(((volume, "slice"), (shuffled, "shuffled"))):
-        for index in range(3):
-            slice_ = np.asarray(values)[0, index]
+        for index, slice_ in enumerate(np.asarray(values)[0]):
             axes[row, index + 1].imshow(slice_, cmap="gray", vmin=0, vmax=255)
             axes[row, index + 1].set_title(f"{name} {index + 1} of (1, 3, H, W)", fontsize=9)
-    text = "\n".join(
-        f"{name}: depth {' → '.join(str(shape[0]) for shape in listed)}" for name, listed in shapes.items()
-    )
+    depths = {name: " → ".join(str(shape[0]) for shape in listed) for name, listed in shapes.items()}
+    text = "\n".join(f"{name}: depth {depth}" for name, depth in depths.items())
     axes[1, 0].text(0, 0.5, f"the same 3D kernels\n\n{text}", va="center", fontsize=9)
     for ax in axes.flat:
         ax.set_axis_off()
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    write_atomic(output, png.getvalue())
+    write_atomic(output, to_png(figure))
     return shapes
 
 

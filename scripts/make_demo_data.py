@@ -4,7 +4,7 @@
 
 makes, in about twenty seconds and the same for the same seed:
 
-    demo/demo_data.json                            the settings it was made with
+    demo/settings.json                             the settings it was made with
     demo/images/{train,val}/<class>/*.jpg          one textured shape a picture, in clutter, light and blur
     demo/volumes/{images,labels}/case_000.nii.gz   Hounsfield units (int16) and labels (uint8)
     demo/volumes/dataset.json                      lists of cases, as in the Medical Segmentation Decathlon
@@ -12,7 +12,6 @@ makes, in about twenty seconds and the same for the same seed:
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from vdt_workflows.cli import run_function
-from vdt_workflows.files import write_atomic
+from vdt_workflows.files import claim, write_json
 
-RECORD = "demo_data.json"
 LABELS = {"0": "background", "1": "organ", "2": "vessel", "3": "lesion"}
 AXES_FLIPPED = [(1, 1, 1), (-1, -1, 1), (-1, 1, 1)]  # RAS+, LPS+ as most CT, LAS+
 
@@ -40,7 +39,7 @@ def make_demo_data(
     """Make the pictures and the volumes in a folder, or reuse the folder if the same call has finished it before.
 
     Args:
-        output_dir: a new or empty folder; an unfinished one of this script is made anew.
+        output_dir: a new or empty folder; an unfinished one of the same settings is made anew.
         image_classes: how many shapes to draw, 2 to 10.
         images_per_class: pictures of a shape, a fifth of them (at least one) for validation; 2 or more.
         image_size: height and width of a picture in pixels, 16 or more.
@@ -51,7 +50,7 @@ def make_demo_data(
         Where the data are and how many; `reused` says whether they had been there.
 
     Raises:
-        ValueError: if a number is out of its range, or the folder was finished with other settings.
+        ValueError: if a number is out of its range, or the folder was made with other settings.
         FileExistsError: if the folder has files that are not from this script.
     """
     lowest = {"images_per_class": (images_per_class, 2), "image_size": (image_size, 16), "volumes": (volumes, 3)}
@@ -68,42 +67,24 @@ def make_demo_data(
         "seed": seed,
     }
     root = Path(str(output_dir))  # fire reads a folder called 2024 as a number
-    finished = _claim(root, settings)
+    claim(root, settings, empty=True)
+    listing = root / "volumes" / "dataset.json"  # written last
+    finished = listing.is_file()
     if not finished:
+        for folder in ("images", "volumes"):
+            shutil.rmtree(root / folder, ignore_errors=True)
         _make_images(root / "images", settings)
         _make_volumes(root / "volumes", volumes, seed)
-        _write_json(root / RECORD, {"finished": True, **settings})
     n_val = max(1, images_per_class // 5)
     return {
         "images": str(root / "images"),
         "classes": list(SHAPES)[:image_classes],
         "train_images": image_classes * (images_per_class - n_val),
         "val_images": image_classes * n_val,
-        "datalist": str(root / "volumes" / "dataset.json"),
+        "datalist": str(listing),
         **{part: len(cases) for part, cases in _split(volumes).items()},
         "reused": finished,
     }
-
-
-def _claim(root: Path, settings: dict[str, int]) -> bool:
-    """Make the folder ours and empty; true if these very data are already in it."""
-    record = json.loads((root / RECORD).read_text()) if (root / RECORD).is_file() else None
-    if record is None:
-        if root.exists() and any(root.iterdir()):
-            raise FileExistsError(f"output_dir {root} has files that are not from this script; name a new folder")
-    elif record.pop("finished"):
-        if record != settings:
-            raise ValueError(f"output_dir {root} was made with {record}, not {settings}; name a new folder")
-        return True
-    root.mkdir(parents=True, exist_ok=True)
-    _write_json(root / RECORD, {"finished": False, **settings})
-    for folder in ("images", "volumes"):
-        shutil.rmtree(root / folder, ignore_errors=True)
-    return False
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(content, indent=2).encode())
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -163,7 +144,8 @@ def draw_image(shape: str, size: int, rng: np.random.Generator) -> np.ndarray:
     u, v = _frame(x, y, rng, reach=0.8, scale=rng.uniform(0.03, 0.06))  # a twig in front
     image = _paint(image, rng.uniform(0.05, 0.9, 3), 0.05 * _box(u, v, 12, 0.6), size)
     light = 1 + rng.uniform(-0.3, 0.3) * x + rng.uniform(-0.3, 0.3) * y - rng.uniform(0, 0.2) * (x**2 + y**2)
-    image = _smooth(image * light[..., None], rng.uniform(0.3, 1.2))
+    blur = rng.uniform(0.3, 1.2)
+    image = gaussian_filter(image * light[..., None], (blur, blur, 0), mode="nearest")
     image += rng.normal(0, rng.uniform(0.005, 0.04), image.shape)
     return (255 * image.clip(0, 1)).astype(np.uint8)
 
@@ -229,7 +211,7 @@ def _make_volumes(folder: Path, volumes: int, seed: int) -> None:
             for part, cases in _split(volumes).items()
         },
     }
-    _write_json(folder / "dataset.json", datalist)
+    write_json(folder / "dataset.json", datalist, indent=2)
 
 
 def draw_volume(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -237,7 +219,7 @@ def draw_volume(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
     The organ lies on the patient's right and is streaky; its twin on the left is as bright but smooth. The vessel is
     bent; a straight one runs beside it. The lesion is a shell; solid blobs of its brightness lie about. So neither
-    brightness nor place alone tells a label.
+    brightness nor place alone gives a label.
     """
     shape = (*rng.integers(44, 53, 2), rng.integers(28, 37))
     x, y, z = (np.arange(n).reshape([-1 if a == b else 1 for b in range(3)]) for a, n in enumerate(shape))
@@ -248,7 +230,7 @@ def draw_volume(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         return np.sqrt(sum(((axis - c) / r) ** 2 for axis, c, r in zip((x, y, z), at, radii, strict=True)))
 
     def tube(bend: float, at: np.ndarray, phase: float) -> np.ndarray:
-        """Distance in voxels from a line along z that swings to the side by `bend` voxels."""
+        """Distance in voxels from a line along z that swings sideways by `bend` voxels."""
         return np.hypot(x - at[0] - bend * np.sin(2 * np.pi * z / shape[2] + phase), y - at[1] + 0 * z)
 
     wobble = 1 + 0.04 * _noise(shape, 5, rng)
@@ -259,11 +241,11 @@ def draw_volume(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     label = np.zeros(shape, np.uint8)
 
     radii = np.array([6.5, 8, 8]) * rng.uniform(0.85, 1.15, 3)
-    side = np.array([centre[0] * rng.uniform(0.42, 0.5), rng.uniform(-3, 3), rng.uniform(-3, 3)])
+    offset = np.array([centre[0] * rng.uniform(0.42, 0.5), rng.uniform(-3, 3), rng.uniform(-3, 3)])
     bright = rng.uniform(65, 85)
     streaks = 28 * np.sin(2 * np.pi * (x + rng.uniform(0.6, 1.2) * y) / rng.uniform(4, 5.5) + 0.3 * z)
-    organ = ellipsoid(centre + side, radii) * wobble < 1
-    twin = ellipsoid(centre + side * (-1, 1, 1), radii) * wobble < 1
+    organ = ellipsoid(centre + offset, radii) * wobble < 1
+    twin = ellipsoid(centre + offset * (-1, 1, 1), radii) * wobble < 1
     hu, label[organ] = np.where(organ, bright + streaks, np.where(twin, bright, hu)), 1
 
     bright, phase = rng.uniform(110, 140), rng.uniform(0, 2 * np.pi)
@@ -288,7 +270,12 @@ def draw_volume(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     label[hu == -800] = 0
     angle = rng.uniform(0, np.pi)
     rays = np.sin(1.3 * (np.cos(angle) * x + np.sin(angle) * y) + 0 * z)
-    hu = _smooth(hu, 0.6) + 12 * _noise(shape, 1, rng) + 8 * _noise(shape, 4, rng) + rng.uniform(2, 6) * rays
+    hu = (
+        gaussian_filter(hu, 0.6, mode="nearest")
+        + 12 * _noise(shape, 1, rng)
+        + 8 * _noise(shape, 4, rng)
+        + rng.uniform(2, 6) * rays
+    )
     hu += rng.normal(0, 8, shape)
     return hu.clip(-1024, 3071).round().astype(np.int16), label
 
@@ -296,22 +283,9 @@ def draw_volume(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 # Noise ---------------------------------------------------------------------------------------------------------------
 
 
-def _smooth(array: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur the first two axes of a picture, or all three of a volume, by a Gaussian of sigma voxels."""
-    axes = (0, 1) if array.shape[-1] == 3 else tuple(range(array.ndim))
-    spectrum = np.fft.fftn(
-        np.pad(array, [(8, 8) if a in axes else (0, 0) for a in range(array.ndim)], "edge"), axes=axes
-    )
-    for a in axes:
-        frequency = np.fft.fftfreq(spectrum.shape[a]).reshape([-1 if a == b else 1 for b in range(array.ndim)])
-        spectrum *= np.exp(-2 * (np.pi * sigma * frequency) ** 2)
-    blurred = np.fft.ifftn(spectrum, axes=axes).real
-    return blurred[tuple(slice(8, -8) if a in axes else slice(None) for a in range(array.ndim))]
-
-
 def _noise(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> np.ndarray:
     """Gaussian noise of unit variance whose grain is about sigma voxels."""
-    noise = _smooth(rng.normal(size=shape), sigma)
+    noise = gaussian_filter(rng.normal(size=shape), sigma, mode="nearest")
     return (noise - noise.mean()) / noise.std()
 
 

@@ -3,9 +3,9 @@
     python scripts/benchmarks/slice_context.py lesion_context
 
 makes, for each seed, 200 small CT volumes of a lung with one ball and three vessels, which look alike in the slice
-through the ball's centre, and writes them as a data set with `prepare_deeplesion.py --volumes`. Both sides are runs of
-the deeplesion_lesion_detection bundle that differ in `distance` alone; their last weights are scored on held-out
-volumes. Leaves `table.csv` and `table.md`; a run that was interrupted goes on where it stopped.
+through the ball's centre, and prepares them as `vdt prepare deeplesion --volumes` does. Both arms are runs of the
+deeplesion_lesion_detection bundle that differ in `distance` alone; their last weights are scored on held-out volumes.
+Leaves `table.csv` and `table.md`; a run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import nibabel as nib
 import numpy as np
 
 from vdt_workflows.cli import run_function
-from vdt_workflows.files import claim, write_atomic
+from vdt_workflows.files import claim, write_atomic, write_csv
 from vdt_workflows.preparation.deeplesion import prepare_deeplesion
-from vdt_workflows.report.run_bundles import run_bundle
+from vdt_workflows.report.cells import run_bundle
 
 logger = logging.getLogger(__name__)
 
 DETECTION = "deeplesion_lesion_detection"
-SIDES = {"nine slices": 2.5, "centre slice repeated": 0}  # and mm between the slices of a stack
+ARMS = {"nine slices": 2.5, "centre slice repeated": 0}  # and mm between the slices of a stack
 RATES = ("0.5", "1", "2")
 SIZE, SLICES = 128, 11
 SPACING = (0.8, 0.8, 2.5)
@@ -42,7 +42,7 @@ def lesion_context(
     learning_rate: float = 0.02,
     first_seed: int = 0,
 ) -> dict[str, Any]:
-    """Train and score both sides for each seed, and write the comparison.
+    """Train and score both arms for each seed, and write the comparison.
 
     Args:
         output_dir: folder for the data, the runs and the tables.
@@ -54,41 +54,33 @@ def lesion_context(
         first_seed: the lowest of the seeds.
 
     Returns:
-        For each side the sensitivities at half a false positive per image, seed by seed, and the table's path.
+        For each arm the sensitivities at half a false positive per image, seed by seed, and the table's path.
 
     Raises:
         ValueError: if `output_dir` holds results of other settings.
     """
     root = Path(str(output_dir)).resolve()
     claim(root, {"volumes": volumes, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate})
-    shared = {
-        **NETWORK,
-        "sizes": [SIZE],
-        "size": SIZE,
-        "epochs": epochs,
-        "val_interval": epochs,
-        "batch_size": batch_size,
-        "micro_batch": batch_size,
-        "learning_rate": learning_rate,
-        "warmup_steps": 50,
-        "num_workers": 0,
-    }
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    steps = {"batch_size": batch_size, "micro_batch": batch_size, "warmup_steps": 50, "num_workers": 0}
+    shared = {**NETWORK, "sizes": [SIZE], "size": SIZE, "epochs": epochs, "val_interval": epochs, **steps}
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     for seed in range(first_seed, first_seed + seeds):
         dataset = make_scans(root / f"data{seed}", volumes, seed)
-        for side, distance in SIDES.items():
+        for arm, distance in ARMS.items():
             folder = root / f"distance{distance:g}-seed{seed}"
-            own = {"dataset_dir": str(dataset), "ckpt_dir": str(folder / "models"), "output_dir": str(folder / "eval")}
+            own: dict[str, Any] = {"dataset_dir": str(dataset), "ckpt_dir": str(folder / "models")}
+            own["output_dir"] = str(folder / "eval")
             if not (folder / "eval" / "scores.json").is_file():
-                logger.info("seed %d, %s", seed, side)
-                run_bundle(DETECTION, ["train"], {**shared, **own, "distance": distance, "seed": seed})
+                logger.info("seed %d, %s", seed, arm)
+                settings = {**shared, **own, "learning_rate": learning_rate, "distance": distance, "seed": seed}
+                run_bundle(DETECTION, ["train"], settings)
                 own |= {"args_file": str(folder / "models" / "run.json"), "intervals": 0, "num_workers": 0}
                 own["ckpt_path"] = str(folder / "models" / "model_last.pt")
                 run_bundle(DETECTION, ["train", "evaluate"], own)
-            found[side].append(json.loads((folder / "eval" / "scores.json").read_text())["lenient"])
+            found[arm].append(json.loads((folder / "eval" / "scores.json").read_text())["lenient"])
     _write_table(root, found, first_seed)
     logger.info("%s", (root / "table.md").read_text())
-    return {**{side: [s["sensitivity_at_0.5"] for s in found[side]] for side in SIDES}, "table": str(root / "table.md")}
+    return {**{arm: [s["sensitivity_at_0.5"] for s in found[arm]] for arm in ARMS}, "table": str(root / "table.md")}
 
 
 def make_scans(root: Path, volumes: int, seed: int) -> Path:
@@ -133,15 +125,17 @@ def draw_scan(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _write_table(root: Path, found: dict[str, list[dict[str, float]]], first_seed: int) -> None:
-    lines = ["side,seed," + ",".join(f"at_{rate}" for rate in RATES)]
-    table = ["| sensitivity at | " + " | ".join(RATES) + " false positives per image | 0.5, seed by seed |"]
+    rows: list[dict[str, Any]] = []
+    table = [f"| sensitivity at | {' | '.join(RATES)} false positives per image | 0.5, seed by seed |"]
     table.append("|---" * (len(RATES) + 2) + "|")
-    for side, scores in found.items():
+    for arm, scores in found.items():
         values = np.array([[s[f"sensitivity_at_{rate}"] for rate in RATES] for s in scores])
-        lines += [f"{side},{first_seed + i}," + ",".join(f"{v:.4f}" for v in row) for i, row in enumerate(values)]
-        cells = [f"{v.mean():.3f} ± {v.std(ddof=1) if len(v) > 1 else 0:.3f}" for v in values.T]
-        table.append(f"| {side} | " + " | ".join(cells) + " | " + ", ".join(f"{v:.3f}" for v in values[:, 0]) + " |")
-    write_atomic(root / "table.csv", ("\n".join(lines) + "\n").encode())
+        for seed, line in enumerate(values, first_seed):
+            at = {f"at_{rate}": f"{value:.4f}" for rate, value in zip(RATES, line, strict=True)}
+            rows.append({"side": arm, "seed": seed, **at})
+        means = [f"{v.mean():.3f} ± {v.std(ddof=1) if len(v) > 1 else 0:.3f}" for v in values.T]
+        table.append(f"| {arm} | {' | '.join(means)} | {', '.join(f'{v:.3f}' for v in values[:, 0])} |")
+    write_csv(root / "table.csv", rows, list(rows[0]))
     write_atomic(root / "table.md", ("\n".join(table) + "\n").encode())
 
 

@@ -1,7 +1,4 @@
-"""The benchmark of what passes before work begins; `benchmark.py` is its command line.
-
-Each figure is of a process of its own, which imports what comes before, and then takes the time.
-"""
+"""The benchmark of what passes before work begins, each figure of a process that has imported what comes before."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from benchmarks.timing import quartiles
+from benchmarks.timing import quartiles_of
 
 from networks import DepthFirst, ResUNet3D
 from vdt_workflows.training.checkpoints import save_weights
@@ -58,20 +55,24 @@ IMPORTS = {
 }
 
 
-def measure_startup(repeats: int) -> dict[str, Any]:
-    """Measure imports, and an inference from `monai.bundle.run` to its first batch, in fresh processes."""
+def measure_startup(repeats: int = 5) -> dict[str, Any]:
+    """Measure how long the packages take to import, and `monai.bundle.run` to reach the first batch of an inference.
+
+    Args:
+        repeats: processes of each.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        sides = {**IMPORTS, "first batch of BCV inference, after torch and monai": _first_batch(Path(folder))}
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        measured = {**IMPORTS, "first batch of BCV inference, after torch and monai": _first_batch(Path(folder))}
+        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in measured}
         for repeat in range(repeats + 1):
-            for name, (before, statements) in sides.items():
+            for name, (before, statements) in measured.items():
                 found = time_statements(before, statements)
                 if repeat:  # the first fills the file cache
                     runs[name].append(found)
     return {
         "settings": {"repeats": repeats, "processes": "fresh ones, threads 1, files in the file cache"},
-        "seconds_of_a_core": {name: quartiles([cpu for cpu, _ in found]) for name, found in runs.items()},
-        "seconds_by_the_clock": {name: quartiles([clock for _, clock in found]) for name, found in runs.items()},
+        "seconds_of_a_core": quartiles_of({name: [cpu for cpu, _ in found] for name, found in runs.items()}),
+        "seconds_by_the_clock": quartiles_of({name: [clock for _, clock in found] for name, found in runs.items()}),
     }
 
 

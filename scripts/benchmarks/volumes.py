@@ -1,23 +1,18 @@
-"""The benchmarks of whole-volume inference and of training input; `benchmark.py` is their command line.
-
-Each side runs in a process of its own, so that its peak memory is its own.
-"""
+"""The benchmarks of whole-volume inference and of training patches, each implementation in a process of its own."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from benchmarks.timing import run_side
+from benchmarks.timing import peak_memory, run_alone
 from matplotlib.figure import Figure
 from monai.data import CacheDataset, Dataset
 from monai.data.utils import compute_importance_map, dense_patch_slices
@@ -38,7 +33,9 @@ from monai.transforms import (
 from networks import DepthFirst
 from vdt_transforms import Spacingd
 from vdt_workflows.data.cache import SeededCacheDataset
+from vdt_workflows.drawing import to_png
 from vdt_workflows.evaluation.inference import SlabInferer
+from vdt_workflows.files import write_atomic
 
 ROI, OVERLAP = (256, 256, 32), (0.5, 0.5, 0.625)  # the published windows, at strides of 128, 128 and 12
 CLOSE = 1e-4  # logits that differ by less may be ordered either way by rounding
@@ -46,27 +43,36 @@ INFERERS = ("ours", "theirs", "loop")
 INPUTS = ("each epoch", "CacheDataset", "memory", "disk")
 
 
-def compare_inference(slices: Sequence[int], size: int, classes: int, mode: str) -> dict[str, Any]:
-    """Measure ours, MONAI's default inferer and a plain loop on volumes of `size` x `size` x each of `slices`.
+def compare_inference(
+    slices: Sequence[int] = (150, 300, 600),
+    size: int = 512,
+    classes: int = 14,
+    mode: str = "constant",
+    plot: str | None = None,
+) -> dict[str, Any]:
+    """Compare `SlabInferer` with MONAI's `SlidingWindowInferer` and a plain loop: seconds, memory, and equal labels.
 
-    How the first two agree is told too.
+    Args:
+        slices: of the volumes.
+        size: rows and columns of the volumes.
+        classes: channels of the logits.
+        mode: "constant" or "gaussian" windows.
+        plot: file for a picture of time and memory against the slices.
     """
     rows = {}
     for depth in slices:
         with tempfile.TemporaryDirectory() as folder:
-            found = {side: run_side("inference_side", side, size, depth, classes, mode, folder) for side in INFERERS}
-            ours, theirs, clear = (
-                np.load(Path(folder, f"{n}.npy"), mmap_mode="r") for n in ("ours", "theirs", "clear")
-            )
-            differ = int((np.not_equal(ours, theirs) & clear).sum())
-            dice = [_dice(ours, theirs, c) for c in range(classes)]
-            found |= {
-                "labels_that_differ_where_logits_do_by_1e-4": differ,
-                "share_of_such_voxels": round(float(clear.mean()), 6),
-                "classes_present": len(np.unique(theirs)),
-                "least_dice_between_the_two": round(min(dice), 6),
-            }
+            found = {who: run_alone(segment_volume, who, size, depth, classes, mode, folder) for who in INFERERS}
+            ours, theirs, clear = (np.load(Path(folder, f"{n}.npy")) for n in ("ours", "theirs", "clear"))
+        found |= {
+            "labels_that_differ_where_logits_do_by_1e-4": int((np.not_equal(ours, theirs) & clear).sum()),
+            "share_of_such_voxels": round(float(clear.mean()), 6),
+            "classes_present": len(np.unique(theirs)),
+            "least_dice_between_the_two": round(min(_dice(ours, theirs, value) for value in range(classes)), 6),
+        }
         rows[f"{size} x {size} x {depth}"] = found
+    if plot is not None:
+        draw_growth(rows, Path(plot))
     return {
         "settings": {"classes": classes, "window": ROI, "overlap": OVERLAP, "mode": mode, "threads": 1},
         "network": f"one 3 x 3 x 3 convolution from 1 to {classes} channels: the stitching is what is measured",
@@ -76,23 +82,21 @@ def compare_inference(slices: Sequence[int], size: int, classes: int, mode: str)
     }
 
 
-def draw_growth(result: dict[str, Any], path: Path) -> None:
-    """Draw seconds and memory against the number of slices, for both sides."""
-    named = {name: row for name, row in result.items() if isinstance(row, dict) and "ours" in row}
-    rows = {int(name.split()[-1]): row for name, row in named.items()}
+def draw_growth(result: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw seconds and memory of each implementation against the number of slices."""
+    rows = {int(name.split()[-1]): row for name, row in result.items()}
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     labels = {"ours": "SlabInferer", "theirs": "MONAI's SlidingWindowInferer", "loop": "a plain loop"}
     for axes, (key, unit) in zip(figure.subplots(1, 2), (("seconds", "seconds"), ("MB", "MB")), strict=True):
-        for side, label in labels.items():
-            axes.plot(list(rows), [row[side][key] for row in rows.values()], marker="o", label=label)
+        for who, label in labels.items():
+            axes.plot(list(rows), [row[who][key] for row in rows.values()], marker="o", label=label)
         axes.set(xlabel="slices", ylabel=unit, xticks=list(rows), ylim=(0, None), xlim=(0, None))
         axes.grid(alpha=0.3)
     figure.axes[0].set_title("time")
     figure.axes[1].set_title("peak memory beyond the input")
     figure.axes[0].legend()
-    figure.suptitle(f"{next(iter(named)).rpartition(' x ')[0]} x slices; the stitching alone, one thread")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.suptitle(f"{next(iter(result)).rpartition(' x ')[0]} x slices; the stitching alone, one thread")
+    write_atomic(path, to_png(figure, dpi=120))
 
 
 def _dice(a: np.ndarray, b: np.ndarray, value: int) -> float:
@@ -100,8 +104,8 @@ def _dice(a: np.ndarray, b: np.ndarray, value: int) -> float:
     return 2 * float((first & second).sum()) / max(float(first.sum() + second.sum()), 1.0)
 
 
-def inference_side(side: str, size: int, slices: int, classes: int, mode: str, folder: str) -> None:
-    """Segment one volume in this process; print seconds and MB as a line of JSON, and leave the labels in `folder`."""
+def segment_volume(who: str, size: int, slices: int, classes: int, mode: str, folder: str) -> dict[str, float]:
+    """Segment one volume in this process; give seconds and MB, and leave the labels in `folder`."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network = DepthFirst(torch.nn.Conv3d(1, classes, 3, padding=1)).requires_grad_(False)
@@ -112,23 +116,23 @@ def inference_side(side: str, size: int, slices: int, classes: int, mode: str, f
     settings: dict[str, Any] = {"roi_size": ROI, "overlap": OVERLAP, "mode": mode}
     with torch.inference_mode():
         network(volume[..., : ROI[0], : ROI[1], : ROI[2]])
-        before = getrusage(RUSAGE_SELF).ru_maxrss
+        before = peak_memory()
         start = time.perf_counter()
-        if side == "ours":
+        if who == "ours":
             labels = SlabInferer(**settings)(volume, network)[0, 0]
-            seconds, peak = time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss
+            seconds, peak = time.perf_counter() - start, peak_memory()
         else:
-            segment = SlidingWindowInferer(**settings) if side == "theirs" else partial(add_windows, mode=mode)
+            segment = SlidingWindowInferer(**settings) if who == "theirs" else partial(add_windows, mode=mode)
             logits = segment(volume, network)
             labels = torch.empty(logits.shape[2:], dtype=torch.uint8)
             for index in range(slices):  # a plain argmax would take as much memory again
                 labels[:, :, index] = logits[0, ..., index].argmax(0)
-            seconds, peak = time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss
-            if side == "theirs":
+            seconds, peak = time.perf_counter() - start, peak_memory()
+            if who == "theirs":
                 best = [logits[0, ..., i].topk(2, 0).values for i in range(slices)]
                 np.save(Path(folder, "clear.npy"), torch.stack([b[0] - b[1] > CLOSE for b in best], -1).numpy())
-    np.save(Path(folder, f"{side}.npy"), labels.numpy())
-    print(json.dumps({"seconds": round(seconds, 1), "MB": round((peak - before) / 1024)}))
+    np.save(Path(folder, f"{who}.npy"), labels.numpy())
+    return {"seconds": round(seconds, 1), "MB": round((peak - before) / 1024)}
 
 
 def add_windows(volume: torch.Tensor, network: torch.nn.Module, mode: str) -> torch.Tensor:
@@ -147,11 +151,17 @@ def add_windows(volume: torch.Tensor, network: torch.nn.Module, mode: str) -> to
     return total.div_(count)
 
 
-def compare_volume_input(cases: int, shape: Sequence[int], patches: int) -> dict[str, Any]:
-    """Measure an epoch of training patches read anew each time, from MONAI's cache, and from either of ours."""
+def compare_volume_input(cases: int = 4, shape: Sequence[int] = (400, 400, 120), patches: int = 40) -> dict[str, Any]:
+    """Compare an epoch of training patches: volumes read each time, MONAI's `CacheDataset`, ours in memory and on disk.
+
+    Args:
+        cases: volumes to make (14 classes, int16, gzip).
+        shape: voxels of a volume.
+        patches: of an epoch.
+    """
     with tempfile.TemporaryDirectory() as folder:
         _write_cases(Path(folder), cases, shape)
-        found = {side: run_side("volume_input_side", side, folder, patches) for side in INPUTS}
+        found = {who: run_alone(draw_patches, who, folder, patches) for who in INPUTS}
     return {
         "settings": {"cases": cases, "voxels": list(shape), "patches": patches, "patch": [128, 128, 32], "threads": 1},
         "MB_is": "peak resident memory of the process, less what it held before the data set was made",
@@ -173,8 +183,8 @@ def _write_cases(folder: Path, cases: int, shape: Sequence[int]) -> None:
         nib.save(nib.Nifti1Image(label, affine), folder / f"label{number}.nii.gz")
 
 
-def volume_input_side(side: str, folder: str, patches: int) -> None:
-    """Make one kind of data set in this process and draw an epoch of patches; print seconds and MB as JSON."""
+def draw_patches(who: str, folder: str, patches: int) -> dict[str, float]:
+    """Make one kind of data set in this process and draw an epoch of patches; give seconds and MB."""
     torch.set_num_threads(1)
     keys = ["image", "label"]
     images = sorted(Path(folder).glob("img*.nii.gz"))
@@ -195,20 +205,20 @@ def volume_input_side(side: str, folder: str, patches: int) -> None:
             ),
         ]
     )
-    before = getrusage(RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     dataset: Any
-    if side == "each epoch":
+    if who == "each epoch":
         dataset = Dataset(data, transform)
-    elif side == "CacheDataset":
+    elif who == "CacheDataset":
         dataset = CacheDataset(data, transform, progress=False, num_workers=1)
     else:
-        dataset = SeededCacheDataset(data, transform, cache=side, cache_dir=Path(folder, "cache"), progress=False)
+        dataset = SeededCacheDataset(data, transform, cache=who, cache_dir=Path(folder, "cache"), progress=False)
     built = time.perf_counter() - start
     start = time.perf_counter()
     for number in range(patches):
         dataset[number % len(data)]
     seconds = time.perf_counter() - start
-    peak = getrusage(RUSAGE_SELF).ru_maxrss - before
+    peak = peak_memory() - before
     rates = {"build_s": round(built, 2), "epoch_s": round(seconds, 2), "patches_per_s": round(patches / seconds, 2)}
-    print(json.dumps({**rates, "MB": round(peak / 1024)}))
+    return {**rates, "MB": round(peak / 1024)}

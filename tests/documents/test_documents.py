@@ -137,9 +137,11 @@ def script_of(words: list[str]) -> Path:
 
 
 def options_of(script: Path) -> set[str]:
-    """Names of the arguments of all functions of a script, or of the modules of a package."""
-    texts = [file.read_text() for file in (script.glob("*.py") if script.is_dir() else [script])]
-    functions = [node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    """Names of the arguments of all functions of a script, of a package's modules, or of the benchmarks."""
+    files = list(script.glob("*.py")) if script.is_dir() else [script]
+    files += script.parent.glob("benchmarks/*.py") if script.name == "benchmark.py" else []
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     return {a.arg for f in functions for a in (*f.args.args, *f.args.kwonlyargs)}
 
 

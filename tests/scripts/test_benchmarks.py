@@ -1,4 +1,4 @@
-"""Each benchmark that the documents name is run once, on next to nothing, and both of its sides must still agree."""
+"""Each benchmark that the documents name is run once, on next to nothing, and what it compares must still agree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import shlex
 import subprocess
 import sys
 
+import benchmark
 import benchmarks.startup as benchmark_startup
+import fire
 import pytest
 
 from tests.support.bundle_runs import ROOT
@@ -33,12 +35,29 @@ DOCUMENTED = {
 
 
 def differences(result):
-    """All numbers of a result that say how far apart the sides are."""
+    """All numbers of a result that say how far apart the implementations are."""
     for name, value in result.items():
         if isinstance(value, dict):
             yield from differences(value)
         elif "differ" in name:
             yield value
+
+
+def test_a_command_takes_what_the_function_takes_and_a_file(capsys, tmp_path, monkeypatch):
+    def measure(repeats: int = 5):
+        """Measure.
+
+        Args:
+            repeats: passes.
+        """
+        return {"seconds": {"median": repeats, "q25": 1, "q75": 2}}
+
+    monkeypatch.setitem(benchmark.BENCHMARKS, "tiny", measure)
+    command = benchmark.make_command("tiny")
+    fire.Fire({"tiny": command}, command=["tiny", "--repeats", "3", "--json", str(tmp_path / "x.json")])
+    assert json.loads((tmp_path / "x.json").read_text())["tiny"] == measure(3)
+    assert "3 (1 .. 2)" in capsys.readouterr().out
+    assert "json: file for the result" in command.__doc__
 
 
 def test_every_documented_benchmark_is_run_here():
@@ -47,7 +66,7 @@ def test_every_documented_benchmark_is_run_here():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
-def test_a_documented_benchmark_runs_and_its_sides_agree(name, tmp_path):
+def test_a_documented_benchmark_runs_and_what_it_compares_agrees(name, tmp_path):
     words = shlex.split(DOCUMENTED[name])
     options = [text for key, value in SHORT[name].items() for text in (f"--{key}", repr(value))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -29,8 +29,10 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def volumes(root: Path, kind: str) -> list[nib.Nifti1Image]:
-    return [nib.load(p) for p in sorted((root / "volumes" / kind).iterdir())]
+def volumes(root: Path) -> list[tuple[nib.Nifti1Image, nib.Nifti1Image]]:
+    """Give the images and labels of all cases."""
+    images, labels = (sorted((root / "volumes" / kind).iterdir()) for kind in ("images", "labels"))
+    return [(nib.load(image), nib.load(label)) for image, label in zip(images, labels, strict=True)]
 
 
 def test_the_same_seed_makes_the_same_files_and_another_seed_others(demo: Path, tmp_path: Path) -> None:
@@ -39,7 +41,7 @@ def test_the_same_seed_makes_the_same_files_and_another_seed_others(demo: Path, 
     make_demo_data(str(tmp_path / "other"), **TINY, seed=1)
     other = contents(tmp_path / "other")
     assert other.keys() == contents(demo).keys()
-    assert not [name for name, data in contents(demo).items() if other[name] == data and "dataset.json" not in name]
+    assert [name for name, data in contents(demo).items() if other[name] == data] == ["volumes/dataset.json"]
 
 
 def test_a_picture_does_not_depend_on_how_many_are_made(demo: Path, tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_every_shape_can_be_drawn(tmp_path: Path) -> None:
 
 
 def test_every_volume_has_all_labels_and_hounsfield_units(demo: Path) -> None:
-    for image, label in zip(volumes(demo, "images"), volumes(demo, "labels"), strict=True):
+    for image, label in volumes(demo):
         assert image.get_data_dtype() == np.int16
         assert label.get_data_dtype() == np.uint8
         hu, labels = np.asarray(image.dataobj), np.asarray(label.dataobj)
@@ -79,7 +81,7 @@ def test_every_volume_has_all_labels_and_hounsfield_units(demo: Path) -> None:
 
 
 def test_brightness_alone_does_not_tell_a_label(demo: Path) -> None:
-    for image, label in zip(volumes(demo, "images"), volumes(demo, "labels"), strict=True):
+    for image, label in volumes(demo):
         hu, labels = np.asarray(image.dataobj), np.asarray(label.dataobj)
         for k in (1, 2, 3):
             low, high = np.quantile(hu[labels == k], [0.1, 0.9])
@@ -89,7 +91,7 @@ def test_brightness_alone_does_not_tell_a_label(demo: Path) -> None:
 
 def test_image_and_label_share_an_anisotropic_affine_that_is_flipped_in_some_cases(demo: Path) -> None:
     codes = []
-    for image, label in zip(volumes(demo, "images"), volumes(demo, "labels"), strict=True):
+    for image, label in volumes(demo):
         assert image.shape == label.shape
         assert np.array_equal(image.affine, label.affine)
         assert np.allclose(image.get_qform(), image.get_sform(), atol=1e-4)
@@ -101,7 +103,7 @@ def test_image_and_label_share_an_anisotropic_affine_that_is_flipped_in_some_cas
 
 
 def test_the_organ_is_on_the_right_and_the_spine_at_the_back_whatever_the_stored_axes(demo: Path) -> None:
-    for image, label in zip(volumes(demo, "images"), volumes(demo, "labels"), strict=True):
+    for image, label in volumes(demo):
         labels = nib.as_closest_canonical(label).get_fdata()
         hu = nib.as_closest_canonical(image).get_fdata()
         assert np.argwhere(labels == 1)[:, 0].mean() > labels.shape[0] / 2
@@ -120,36 +122,28 @@ def test_the_datalist_is_read_by_monai_and_its_parts_are_apart(demo: Path) -> No
 
 
 def test_a_finished_folder_is_reused(demo: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in demo.rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in demo.glob("*/**/*")}
     made = make_demo_data(str(demo), **TINY)
     assert made["reused"]
-    assert {p: p.stat().st_mtime_ns for p in demo.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in demo.glob("*/**/*")} == before
 
 
-def test_a_finished_folder_with_other_settings_is_refused(demo: Path) -> None:
-    with pytest.raises(ValueError, match=r"was made with .*'seed': 0.*, not .*'seed': 3.*; name a new folder"):
+def test_a_folder_of_other_settings_is_refused(demo: Path) -> None:
+    with pytest.raises(ValueError, match="holds results made with seed 0, not 3; name another folder"):
         make_demo_data(str(demo), **TINY, seed=3)
 
 
-def test_an_unfinished_folder_is_made_anew(demo: Path, tmp_path: Path) -> None:
-    stale = tmp_path / "images" / "train" / "old" / "x.jpg"
-    stale.parent.mkdir(parents=True)
-    stale.touch()
-    (tmp_path / "demo_data.json").write_text('{"finished": false, "seed": 9}')
-    assert not make_demo_data(str(tmp_path), **TINY)["reused"]
-    assert contents(tmp_path) == contents(demo)
-
-
-def test_an_interrupted_run_leaves_the_folder_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_is_made_anew(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(nib, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make_demo_data(str(tmp_path), **TINY)
-    assert not json.loads((tmp_path / "demo_data.json").read_text())["finished"]
     monkeypatch.undo()
+    (tmp_path / "images" / "train" / "disc" / "old.jpg").touch()
     assert not make_demo_data(str(tmp_path), **TINY)["reused"]
+    assert contents(tmp_path) == contents(demo)
 
 
 def test_a_folder_with_files_of_others_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Many runs of bundles, each in a process of its own: none is done twice, and one that fails does not stop the others.
+"""Runs of bundles in processes of their own: none is done twice, and one that fails does not stop the others.
 
 A cell is a folder and the stages that fill it, such as training and scoring. Each stage is an ordinary run of a bundle;
 `commands.txt` in the folder gives the same as words for a shell.
@@ -7,7 +7,6 @@ A cell is a folder and the stages that fill it, such as training and scoring. Ea
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import platform
@@ -23,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from networks import read_checkpoint
-from vdt_workflows.files import write_atomic
+from vdt_workflows.errors import root_cause
+from vdt_workflows.files import write_atomic, write_json
+from vdt_workflows.locator import find_bundles
 from vdt_workflows.parallel import follow_parent
 
-logger = logging.getLogger(__name__)
-
+SHORT_SPIN = ("GOMP_SPINCOUNT", "100000")  # threads that spin for ever while they wait take the cores of others
 PRELOADED = ["vdt_workflows", "vdt_transforms", "networks", "monai.bundle", "monai.networks.nets", "monai.engines"]
 
 
@@ -46,7 +46,7 @@ class Stage:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def words(self) -> list[str]:
-        """Give the words after `python -m monai.bundle` that do the same, in the bundle's folder."""
+        """Give the words after `python -m monai.bundle` that do the same in the bundle's folder."""
         words = ["run", "--config_file", str(list(self.configs)), "--bundle_root", "."]
         for name, value in self.settings.items():
             words += [f"--{name}", value if isinstance(value, str) else repr(value)]
@@ -58,7 +58,7 @@ class Cell:
     """Stages that fill one folder.
 
     Attributes:
-        name: to speak of it.
+        name: for messages.
         folder: absolute; gets `result.json` when all is done, or `error.txt`, beside `log.txt` and `commands.txt`.
         bundle: the bundle's folder, absolute.
         stages: in their order; a finished one is not run again.
@@ -82,6 +82,19 @@ class Cell:
         """Read the sentence of the error that the last try ended with, if it did."""
         path = Path(self.folder) / "error.txt"
         return path.read_text().strip() if path.is_file() else None
+
+
+def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Run a bundle's configs as a user would, in a process of its own that shows its progress.
+
+    Raises:
+        ChildProcessError: if the run fails.
+    """
+    stage = Stage("", tuple(f"configs/{name}.yaml" for name in configs), settings)
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", *stage.words()]
+    environment = {**dict([SHORT_SPIN]), **os.environ}
+    if subprocess.run(command, cwd=find_bundles() / bundle, env=environment, check=False).returncode:
+        raise ChildProcessError(f"the run of bundles/{bundle} failed; its own message is above")
 
 
 def run_cells(
@@ -138,7 +151,7 @@ def _run_on_ray(cells: Sequence[Cell], address: str, resources: Mapping[str, flo
     if started:
         ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="warning")
     try:
-        task = ray.remote(max_retries=0)(run_apart).options(**resources)
+        task = ray.remote(max_retries=0)(_run_apart).options(**resources)
         running = {task.remote(cell): cell for cell in cells}
         while running:
             (reference,), _ = ray.wait(list(running))
@@ -154,15 +167,13 @@ def _run_on_ray(cells: Sequence[Cell], address: str, resources: Mapping[str, flo
             ray.shutdown()
 
 
-def run_apart(cell: Cell) -> None:
-    """Run a cell in a process of its own and wait for it."""
-    process = _start(cell, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    _finish(process, cell)
+def _run_apart(cell: Cell) -> None:
+    """Run a cell in a process of its own on a machine of the cluster, and wait for it."""
+    _finish(_start(cell, os.environ.get("CUDA_VISIBLE_DEVICES")), cell)
 
 
 def _start(cell: Cell, device: str | None) -> Any:
-    # Threads that spin for ever while they wait would take the cores from the other cells.
-    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+    os.environ.setdefault(*SHORT_SPIN)
     context: Any
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
@@ -179,7 +190,7 @@ def _finish(process: Any, cell: Cell) -> None:
     if cell.result() is None and cell.error() is None:
         sentence = f"the process ended with code {process.exitcode}"
         if process.exitcode is not None and process.exitcode < 0:
-            sentence = f"the process was killed (signal {-process.exitcode}), perhaps for want of memory"
+            sentence = f"the process was killed (signal {-process.exitcode}), perhaps for lack of memory"
         write_atomic(Path(cell.folder) / "error.txt", sentence.encode())
 
 
@@ -205,7 +216,7 @@ def run_cell(cell: Cell, device: str | None = None) -> None:
     try:
         for stage in cell.stages:
             _run_stage(cell, stage)
-        write_atomic(folder / "result.json", json.dumps(_describe(cell), indent=1).encode())
+        write_json(folder / "result.json", _describe(cell))
     except BaseException as error:
         traceback.print_exc()
         write_atomic(folder / "error.txt", _sentence(error).encode())
@@ -227,7 +238,7 @@ def _run_stage(cell: Cell, stage: Stage) -> None:
     start, busy = time.perf_counter(), time.process_time()
     monai.bundle.run(config_file=list(stage.configs), bundle_root=".", **stage.settings)
     took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy}
-    write_atomic(record, json.dumps({name: round(value, 2) for name, value in took.items()}).encode())
+    write_json(record, {name: round(value, 2) for name, value in took.items()}, indent=None)
 
 
 def find_commit() -> str | None:
@@ -255,7 +266,6 @@ def _describe(cell: Cell) -> dict[str, Any]:
 
 def _sentence(error: BaseException) -> str:
     """Take the last line of the innermost cause: MONAI wraps errors in others that say less."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = root_cause(error)
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1].strip()}"

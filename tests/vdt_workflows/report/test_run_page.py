@@ -27,6 +27,7 @@ def run(tmp_path, volumes):
     (tmp_path / "eval" / "history.csv").write_text("epoch,train_loss,val_mean_dice\n1,2.5,0.125\n2,1.5,\n")
     (tmp_path / "eval" / "curves.png").write_bytes(draw_curves(rows, "curves"))
     (tmp_path / "eval" / "scores.json").write_text(json.dumps({"mean_dice": 0.4375, "_run_": {"part": "test"}}))
+    (tmp_path / "eval" / "cases.csv").write_text("case,dice\n<b>x</b> $\\alpha$,0.5\n")
     settings = {"label_names": ["background", "<b>left</b>", "right"], "_run_": {"torch": "9.8.7", "seed": 3}}
     (tmp_path / "models" / "run.json").write_text(json.dumps(settings))
     images = [volumes / "images" / f"case{i}.nii.gz" for i in range(2)]
@@ -43,7 +44,8 @@ def test_the_page_holds_the_curves_scores_settings_and_provenance(run):
     for text in ("0.4375", "0.125", "data:image/png;base64,", "9.8.7", "label_names", "test", "vdt-bundles"):
         assert text in page
     assert answer["pictures"] == 1
-    assert "<b>left" not in page
+    assert "&lt;b&gt;x&lt;/b&gt; $\\alpha$" in page  # names are text
+    assert "<b>" not in page
     assert "http" not in page  # nothing is fetched
 
 

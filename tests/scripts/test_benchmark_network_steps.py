@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import json
 from functools import partial
 
-import benchmarks.networks as benchmark_networks
+import benchmarks.network_steps as network_steps
 import benchmarks.volumes as benchmark_volumes
 import pytest
 import torch
-from benchmarks.networks import GROUPS, VARIANTS, Side, compare_networks, count_flops, network_side
+from benchmarks.network_steps import GROUPS, VARIANTS, Entry, compare_networks, count_flops, time_network
 from benchmarks.volumes import INFERERS, OVERLAP, add_windows, draw_growth
 from monai.inferers import SlidingWindowInferer
 from PIL import Image
@@ -18,11 +17,11 @@ from networks import ResNet3DClassifier, ResUNet3D
 
 def test_flop_are_two_for_each_product_of_a_convolution():
     conv = partial(nn.Conv3d, 2, 5, 3, padding=1, bias=False)
-    assert count_flops(Side(conv, (1, 2, 6, 7, 8))) == 2 * 5 * 2 * 27 * 6 * 7 * 8
+    assert count_flops(Entry(conv, (1, 2, 6, 7, 8))) == 2 * 5 * 2 * 27 * 6 * 7 * 8
 
 
 def test_a_strided_stem_asks_for_an_eighth_of_the_arithmetic():
-    flops = [count_flops(Side(partial(ResUNet3D, 14, stem=stem), (1, 1, 32, 64, 64))) for stem in ("unet", "strided")]
+    flops = [count_flops(Entry(partial(ResUNet3D, 14, stem=stem), (1, 1, 32, 64, 64))) for stem in ("unet", "strided")]
     assert flops[1] / flops[0] == pytest.approx(1 / 8, rel=0.01)
 
 
@@ -32,20 +31,19 @@ def test_an_unknown_group_is_refused_with_those_that_there_are():
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_the_sides_of_a_group_see_inputs_of_one_size(group):
-    sides = list(GROUPS[group].values())
-    assert len(sides) > 1
-    assert len({(side.shape[0], side.shape[-2:]) for side in sides}) == 1
+def test_the_networks_of_a_group_see_inputs_of_one_size(group):
+    entries = list(GROUPS[group].values())
+    assert len(entries) > 1
+    assert len({(entry.shape[0], entry.shape[-2:]) for entry in entries}) == 1
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "compiled"])
-def test_a_side_tells_its_figures_in_a_line(variant, monkeypatch, capsys):
+def test_a_network_is_timed_with_each_knob(variant, monkeypatch):
     network = partial(ResNet3DClassifier, 18, 3, base_channels=2)
-    monkeypatch.setitem(GROUPS, "tiny", {"ours": Side(network, (2, 1, 3, 32, 32))})
-    monkeypatch.setattr(benchmark_networks, "_matmul_rate", lambda device: 1e9)
+    monkeypatch.setitem(GROUPS, "tiny", {"ours": Entry(network, (2, 1, 3, 32, 32))})
+    monkeypatch.setattr(network_steps, "_matmul_rate", lambda device: 1e9)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    network_side("tiny", "ours", variant, 2, "cpu")
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = time_network("tiny", "ours", variant, 2, "cpu")
     assert len(found["training"]) == len(found["inference"]) == 2
     assert found["parameters_M"] == round(sum(p.numel() for p in network().parameters()) / 1e6, 2)
     assert found["maps"] == (
@@ -63,12 +61,12 @@ def test_the_plain_loop_over_windows_gives_what_monais_inferer_gives(mode, monke
         torch.testing.assert_close(add_windows(volume, network, mode), inferer(volume, network))
 
 
-def test_growth_is_drawn_for_every_side(tmp_path):
+def test_growth_is_drawn_for_every_implementation(tmp_path):
     rows = {
-        f"64 x 64 x {slices}": {side: {"seconds": slices / 9, "MB": 20 + slices} for side in INFERERS}
+        f"64 x 64 x {slices}": {who: {"seconds": slices / 9, "MB": 20 + slices} for who in INFERERS}
         for slices in (8, 16, 32)
     }
-    draw_growth({"settings": {"classes": 2}, "MB_is": "peak", **rows}, tmp_path / "pictures" / "growth.png")
+    draw_growth(rows, tmp_path / "pictures" / "growth.png")
     with Image.open(tmp_path / "pictures" / "growth.png") as picture:
         assert picture.width > picture.height > 300
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from benchmarks.stacks import stack_passes, write_scans
+from benchmarks.inputs import stack_passes, write_scans
 
 
 @pytest.mark.parametrize("interval", [1, 2, 5])
 def test_all_ways_to_read_stacks_give_the_same_ones(tmp_path, interval):
     write_scans(tmp_path, 24, size=12)
-    found = {side: list(run()) for side, run in stack_passes(tmp_path, 24, interval).items()}
+    found = {way: list(run()) for way, run in stack_passes(tmp_path, 24, interval).items()}
     count = len(found["in order"]) // 2  # of a series; shuffled, the two take turns
     found["in order"] = [found["in order"][place] for i in range(count) for place in (i, count + i)]
     assert {len(stacks) for stacks in found.values()} == {2 * count}

@@ -1,0 +1,328 @@
+"""The benchmarks of the networks, against their nearest relatives, with knobs turned, and exported.
+
+Each network is timed in a process of its own, so that its peak memory is its own. What a step asks for is counted by
+PyTorch's `FlopCounterMode`, and set against the rate of a large matrix product in the same process.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.timing import alternate, peak_memory, quartiles, run_alone
+from monai.networks.nets import BasicUNet, FlexibleUNet, resnet18
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet18 as resnet18_2d
+from torchvision.models import resnet50 as resnet50_2d
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.video import r3d_18
+
+from networks import P3D, LesionDetector, NoduleFCN, ResNet3DClassifier, ResUNet3D
+from networks.resnet3d import StemConv3d
+
+CLASSES = 1000
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+VARIANTS = ("plain", "channels last", "compiled", "fused optimiser", "checkpointing", "3D stem")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network, and the size of the input that it is timed with."""
+
+    build: Callable[..., nn.Module]
+    shape: tuple[int, ...]
+    detects: bool = False
+
+
+_IMAGE, _PATCH, _PATCHES, _CUBE = (2, 1, 3, 224, 224), (1, 1, 32, 96, 96), (2, 1, 32, 96, 96), (1, 1, 48, 48, 48)
+_ENCODER = partial(
+    resnet18, spatial_dims=3, n_input_channels=1, num_classes=CLASSES, conv1_t_stride=2, bias_downsample=False
+)
+_BOXES = {"num_classes": 2, "min_size": 256, "max_size": 256, "box_score_thresh": 0.0}
+_DETECTOR = partial(fasterrcnn_resnet50_fpn, weights=None, weights_backbone=None, **_BOXES)
+# The first of each is ours; the others are what a user would take from MONAI or torchvision for the same input.
+GROUPS: dict[str, dict[str, Entry]] = {
+    "encoder": {
+        "ResNet3D-18 classifier": Entry(partial(ResNet3DClassifier, 18, CLASSES, depth_stride=True), _PATCHES),
+        "MONAI resnet18": Entry(_ENCODER, _PATCHES),
+    },
+    "pre-training": {
+        "ResNet3D-18 classifier": Entry(partial(ResNet3DClassifier, 18, CLASSES), _IMAGE),
+        "torchvision resnet18, 2D": Entry(partial(resnet18_2d, num_classes=CLASSES), (2, 3, 224, 224)),
+        "torchvision r3d_18, video": Entry(partial(r3d_18, num_classes=CLASSES), (2, 3, 3, 224, 224)),
+    },
+    "organs": {
+        "ResUNet3D-18": Entry(partial(ResUNet3D, 14), _PATCH),
+        "ResUNet3D-18, strided stem": Entry(partial(ResUNet3D, 14, stem="strided"), _PATCH),
+        "MONAI FlexibleUNet, resnet18": Entry(partial(FlexibleUNet, 1, 14, "resnet18", spatial_dims=3), _PATCH),
+    },
+    "nodule cube": {
+        "NoduleFCN-18": Entry(NoduleFCN, _CUBE),
+        "MONAI BasicUNet": Entry(partial(BasicUNet, 3, 1, 2), _CUBE),
+    },
+    "slices": {
+        "P3D-63": Entry(partial(P3D, 63), (1, 9, 256, 256)),
+        "MP3D-63": Entry(partial(P3D, 63, conversion="group"), (1, 9, 256, 256)),
+        "torchvision resnet50, 2D": Entry(resnet50_2d, (1, 3, 256, 256)),
+    },
+    "detector": {
+        "LesionDetector-63": Entry(LesionDetector, (1, 9, 256, 256), detects=True),
+        "torchvision fasterrcnn_resnet50_fpn, 2D": Entry(_DETECTOR, (1, 3, 256, 256), detects=True),
+    },
+}
+EXPORTED = {  # our networks that torch.export takes, and the size they are exported and timed with
+    "ResUNet3D-18": Entry(partial(ResUNet3D, 14), (1, 1, 64, 64, 64)),
+    "NoduleFCN-18": Entry(NoduleFCN, _CUBE),
+    "ResNet3D-18 classifier": Entry(partial(ResNet3DClassifier, 18, 2, depth_stride=True), _CUBE),
+    "P3D-63": Entry(partial(P3D, 63), (1, 9, 128, 128)),
+}
+
+
+def compare_networks(
+    groups: Sequence[str] = tuple(GROUPS), steps: int = 5, repeats: int = 2, device: str = "cpu"
+) -> dict[str, Any]:
+    """Compare each network's training step, inference and peak memory with MONAI's and torchvision's nearest relatives.
+
+    FLOP and parameters are counted. Every repeat is a fresh process, and the networks of a group take turns.
+
+    Args:
+        groups: some of "encoder" (depth strided, map for map of MONAI's shape), "pre-training", "organs",
+            "nodule cube", "slices" and "detector".
+        steps: timed steps of a process, after two to warm up.
+        repeats: processes of each network.
+        device: "cpu" (one thread) or "cuda".
+
+    Raises:
+        ValueError: if a group is unknown.
+    """
+    _check("group", groups, GROUPS)
+    result: dict[str, Any] = {"settings": _settings(steps, repeats, device)}
+    for group in groups:
+        runs = _take_turns([(group, name, "plain") for name in GROUPS[group]], steps, repeats, device)
+        result |= {
+            f"{group}: {name}": _summary(found, GROUPS[group][name].shape) for (_, name, _), found in runs.items()
+        }
+        maps = [found[0]["maps"] for found in runs.values()]
+        if group == "encoder" and not (maps[0] and maps[0] == maps[1]):
+            raise RuntimeError(f"the encoders' maps differ in shape, so their times do not compare: {maps}")
+    return result
+
+
+def compare_knobs(
+    groups: Sequence[str] = ("pre-training", "organs"),
+    variants: Sequence[str] = VARIANTS,
+    steps: int = 5,
+    repeats: int = 2,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measure what channels-last, `torch.compile`, a fused optimiser and checkpointing do to a training step.
+
+    Args:
+        groups: whose first network is measured, as in `network`.
+        variants: some of "plain", "channels last", "compiled", "fused optimiser", "checkpointing" and "3D stem", which
+            differs for three slices alone.
+        steps: timed steps of a process, after two to warm up.
+        repeats: processes of each variant.
+        device: "cpu" (one thread) or "cuda".
+
+    Raises:
+        ValueError: if a group or a variant is unknown.
+    """
+    _check("group", groups, GROUPS)
+    _check("variant", variants, VARIANTS)
+    result: dict[str, Any] = {"settings": _settings(steps, repeats, device)}
+    for group in groups:
+        name, entry = next(iter(GROUPS[group].items()))
+        runs = _take_turns([(group, name, variant) for variant in variants], steps, repeats, device)
+        result |= {": ".join(turn): _summary(found, entry.shape) for turn, found in runs.items()}
+    return result
+
+
+def _check(kind: str, given: Sequence[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"there is no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
+
+
+def _take_turns(
+    turns: Sequence[tuple[str, str, str]], steps: int, repeats: int, device: str
+) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Time each (group, network, variant) in turn, as often as `repeats` says."""
+    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {turn: [] for turn in turns}
+    for _ in range(repeats):
+        for turn, found in runs.items():
+            found.append(run_alone(time_network, *turn, steps, device))
+    return runs
+
+
+def _settings(steps: int, repeats: int, device: str) -> dict[str, Any]:
+    kind = "resident memory of the process" if device == "cpu" else "memory of torch's CUDA allocator"
+    return {
+        "steps": steps,
+        "repeats": repeats,
+        "device": device,
+        "peak_MB_is": f"peak {kind} in training, less what it held before the network was built",
+        "share_of_matmul_is": "three times the forward's FLOP a step, against a float32 matrix product of 2048 cubed",
+    }
+
+
+def _summary(runs: Sequence[dict[str, Any]], shape: Sequence[int]) -> dict[str, Any]:
+    training = [s for run in runs for s in run["training"]]
+    middle = {name: float(np.median([run[name] for run in runs])) for name in ("MB", "share_of_matmul", "first_step_s")}
+    return {
+        "input": list(shape),
+        "parameters_M": runs[0]["parameters_M"],
+        "forward_GFLOP": runs[0]["forward_GFLOP"],
+        "training_step_s": quartiles(training),
+        "inference_s": quartiles([s for run in runs for s in run["inference"]]),
+        "samples_per_s_in_training": round(shape[0] / float(np.median(training)), 2),
+        "peak_MB": round(middle["MB"]),
+        "share_of_matmul": round(middle["share_of_matmul"], 2),
+        "first_step_s": round(middle["first_step_s"], 1),
+    }
+
+
+def time_network(group: str, name: str, variant: str, steps: int, device: str) -> dict[str, Any]:
+    """Time one network in this process: its steps in s, its peak memory in MB, its FLOP and parameters."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cuda = device != "cpu"
+    entry = GROUPS[group][name]
+    before = 0 if cuda else peak_memory()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    network = entry.build(**({"checkpointing": True} if variant == "checkpointing" else {}))
+    if variant == "3D stem":
+        for layer in network.modules():
+            if isinstance(layer, StemConv3d):
+                layer.__class__ = nn.Conv3d  # type: ignore[assignment]  # its parent, with the same fields
+    maps: list[list[int]] = []
+    for path, stage in network.named_modules():
+        if path.split(".")[-1] in STAGES and variant == "plain":  # torch.compile would compile anew for each list
+            stage.register_forward_hook(lambda layer, x, out: maps.append(list(out.shape)))
+    network = network.to(device).train()
+    if variant == "channels last":
+        network = network.to(memory_format=torch.channels_last_3d)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, fused=variant == "fused optimiser")
+    arguments = _arguments(entry, device)
+    run: Any = torch.compile(network) if variant == "compiled" else network
+
+    def timed(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def step() -> None:
+        optimizer.zero_grad()
+        _loss(run(*arguments)).backward()
+        optimizer.step()
+
+    first = timed(step)
+    shapes = maps[: len(STAGES)]
+    timed(step)  # a second one, since a compiled network may be compiled anew
+    training = [timed(step) for _ in range(steps)]
+    peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else (peak_memory() - before) / 1024
+    network.eval()
+    with torch.inference_mode():
+        timed(lambda: run(arguments[0]))
+        inference = [timed(lambda: run(arguments[0])) for _ in range(steps)]
+    flops = count_flops(entry)  # not before, since what it takes would count as held by the process
+    return {
+        "training": training,
+        "inference": inference,
+        "first_step_s": first,
+        "MB": peak,
+        "maps": shapes,
+        "parameters_M": round(sum(p.numel() for p in parameters) / 1e6, 2),
+        "forward_GFLOP": round(flops / 1e9, 1),
+        "share_of_matmul": 3 * flops / float(np.median(training)) / _matmul_rate(device),
+    }
+
+
+def count_flops(entry: Entry) -> int:
+    """Floating-point operations of a forward pass in evaluation, by torch's counter."""
+    device = "cpu" if entry.detects else "meta"  # where nothing is computed; a detector chooses among its boxes
+    network = entry.build().to(device).eval()
+    arguments = _arguments(entry, device)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(arguments[0])
+    return int(counter.get_total_flops())
+
+
+def _arguments(entry: Entry, device: str) -> list[Any]:
+    images = torch.randn(entry.shape, device=device)
+    if not entry.detects:
+        return [images]
+    boxes = torch.tensor([[60.0, 70, 100, 105], [150, 40, 170, 66]], device=device)
+    targets = [{"boxes": boxes, "labels": torch.ones(2, dtype=torch.int64, device=device)} for _ in images]
+    return [list(images), targets]
+
+
+def _loss(output: Any) -> Tensor:
+    if isinstance(output, dict):
+        return torch.stack(list(output.values())).sum()
+    return torch.stack([tensor.square().mean() for tensor in _as_list(output)]).sum()
+
+
+def _as_list(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def _matmul_rate(device: str, size: int = 2048, repeats: int = 3) -> float:
+    a = torch.randn(size, size, device=device)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def compare_export(names: Sequence[str] = tuple(EXPORTED), repeats: int = 5) -> dict[str, Any]:
+    """Compare the networks in ONNX Runtime with PyTorch, one thread each, and say how far their answers differ.
+
+    Args:
+        names: some of "ResUNet3D-18", "NoduleFCN-18", "ResNet3D-18 classifier" and "P3D-63".
+        repeats: timed passes of each.
+
+    Raises:
+        ValueError: if a network is unknown.
+    """
+    _check("network", names, EXPORTED)
+    import onnxruntime  # of the extra "export"
+
+    torch.set_num_threads(1)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    result: dict[str, Any] = {"settings": {"repeats": repeats, "onnxruntime": onnxruntime.__version__}}
+    for name in names:
+        torch.manual_seed(0)
+        network, x = EXPORTED[name].build().eval(), torch.randn(EXPORTED[name].shape)
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            file = Path(folder, "model.onnx")
+            program = torch.export.export(network, (x,))
+            torch.onnx.export(program, (), f=str(file), dynamo=True, external_data=False, verbose=False)
+            session = onnxruntime.InferenceSession(str(file), options)
+            feed = {session.get_inputs()[0].name: x.numpy()}
+            outputs = zip(_as_list(network(x)), session.run(None, feed), strict=True)
+            difference = max(float(np.abs(ours.numpy() - theirs).max()) for ours, theirs in outputs)
+            seconds = alternate({"eager": partial(network, x), "onnx": partial(session.run, None, feed)}, repeats)
+            result[name] = {
+                "input": list(x.shape),
+                "PyTorch_s": quartiles(seconds["eager"]),
+                "ONNX_Runtime_s": quartiles(seconds["onnx"]),
+                "largest_difference": float(f"{difference:.2g}"),
+                "file_MB": round(file.stat().st_size / 1e6),
+            }
+    return result
