@@ -14,6 +14,7 @@ Conventions, for every transform of this package:
 
 from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd, CheckOverflow, CheckOverflowd
 from vdt_transforms.grids import RestoreGrid, RestoreGridd, Spacing, Spacingd
+from vdt_transforms.intensity import NormalizeWindow, NormalizeWindowd
 from vdt_transforms.natural_images import (
     ImageDecodeError,
     LoadNaturalImage,
@@ -57,6 +58,8 @@ __all__ = [
     "LoadNaturalImage",
     "LoadNaturalImaged",
     "NoduleReader",
+    "NormalizeWindow",
+    "NormalizeWindowd",
     "RandFlipLeftRightd",
     "RandFlipSlices",
     "RandFlipSlicesd",

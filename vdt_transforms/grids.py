@@ -22,15 +22,32 @@ class Spacingd(transforms.Spacingd):
     From MONAI 1.6.0 on, the original takes every entry whose name starts with `<key>_` for metadata and calls
     `.update` on it. MONAI Label puts the file's path in `image_path`, so that every inference request fails. Here such
     entries are set aside during the call. `Invertd` undoes it as it undoes the original.
+
+    Args:
+        keys: the volumes.
+        pixdim: as in the original, or "own": volumes keep the voxel size that they have.
+        **options: those of the original.
     """
+
+    def __init__(self, keys: KeysCollection, pixdim: Sequence[float] | float | str, **options: Any) -> None:
+        if isinstance(pixdim, str) and pixdim != "own":
+            raise ValueError(f"pixdim must be voxel sizes in mm, or 'own', got {pixdim!r}")
+        self.keeps = pixdim == "own"
+        super().__init__(keys, 1.0 if self.keeps else pixdim, **options)
 
     def __call__(self, data: Mapping[Hashable, Any], *args: Any, **kwargs: Any) -> dict[Hashable, Any]:
         """Resample the volumes under `keys`."""
+        if self.keeps:
+            return dict(data)
         prefixes = tuple(f"{key}_" for key in self.key_iterator(dict(data)))
         aside = {k: v for k, v in data.items() if str(k).startswith(prefixes) and not isinstance(v, Mapping)}
         aside = {k: v for k, v in aside.items() if k not in self.keys}
         out = super().__call__({k: v for k, v in data.items() if k not in aside}, *args, **kwargs)
         return {**out, **aside}
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Undo what was resampled."""
+        return dict(data) if self.keeps else super().inverse(data)
 
 
 def align_grids(

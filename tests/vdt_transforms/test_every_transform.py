@@ -74,6 +74,9 @@ PAIRS = {
     "ForegroundSlicesd": Pair(vt.ForegroundSlices, vt.ForegroundSlicesd, keeps=False, result="image_slices"),
     "ImageToVolumed": Pair(vt.ImageToVolume, vt.ImageToVolumed, IMAGE),
     "LoadNaturalImaged": Pair(vt.LoadNaturalImage, vt.LoadNaturalImaged, write_picture),
+    "NormalizeWindowd": Pair(
+        lambda: vt.NormalizeWindow((0, 9), 1, 2), lambda k, **o: vt.NormalizeWindowd(k, (0, 9), 1, 2, **o), keeps=False
+    ),
     "RandFlipLeftRightd": Pair(None, vt.RandFlipLeftRightd, keeps=False, kinds=("torch", "MetaTensor")),
     "RandFlipSlicesd": Pair(vt.RandFlipSlices, vt.RandFlipSlicesd, STACK),
     "RandResizeStackd": Pair(

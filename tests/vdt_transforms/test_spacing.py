@@ -66,3 +66,13 @@ def test_invertd_brings_the_volume_back_on_its_grid(files, beside):
     back = Invertd("pred", transform, orig_keys="image", nearest_interp=False)(data)["pred"]
     assert back.shape == original.shape
     np.testing.assert_allclose(back.affine, original.affine, atol=1e-6)
+
+
+def test_volumes_keep_their_own_voxel_size_where_asked(files):
+    transform = vdt_transforms.Spacingd(["image", "label"], "own", mode=("bilinear", "nearest"))
+    data = LoadImaged(["image", "label"])(files)
+    for out in (transform(data), transform.inverse(transform(data))):
+        assert out == data
+        assert not out["image"].applied_operations
+    with pytest.raises(ValueError, match="pixdim must be voxel sizes in mm, or 'own', got 'mine'"):
+        vdt_transforms.Spacingd("image", "mine")

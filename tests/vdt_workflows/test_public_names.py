@@ -16,8 +16,8 @@ PUBLIC = {
     """,
     "vdt_transforms": """
         MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd CropNodule
-        CropNoduled ForegroundSlices ForegroundSlicesd ImageDecodeError ImageToVolume
-        ImageToVolumed LoadNaturalImage LoadNaturalImaged NoduleReader RandFlipLeftRightd
+        CropNoduled ForegroundSlices ForegroundSlicesd ImageDecodeError ImageToVolume ImageToVolumed
+        LoadNaturalImage LoadNaturalImaged NoduleReader NormalizeWindow NormalizeWindowd RandFlipLeftRightd
         RandFlipSlices RandFlipSlicesd RandResizeStack RandResizeStackd RandResizedCropImage
         RandResizedCropImaged RandRotateCube RandRotateCubed RandSlab RandSlabd RandSliceShuffle
         RandSliceShuffled ReadClass ReadClassd ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
@@ -26,11 +26,12 @@ PUBLIC = {
     """,
     "vdt_workflows": """
         Attach CaseScores ClipGradients DetectionReport DetectionScores LoadWeights RememberRun ReportNodules
-        ResumeRun RunLog SaveDicomSegd SaveLesions SaveMalignancy SavePredictions SaveScores SaveSplit SaveWeights
-        SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer StepSchedule
-        ValidateEpochs add_losses check_command_line collate_images collate_key_slices describe_origin describe_split
-        find_images find_key_slices find_nodules find_volumes initialise list_images list_nodules list_scans
-        list_volumes polynomial_rate prepare_key_slices take_part unbatch_lesions warm_up weigh_classes writes_dicom
+        ResumeRun RunLog SaveDicomSegd SaveLesions SaveMalignancy SavePredictions SaveScores SaveSplit
+        SaveWeights SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer
+        StepSchedule ValidateEpochs add_losses check_command_line collate_images collate_key_slices
+        describe_origin describe_split find_images find_key_slices find_nodules find_volumes initialise
+        join_processes leave_processes list_images list_nodules list_scans list_volumes pick_device place
+        polynomial_rate prepare_key_slices take_part unbatch_lesions warm_up weigh_classes writes_dicom
     """,
 }
 

@@ -1,0 +1,46 @@
+"""Devices and processes of a run: one process alone, or one for each GPU, started by torchrun."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed, nn
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """Give the GPU of this process, by its number on this machine; the CPU where CUDA is not available."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join_processes(device: torch.device | str) -> None:
+    """Join the processes that torchrun started, over nccl where CUDA is available and gloo elsewhere.
+
+    In a process that has joined already it only sets the device.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave_processes() -> None:
+    """Leave the processes that were joined, if any."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def place(
+    network: nn.Module, device: torch.device | str, channels_last: bool = False, sync_bn: bool = False
+) -> nn.Module:
+    """Move a network to a device.
+
+    Args:
+        network: any network.
+        device: where it goes.
+        channels_last: keep the channels of a voxel or pixel side by side in memory.
+        sync_bn: take the statistics of batch normalisation over all processes; only where CUDA is available.
+    """
+    if sync_bn and torch.cuda.is_available():
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    volumes = any(parameter.dim() == 5 for parameter in network.parameters())
+    last = torch.channels_last_3d if volumes else torch.channels_last
+    return network.to(device).to(memory_format=last if channels_last else torch.preserve_format)
