@@ -17,6 +17,7 @@ from torch import nn
 from networks import load_pretrained, read_checkpoint
 from networks.checkpoints import describe_damage, load_whole
 from vdt_workflows.files import save_atomic
+from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class SaveWeights:
         metric: name of an engine's metric; the file is written when it is higher than ever before, and always as
             long as there was no number yet, such as an AUC of one class alone.
         provenance: plain values to store in the file.
-        writes: whether this process writes (rank 0).
+        writes: whether this process writes; by default the first one (rank 0).
     """
 
     def __init__(
@@ -110,13 +111,13 @@ class SaveWeights:
         *,
         metric: str | None = None,
         provenance: Mapping[str, Any] | None = None,
-        writes: bool = True,
+        writes: bool | None = None,
     ) -> None:
         self.network = network
         self.path = path
         self.metric = metric
         self.provenance = provenance
-        self.writes = writes
+        self.writes = is_first_process() if writes is None else writes
         self.best: float | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -154,19 +155,19 @@ class ResumeRun:
         path: file for the state, in the run's output folder.
         objects: what has a `state_dict`: network, optimizer, scheduler, handlers that remember.
         settings: plain values that make the run what it is.
-        writes: whether this process writes (rank 0); all processes read.
+        writes: whether this process writes, by default the first one (rank 0); all processes read.
 
     Raises:
         ValueError: naming the file, when the run starts and the file is damaged.
     """
 
     def __init__(
-        self, path: str, objects: Mapping[str, Any], settings: Mapping[str, Any], *, writes: bool = True
+        self, path: str, objects: Mapping[str, Any], settings: Mapping[str, Any], *, writes: bool | None = None
     ) -> None:
         self.path = Path(path)
         self.objects = dict(objects)
         self.settings = json.loads(json.dumps(settings, default=str))
-        self.writes = writes
+        self.writes = is_first_process() if writes is None else writes
         self.put_aside = False
 
     def attach(self, engine: Engine) -> None:

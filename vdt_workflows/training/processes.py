@@ -22,6 +22,11 @@ def join_processes(device: torch.device | str) -> None:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes: rank 0, or the only one."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
 def leave_processes() -> None:
     """Leave the processes that were joined, if any."""
     if distributed.is_initialized():

@@ -20,6 +20,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from vdt_workflows.files import write_atomic
+from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 Row = dict[str, float]
@@ -29,7 +30,8 @@ class RememberRun:
     """Handler: write the settings that later stages of a run must share, as a file for MONAI's `--args_file`.
 
     Evaluation and inference take it (`--args_file models/run.json`), so that they build the same network and prepare
-    data in the same way. The entry `_run_` records how the run was started; no stage reads it.
+    data in the same way. The entry `_run_` records how the run was started; no stage reads it. Of several processes the
+    first one writes.
 
     Args:
         path: the file, beside the checkpoint.
@@ -48,6 +50,8 @@ class RememberRun:
 
     def __call__(self, engine: Engine) -> None:
         """Write the file."""
+        if not is_first_process():
+            return
         import monai  # the version alone is wanted, and monai is loaded whenever an engine runs
 
         record = {
@@ -79,7 +83,7 @@ class RunLog:
         validator: the evaluator whose metrics belong to the epoch.
         optimizer: whose learning rate is recorded.
         title: heading of the picture.
-        writes: whether this process writes and logs (rank 0).
+        writes: whether this process writes and logs; by default the first one (rank 0).
 
     Raises:
         ValueError: in training, if the loss is no longer a number.
@@ -91,13 +95,13 @@ class RunLog:
         validator: Engine | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         title: str = "",
-        writes: bool = True,
+        writes: bool | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.validator = validator
         self.optimizer = optimizer
         self.title = title
-        self.writes = writes
+        self.writes = is_first_process() if writes is None else writes
         self.rows: list[Row] = []
         self._scores: Row = {}
         self._loss: torch.Tensor | float = 0.0
