@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import subprocess
 import sys
@@ -13,14 +11,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser
 from nibabel.affines import apply_affine
 from PIL import Image
 
 from networks import DepthFirst, ResNet3DClassifier, load_pretrained
 from tests.makers.nodules import make_list, own_row, write_nodules, write_published, write_published_split, write_table
 from tests.makers.volumes import make_affine
-from tests.support.bundle_runs import BASE, ROOT, command, config_files, run
+from tests.support.bundle_runs import BASE, ROOT, command, infer, parse, read, remembered, rows, run, sentence, weights
 from tests.support.golden import TOLERANCE, deviation, published_input, published_weights, read_vector
 from vdt_workflows.data.nodule_positions import list_nodules
 from vdt_workflows.data.nodules import find_nodules
@@ -29,40 +26,18 @@ from vdt_workflows.overrides import explanation
 BUNDLE = ROOT / "bundles" / "lidc_nodule_classification"
 PAPER = ["train", "paper"]
 EVALUATE = ["train", "evaluate"]
+VOXEL = ("column", "row", "slice")
 DEEPEST = "network.backbone.layer4.1.conv2.weight"
 
 
-def read(folder, name):
-    return json.loads((folder / name).read_text())
+def malignancies(trained, folder, source, **more):
+    infer(BUNDLE, trained(BUNDLE) / "models", folder, source, **more)
+    return read(folder / "eval" / "malignancy.json")["nodules"]
 
 
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def weights(folder, name="model.pt"):
-    return torch.load(folder / "models" / name, weights_only=True)
-
-
-def infer(trained, folder, source, **more):
-    models = trained(BUNDLE) / "models"
-    paths = {"ckpt_path": str(models / "model.pt"), "output_dir": str(folder / "eval")}
-    run(BUNDLE, ["inference"], folder, source, args_file=str(models / "run.json"), **paths, **more)
-    return read(folder, "eval/malignancy.json")["nodules"]
-
-
-def root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def parsed(names, **settings):
-    parser = ConfigParser()
-    parser.read_config(config_files(BUNDLE, names))
-    parser.update({"bundle_root": str(BUNDLE), **settings})
-    return parser
+def evaluate(trained, folder, data, **more):
+    run(BUNDLE, EVALUATE, folder, data, ckpt_path=str(trained(BUNDLE) / "models" / "model.pt"), **more)
+    return read(folder / "eval" / "scores.json")
 
 
 # The network -------------------------------------------------------------------------------------------------------
@@ -71,7 +46,7 @@ def parsed(names, **settings):
 def test_the_published_encoder_gives_the_published_numbers_inside_the_bundles_network(tmp_path):
     vector, path = read_vector("resnet3d18_lidc"), tmp_path / "published.pth"
     torch.save(published_weights("resnet3d18_lidc"), path)
-    network = parsed(BASE).get_parsed_content("network_def")
+    network = parse(BUNDLE).get_parsed_content("network_def")
     report = load_pretrained(network, path)
     assert len(report.matched) == len(vector["state_dict"])
     assert report.left_random == ["head.fc.weight", "head.fc.bias"]
@@ -97,35 +72,26 @@ def test_the_published_classifier_loads_but_for_the_head_of_other_classes(tmp_pa
 
 def test_a_run_says_its_protocol_its_label_rule_and_its_split(nodules, trained):
     folder = trained(BUNDLE)
-    remembered, split = read(folder, "models/run.json"), read(folder, "models/split.json")
-    assert (remembered["protocol"], remembered["label_rule"]) == ("recommended", "mode")
-    assert remembered["_run_"]["split"] == {
-        "split": "patient",
-        "val_fraction": 0.15,
-        "test_fraction": 0.15,
-        "folds": 0,
-        "fold": 0,
-        "seed": 0,
-    }
+    record, split = read(folder / "models" / "run.json"), read(folder / "models" / "split.json")
+    assert (record["protocol"], record["label_rule"]) == ("recommended", "mode")
+    shares = {"val_fraction": 0.15, "test_fraction": 0.15, "folds": 0, "fold": 0, "seed": 0}
+    assert record["_run_"]["split"] == {"split": "patient", **shares}
     parts = find_nodules(nodules)
     assert {name: split[name] for name in parts} == {n: [i["nodule_id"] for i in part] for n, part in parts.items()}
 
 
 def test_evaluation_reports_the_test_part_of_the_runs_own_split(nodules, trained, tmp_path):
     folder = trained(BUNDLE)
-    run(BUNDLE, EVALUATE, tmp_path, nodules, ckpt_path=str(folder / "models" / "model.pt"), seed=5)
-    scores, predictions = read(tmp_path, "eval/scores.json"), rows(tmp_path / "eval" / "predictions.csv")
-    assert sorted(row["nodule_id"] for row in predictions) == sorted(read(folder, "models/split.json")["test"])
+    scores, predictions = evaluate(trained, tmp_path, nodules, seed=5), rows(tmp_path / "eval" / "predictions.csv")
+    assert sorted(row["nodule_id"] for row in predictions) == sorted(read(folder / "models" / "split.json")["test"])
     labels = {n["nodule_id"]: n["label"] for n in find_nodules(nodules)["test"]}
     assert {row["nodule_id"]: int(row["label"]) for row in predictions} == labels
     record = scores["_run_"]
     assert (record["protocol"], record["label_rule"], record["part"]) == ("recommended", "mode", "test")
     assert record["split"]["split"] == "patient"
-    assert scores["auc"] == pytest.approx(scores["val_auc"])
-    assert scores["sensitivity"] == pytest.approx(scores["val_sensitivity"])
-    assert scores["specificity"] == pytest.approx(scores["val_specificity"])
-    called = [(float(row["score"]) >= 0.5) == (row["called"] == "1") for row in predictions]
-    assert all(called)
+    for name in ("auc", "sensitivity", "specificity"):
+        assert scores[name] == pytest.approx(scores[f"val_{name}"])
+    assert all((float(row["score"]) >= 0.5) == (row["called"] == "1") for row in predictions)
     for name in ("roc.png", "reliability.png"):
         assert min(Image.open(tmp_path / "eval" / name).size) > 400
 
@@ -133,9 +99,7 @@ def test_evaluation_reports_the_test_part_of_the_runs_own_split(nodules, trained
 def test_evaluation_of_other_data_takes_all_of_it(trained, tmp_path):
     data = tmp_path / "other"
     write_nodules(data, patients=6, most=2, size=20, seed=9, indeterminate=0.0)
-    path = str(trained(BUNDLE) / "models" / "model.pt")
-    run(BUNDLE, EVALUATE, tmp_path, data, ckpt_path=path, split="all", label_rule="mean")
-    scores = read(tmp_path, "eval/scores.json")
+    scores = evaluate(trained, tmp_path, data, split="all", label_rule="mean")
     assert scores["count"] == len(make_list(6, 2, seed=9, indeterminate=0.0))
     assert scores["_run_"]["split"]["split"] == "all"
 
@@ -146,17 +110,17 @@ def test_evaluation_of_other_data_takes_all_of_it(trained, tmp_path):
 def test_the_paper_protocol_keeps_the_last_epoch_and_watches_the_test_part(nodules, tmp_path):
     run(BUNDLE, PAPER, tmp_path, nodules, epochs=3)
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["model.pt", "run.json", "split.json"]
-    remembered, split = read(tmp_path, "models/run.json"), read(tmp_path, "models/split.json")
-    assert remembered["protocol"] == "paper"
+    record, split = read(tmp_path / "models" / "run.json"), read(tmp_path / "models" / "split.json")
+    assert record["protocol"] == "paper"
     assert not split["validation"]
     run(BUNDLE, [*PAPER, "evaluate"], tmp_path, nodules, ckpt_path=str(tmp_path / "models" / "model.pt"))
     history = rows(tmp_path / "eval" / "history.csv")
-    assert read(tmp_path, "eval/scores.json")["auc"] == pytest.approx(float(history[-1]["val_auc"]))
-    assert read(tmp_path, "eval/scores.json")["_run_"]["protocol"] == "paper"
+    assert read(tmp_path / "eval" / "scores.json")["auc"] == pytest.approx(float(history[-1]["val_auc"]))
+    assert read(tmp_path / "eval" / "scores.json")["_run_"]["protocol"] == "paper"
 
 
 def test_the_published_schedule_warms_up_for_fifty_steps_and_falls_thrice():
-    parser = parsed(PAPER, steps=20, **{"optimizer::params": [torch.nn.Parameter(torch.zeros(1))]})
+    parser = parse(BUNDLE, PAPER, steps=20, **{"optimizer::params": [torch.nn.Parameter(torch.zeros(1))]})
     optimizer, scheduler = (parser.get_parsed_content(name) for name in ("optimizer", "scheduler"))
     rates = []
     for _ in range(100 * 20):
@@ -177,7 +141,7 @@ def test_the_published_layout_and_lists_train_and_say_so(tmp_path, caplog):
     run(BUNDLE, PAPER, tmp_path, tmp_path / "data", split=str(split), epochs=1)
     run(BUNDLE, [*PAPER, "evaluate"], tmp_path, tmp_path / "data", ckpt_path=str(tmp_path / "models" / "model.pt"))
     assert "patients are on both sides" in caplog.text
-    scores = read(tmp_path, "eval/scores.json")
+    scores = read(tmp_path / "eval" / "scores.json")
     assert scores["_run_"]["split"]["split"] == str(split)
     assert scores["count"] == sum(n["malignant"] is not None for n in nodules[1::2])
 
@@ -189,9 +153,9 @@ def test_each_way_of_balancing_classes_changes_what_is_learnt(imbalance, tmp_pat
     write_nodules(tmp_path / "data", nodules, size=20)
     for name in ("none", imbalance):
         run(BUNDLE, BASE, tmp_path / name, tmp_path / "data", imbalance=name, epochs=1)
-    a, b = (weights(tmp_path / name, "model_last.pt") for name in ("none", imbalance))
+    a, b = (weights(tmp_path / name / "models" / "model_last.pt") for name in ("none", imbalance))
     assert not torch.equal(a[DEEPEST], b[DEEPEST])
-    parser = parsed(BASE, dataset_dir=str(tmp_path / "data"), imbalance=imbalance, cache="none", num_workers=0)
+    parser = parse(BUNDLE, BASE, dataset_dir=str(tmp_path / "data"), imbalance=imbalance, cache="none", num_workers=0)
     labels = parser.get_parsed_content("labels")
     weight = parser.get_parsed_content("loss").weight
     keys = list(parser.get_parsed_content("train::sampler"))
@@ -200,21 +164,6 @@ def test_each_way_of_balancing_classes_changes_what_is_learnt(imbalance, tmp_pat
     else:
         assert weight.tolist() == [1, 1]
         assert abs(sum(labels[index] for _, index in keys) - len(keys) / 2) <= 1
-
-
-def test_finetuning_takes_over_the_encoder_and_the_head_of_another_run(nodules, trained, tmp_path, caplog):
-    path = trained(BUNDLE) / "models" / "model.pt"
-    with caplog.at_level("INFO", logger="networks.weights"):
-        run(BUNDLE, ["train", "finetune"], tmp_path, nodules, pretrained=str(path), epochs=1)
-    assert "122 tensors matched, 0 folded, 0 skipped, 0 left random" in caplog.text
-
-
-def test_the_encoder_of_pretraining_starts_a_classification(nodules, trained, tmp_path, caplog):
-    encoder = trained(ROOT / "bundles" / "imagenet_vdt_pretraining") / "models" / "encoder.pt"
-    with caplog.at_level("INFO", logger="networks.weights"):
-        run(BUNDLE, BASE, tmp_path, nodules, init="vdt", pretrained=str(encoder), epochs=1)
-    assert "120 tensors matched, 0 folded, 0 skipped, 2 left random" in caplog.text
-    assert read(tmp_path, "models/run.json")["_run_"]["init"] == "vdt"
 
 
 # Inference ---------------------------------------------------------------------------------------------------------
@@ -236,14 +185,10 @@ def scan(nodules, tmp_path_factory):
 def test_a_scan_with_places_gives_the_scores_of_its_nodules(scan, trained, tmp_path):
     path, affine, voxels = scan
     world = [apply_affine(affine, voxel) for voxel in voxels]
-    in_mm = tmp_path / "mm.csv"
-    write_table(
-        in_mm, [dict(zip(("x_mm", "y_mm", "z_mm"), xyz, strict=True)) for xyz in world], ("x_mm", "y_mm", "z_mm")
-    )
-    in_voxels = tmp_path / "voxels.csv"
-    names = ("column", "row", "slice")
-    write_table(in_voxels, [dict(zip(names, ijk, strict=True)) for ijk in voxels], names)
-    found = [infer(trained, tmp_path / p.stem, path, positions=str(p)) for p in (in_mm, in_voxels)]
+    in_mm, in_voxels = tmp_path / "mm.csv", tmp_path / "voxels.csv"
+    for file, names, points in ((in_mm, ("x_mm", "y_mm", "z_mm"), world), (in_voxels, VOXEL, voxels)):
+        write_table(file, [dict(zip(names, point, strict=True)) for point in points], names)
+    found = [malignancies(trained, tmp_path / p.stem, path, positions=str(p)) for p in (in_mm, in_voxels)]
     assert found[0] == found[1]
     assert [nodule["nodule_id"] for nodule in found[0]] == ["1", "2"]
     np.testing.assert_allclose([[n["x_mm"], n["y_mm"], n["z_mm"]] for n in found[0]], world, atol=0.01)
@@ -255,23 +200,21 @@ def test_a_scan_with_places_gives_the_scores_of_its_nodules(scan, trained, tmp_p
 
 
 def test_a_mask_gives_the_scores_of_its_parts(scan, trained, tmp_path):
-    pytest.importorskip("scipy")
     path, affine, voxels = scan
     mask = np.zeros((70, 60, 30), np.uint8)
     for i, j, k in voxels:
         mask[int(i) : int(i) + 2, int(j) : int(j) + 2, int(k) : int(k) + 2] = 1
     nib.save(nib.Nifti1Image(mask, affine), tmp_path / "mask.nii.gz")
-    found = infer(trained, tmp_path, path, positions=str(tmp_path / "mask.nii.gz"))
+    found = malignancies(trained, tmp_path, path, positions=str(tmp_path / "mask.nii.gz"))
     np.testing.assert_allclose(
         [[n["x_mm"], n["y_mm"], n["z_mm"]] for n in found], [apply_affine(affine, v) for v in voxels], atol=0.01
     )
 
 
 def test_crops_get_the_scores_that_evaluation_gave_them(nodules, trained, tmp_path):
-    folder = trained(BUNDLE)
-    run(BUNDLE, EVALUATE, tmp_path, nodules, ckpt_path=str(folder / "models" / "model.pt"), part="training")
+    evaluate(trained, tmp_path, nodules, part="training")
     expected = {row["nodule_id"]: float(row["score"]) for row in rows(tmp_path / "eval" / "predictions.csv")}
-    found = {n["nodule_id"]: n["malignancy"] for n in infer(trained, tmp_path, nodules)}
+    found = {n["nodule_id"]: n["malignancy"] for n in malignancies(trained, tmp_path, nodules)}
     assert len(found) == len(list_nodules(nodules)) > len(expected)
     for name, score in expected.items():
         assert found[name] == pytest.approx(score, abs=2e-6)
@@ -281,32 +224,29 @@ def test_the_published_cube_and_the_prepared_one_get_nearly_the_same_score(train
     nodules = make_list(3, 1)
     write_nodules(tmp_path / "own", nodules, size=20)
     write_published(tmp_path / "published", nodules, size=20)
-    own = infer(trained, tmp_path / "a", tmp_path / "own")
-    published = infer(trained, tmp_path / "b", tmp_path / "published")
+    own = malignancies(trained, tmp_path / "a", tmp_path / "own")
+    published = malignancies(trained, tmp_path / "b", tmp_path / "published")
     for a, b in zip(own, published, strict=True):
         assert a["malignancy"] == pytest.approx(b["malignancy"], abs=2e-3)  # the archive has steps of 5.6 HU
 
 
 def test_a_crop_at_the_border_is_filled_with_air_and_one_outside_refused(scan, trained, tmp_path, caplog):
     path, affine, _ = scan
-    names = ("column", "row", "slice")
-    write_table(tmp_path / "edge.csv", [dict(zip(names, (1, 30, 15), strict=True))], names)
-    (found,) = infer(trained, tmp_path, path, positions=str(tmp_path / "edge.csv"))
+    write_table(tmp_path / "edge.csv", [dict(zip(VOXEL, (1, 30, 15), strict=True))], VOXEL)
+    (found,) = malignancies(trained, tmp_path, path, positions=str(tmp_path / "edge.csv"))
     np.testing.assert_allclose(found["x_mm"], apply_affine(affine, (1, 30, 15))[0])
     assert "leaves the scan; outside is taken as air" in caplog.text
-    write_table(tmp_path / "out.csv", [dict(zip(names, (-3, 30, 15), strict=True))], names)
+    write_table(tmp_path / "out.csv", [dict(zip(VOXEL, (-3, 30, 15), strict=True))], VOXEL)
     with pytest.raises(RuntimeError) as caught:
-        infer(trained, tmp_path, path, positions=str(tmp_path / "out.csv"))
-    assert "is outside the volume, which reaches from" in str(root_cause(caught.value))
+        malignancies(trained, tmp_path, path, positions=str(tmp_path / "out.csv"))
+    assert "is outside the volume, which reaches from" in sentence(caught.value)
 
 
 def test_in_monai_label_an_image_alone_gives_a_vector_of_scores(nodules, scan, trained):
     # What MONAI Label does with the config: metadata kept apart from the image, transforms one by one, no collation.
-    parser = parsed(
-        ["inference"], **{k: v for k, v in read(trained(BUNDLE), "models/run.json").items() if k != "_run_"}
-    )
+    parser = parse(BUNDLE, ["inference"], **remembered(trained(BUNDLE)))
     network = parser.get_parsed_content("network_def").eval()
-    network.load_state_dict(weights(trained(BUNDLE)))
+    network.load_state_dict(weights(trained(BUNDLE) / "models" / "model.pt"))
     before, after = (parser.get_parsed_content(name).transforms for name in ("preprocessing", "postprocessing"))
     before[0]._loader.image_only = False
     for file in (next((nodules / "images").iterdir()), scan[0]):
@@ -328,7 +268,7 @@ def test_in_monai_label_an_image_alone_gives_a_vector_of_scores(nodules, scan, t
 
 
 @pytest.mark.parametrize(
-    ("names", "more", "sentence"),
+    ("names", "more", "reason"),
     [
         (BASE, {"val_fraction": 0.0}, "validation has no nodules; give val_fraction, test_fraction or a split"),
         (BASE, {"imbalance": "focal"}, "imbalance must be 'none', 'loss' or 'sampling', got 'focal'"),
@@ -338,12 +278,10 @@ def test_in_monai_label_an_image_alone_gives_a_vector_of_scores(nodules, scan, t
         (EVALUATE, {"ckpt_path": "absent/model.pt"}, "split absent/split.json: no such file"),
     ],
 )
-def test_a_wrong_setting_is_refused_in_one_sentence(nodules, tmp_path, names, more, sentence):
+def test_a_wrong_setting_is_refused_in_one_sentence(nodules, tmp_path, names, more, reason):
     with pytest.raises((RuntimeError, ValueError, OSError)) as caught:
         run(BUNDLE, names, tmp_path, nodules, **more)
-    message = str(root_cause(caught.value))
-    assert sentence in message
-    assert "\n" not in message
+    assert reason in sentence(caught.value)
 
 
 def test_a_spoilt_cube_is_named_in_one_sentence(tmp_path):
@@ -371,7 +309,7 @@ def test_evaluation_by_two_processes_equals_evaluation_by_one(nodules, trained, 
         )
         subprocess.run([sys.executable, "-m", *start, *words], check=True, capture_output=True, env=environment)
     assert len(find_nodules(nodules)["training"]) % 2  # not a number that two processes can share evenly
-    one, two = (read(tmp_path / name, "eval/scores.json") for name in ("one", "two"))
+    one, two = (read(tmp_path / name / "eval" / "scores.json") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name in set(one) - {"_run_", "confusion_matrix"}:
         assert two[name] == pytest.approx(one[name], abs=1e-5), name
@@ -390,21 +328,14 @@ def test_shapes_are_learnt_and_shuffled_labels_are_not(tmp_path):
     write_table(
         tmp_path / "shuffled" / "nodules.csv", [own_row(n | {"votes": v}) for n, v in zip(nodules, votes, strict=True)]
     )
-    settings = {
-        "epochs": 24,
-        "base_channels": 8,
-        "batch_size": 8,
-        "crop_size": 32,
-        "jitter": 4,
-        "learning_rate": 1e-3,
-        "selection": "last",
-    }
+    settings = {"epochs": 24, "base_channels": 8, "batch_size": 8, "crop_size": 32, "jitter": 4, "selection": "last"}
+    settings["learning_rate"] = 1e-3
     scores = {}
     for name in ("data", "shuffled"):
         run(BUNDLE, BASE, tmp_path / name, tmp_path / name, test_fraction=0.3, **settings)
-        run(BUNDLE, EVALUATE, tmp_path / name, tmp_path / name, ckpt_path=str(tmp_path / name / "models" / "model.pt"),
-            **settings)  # fmt: skip
-        scores[name] = read(tmp_path / name, "eval/scores.json")
+        path = str(tmp_path / name / "models" / "model.pt")
+        run(BUNDLE, EVALUATE, tmp_path / name, tmp_path / name, ckpt_path=path, **settings)
+        scores[name] = read(tmp_path / name / "eval" / "scores.json")
     assert scores["data"]["auc"] > 0.9
     low, high = scores["shuffled"]["auc_interval_95"]
     assert low < 0.5 < high

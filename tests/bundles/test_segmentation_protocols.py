@@ -7,19 +7,17 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from tests.support.bundle_runs import ROOT, config_files
+from tests.makers.volumes import make_affine, write_volume
+from tests.support.bundle_runs import ROOT, parse
 
 BCV, LITS = (ROOT / "bundles" / name for name in ("bcv_multiorgan_segmentation", "lits_liver_segmentation"))
 BUNDLES = pytest.mark.parametrize("bundle", [BCV, LITS], ids=lambda bundle: bundle.name)
 
 
 def paper(bundle, **settings):
-    parser = ConfigParser(ConfigParser.load_config_files(config_files(bundle, ["train", "paper"])))
-    parser.update({"bundle_root": str(bundle), **settings})
-    return parser
+    return parse(bundle, ["train", "paper"], **settings)
 
 
 def logits_and_labels(classes):
@@ -104,8 +102,6 @@ def test_lits_intensities_are_the_published_ones():
 
 def training_patches(bundle, tmp_path, count):
     """Patches of a scan whose image tells each voxel's place and whose label tells its side."""
-    from tests.makers.volumes import make_affine, write_volume
-
     x, _, z = np.indices((96, 96, 40))
     side = np.where(x < 48, 3, 2).astype(np.uint8) if bundle == BCV else np.ones((96, 96, 40), np.uint8)
     side[:, :, :8] = side[:, :, 33:] = 0
@@ -156,8 +152,7 @@ def test_half_of_the_published_lits_slabs_are_centred_anywhere(tmp_path):
 
 
 def test_the_short_protocol_is_batch_dice_and_cross_entropy_that_counts_the_background_less():
-    parser = ConfigParser(ConfigParser.load_config_files(config_files(BCV, ["train", "short"])))
-    parser.update({"device": "cpu"})
+    parser = parse(BCV, ["train", "short"], device="cpu")
     logits, labels = logits_and_labels(14)
     p, g = logits.softmax(1).double(), torch.nn.functional.one_hot(labels[:, 0], 14).movedim(-1, 1).double()
     weight = torch.tensor([0.3] + 13 * [1.0], dtype=torch.float64)

@@ -208,7 +208,7 @@ def draw_curves(rows: list[Row], title: str = "") -> bytes:
 
 
 class SaveScores:
-    """Handler: write an evaluator's metrics, with what they were measured on, as JSON.
+    """Handler: write an evaluator's metrics, with what they were measured on, as JSON, in the first process.
 
     Args:
         path: the file.
@@ -225,6 +225,8 @@ class SaveScores:
 
     def __call__(self, engine: Engine) -> None:
         """Write the scores."""
+        if not is_first_process():
+            return
         scores = {name: torch.as_tensor(value).tolist() for name, value in engine.state.metrics.items()}
         logger.info("%s", ", ".join(f"{name} {value}" for name, value in scores.items()))
         write_atomic(self.path, json.dumps({**scores, "_run_": self.notes}, indent=2, default=_plain).encode())

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import distributed, nn
 
+from vdt_workflows.training.checkpoints import ResumeRun, SaveWeights
 from vdt_workflows.training.processes import join_processes, leave_processes, pick_device, place
+from vdt_workflows.training.runs import RememberRun, RunLog, SaveScores
 
 
 @pytest.mark.parametrize(
@@ -39,3 +43,18 @@ def test_a_process_joins_once_and_leaves(monkeypatch):
     for _ in range(2):
         leave_processes()
         assert not distributed.is_initialized()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_one_writes(monkeypatch, tmp_path, rank):
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
+    engine = SimpleNamespace(state=SimpleNamespace(device="cpu", metrics={"score": 0.5}))
+    for handler in (
+        SaveWeights(nn.Linear(2, 2), str(tmp_path / "model.pt")),
+        RememberRun(str(tmp_path / "run.json"), {"depth": 18}),
+        SaveScores(str(tmp_path / "scores.json")),
+    ):
+        handler(engine)
+    assert len(list(tmp_path.iterdir())) == (3 if rank == 0 else 0)
+    assert ResumeRun(str(tmp_path / "resume.pt"), {}, {}).writes == RunLog(str(tmp_path)).writes == (rank == 0)
