@@ -19,7 +19,7 @@ _NAMES = {
     "training.checkpoints": ["LoadWeights", "ResumeRun", "SaveWeights"],
     "training.initialisation": ["initialise"],
     "training.optimisation": ["ClipGradients", "StepSchedule", "warm_up"],
-    "training.processes": ["join_processes", "leave_processes", "pick_device", "place"],
+    "training.processes": ["join_processes", "leave_processes", "pick_device", "place", "share_out"],
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],
     "training.schedules": ["polynomial_rate"],
     "training.validation": ["ValidateEpochs"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 import torch
 from torch import distributed, nn
 
@@ -31,6 +33,20 @@ def leave_processes() -> None:
     """Leave the processes that were joined, if any."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def share_out(data: Sized, rank: int = 0, world_size: int = 1) -> range:
+    """Give the indices that a process scores: every `world_size`-th one, so that none is scored twice.
+
+    If there are fewer than processes, each process takes all of them: one without any would leave the others waiting
+    for its metrics, and no mean changes.
+
+    Raises:
+        ValueError: if there is nothing to score.
+    """
+    if not len(data):
+        raise ValueError("data is empty; expected at least one sample")
+    return range(rank, len(data), world_size) if len(data) >= world_size else range(len(data))
 
 
 def place(

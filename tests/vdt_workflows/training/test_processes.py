@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 
 from vdt_workflows.training.checkpoints import ResumeRun, SaveWeights
-from vdt_workflows.training.processes import join_processes, leave_processes, pick_device, place
+from vdt_workflows.training.processes import join_processes, leave_processes, pick_device, place, share_out
 from vdt_workflows.training.runs import RememberRun, RunLog, SaveScores
 
 
@@ -58,3 +58,14 @@ def test_of_several_processes_the_first_one_writes(monkeypatch, tmp_path, rank):
         handler(engine)
     assert len(list(tmp_path.iterdir())) == (3 if rank == 0 else 0)
     assert ResumeRun(str(tmp_path / "resume.pt"), {}, {}).writes == RunLog(str(tmp_path)).writes == (rank == 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_cases_are_shared_out_once_and_no_process_is_without_any(size, processes):
+    shares = [share_out(range(size), rank, processes) for rank in range(processes)]
+    assert all(len(share) for share in shares)
+    whole = sorted(index for share in shares for index in share)
+    assert whole == (list(range(size)) if size >= processes else sorted(processes * list(range(size))))
+    with pytest.raises(ValueError, match="data is empty; expected at least one sample"):
+        share_out([])
