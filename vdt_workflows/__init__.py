@@ -15,7 +15,7 @@ _NAMES = {
     "data.nodule_positions": ["list_nodules"],
     "data.nodules": ["SaveSplit", "describe_origin", "describe_split", "find_nodules", "take_part", "weigh_classes"],
     "data.sampling": ["SeedEpochs", "SeededDataset", "SeededSampler"],
-    "data.volumes": ["find_volumes", "list_volumes"],
+    "data.volumes": ["find_volumes", "list_scans", "list_volumes"],
     "training.checkpoints": ["LoadWeights", "ResumeRun", "SaveWeights"],
     "training.initialisation": ["initialise"],
     "training.optimisation": ["ClipGradients", "StepSchedule", "warm_up"],
@@ -26,7 +26,6 @@ _NAMES = {
     "evaluation.detection_report": ["DetectionReport", "DetectionScores"],
     "evaluation.dicom_seg": ["SaveDicomSegd", "writes_dicom"],
     "evaluation.inference": ["SlabInferer"],
-    "evaluation.lesions": ["list_scans"],
     "evaluation.outputs": ["SaveLesions", "SavePredictions", "list_images", "unbatch_lesions"],
     "evaluation.segmentation": ["CaseScores"],
 }
