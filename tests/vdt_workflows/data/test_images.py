@@ -15,6 +15,7 @@ from vdt_workflows.data.images import (
     ImageList,
     collate_images,
     find_images,
+    list_images,
     read_image_list,
     scan_class_folders,
 )
@@ -127,7 +128,7 @@ def test_an_image_list_survives_pickling(animals):
 
 def test_paths_and_labels_must_be_as_many():
     with pytest.raises(ValueError, match="got 2 paths and 1 labels"):
-        ImageList(b"/a.jpg\0/b.jpg\0", np.zeros(1), ["a", "b"])
+        ImageList(np.array([b"/a.jpg", b"/b.jpg"]), np.zeros(1), ["a", "b"])
 
 
 def test_given_classes_set_the_order_of_the_labels(animals):
@@ -404,3 +405,16 @@ def test_normalising_in_the_batch_gives_what_normalising_before_gives():
     assert torch.equal(batch["image"], expected["image"])
     assert batch["image"].is_contiguous()
     assert batch["label"].tolist() == expected["label"].tolist()
+
+
+def test_one_image_or_all_below_a_folder_are_listed(tmp_path):
+    files = [str(make_files(tmp_path, name) / name) for name in ("b.png", "deep/er/a.JPG", "notes.txt")][:2]
+    assert list_images(tmp_path) == [{"image": file, "path": file} for file in files]
+    assert list_images(files[0]) == [{"image": files[0], "path": files[0]}]
+
+
+def test_nothing_to_classify_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"/none: no such file or folder; expected an image or a folder of"):
+        list_images(tmp_path / "none")
+    with pytest.raises(ValueError, match=": no image file in it or below it"):
+        list_images(tmp_path)
