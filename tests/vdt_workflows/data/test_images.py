@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.makers.pictures import make_classes, make_files
 from vdt_workflows.data import folder_index
 from vdt_workflows.data.images import (
     ImageList,
@@ -40,19 +41,6 @@ def scans(monkeypatch):
 
     monkeypatch.setattr("vdt_workflows.data.images.scan", counted)
     return listed
-
-
-def make_files(root, *names):
-    for name in names:
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    return root
-
-
-def make_classes(root, **counts):
-    """Class folders with empty image files."""
-    return make_files(root, *(f"{name}/{i:03d}.jpg" for name, count in counts.items() for i in range(count)))
 
 
 def relative(images, root):
@@ -233,11 +221,6 @@ def test_the_index_can_be_kept_elsewhere(animals, scans, tmp_path):
     assert not (animals / ".vdt_index.npz").exists()
 
 
-def test_no_partial_index_is_left_behind(animals):
-    scan_class_folders(animals)
-    assert sorted(os.listdir(animals)) == [".vdt_index.npz", "cat", "dog"]
-
-
 @pytest.mark.parametrize(
     ("files", "kind", "message"),
     [
@@ -272,8 +255,10 @@ def flat(tmp_path):
     return root
 
 
-def test_flat_validation_images_get_their_classes_from_the_list(flat):
-    found = find_images(flat)
+def test_flat_validation_images_get_their_classes_from_the_list(flat, caplog):
+    with caplog.at_level(logging.INFO):
+        found = find_images(flat)
+    assert "6 training and 2 validation images of 2 classes" in caplog.text
     assert relative(found["val"], flat / "val") == [("two words.jpg", 1), ("one.jpg", 0)]
     assert found["val"].classes == ["cat", "dog"]
     assert len(found["train"]) == 6
@@ -315,9 +300,12 @@ def test_an_empty_list_is_refused(flat):
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid", "test"])
 def test_validation_class_folders_are_found_under_their_usual_names(tmp_path, name):
-    root = make_classes(tmp_path / "data", **{"train/cat": 3, "train/dog": 3, f"{name}/cat": 1, f"{name}/dog": 2})
+    last = {"test/cat": 1, "test/dog": 2}  # taken only where there is no other
+    root = make_classes(
+        tmp_path / "data", **{"train/cat": 3, "train/dog": 3, **last, f"{name}/cat": 2, f"{name}/dog": 2}
+    )
     found = find_images(root)
-    assert (len(found["train"]), len(found["val"])) == (6, 3)
+    assert (len(found["train"]), len(found["val"])) == (6, 4)
 
 
 def test_shuffled_labels_are_those_of_other_training_images(tmp_path):
@@ -329,11 +317,6 @@ def test_shuffled_labels_are_those_of_other_training_images(tmp_path):
     assert shuffled["train"].labels.tolist() != true["train"].labels.tolist()
     assert shuffled["train"].labels.tolist() == again["train"].labels.tolist() != other["train"].labels.tolist()
     assert shuffled["val"].labels.tolist() == true["val"].labels.tolist()
-
-
-def test_val_is_preferred_to_test(tmp_path):
-    parts = {"train/cat": 3, "train/dog": 3, "val/cat": 1, "val/dog": 1, "test/cat": 2, "test/dog": 2}
-    assert len(find_images(make_classes(tmp_path / "data", **parts))["val"]) == 2
 
 
 def test_validation_folders_with_other_classes_are_refused(tmp_path):
@@ -371,17 +354,6 @@ def test_given_folders_take_the_place_of_the_usual_ones(tmp_path):
     assert {Path(item["image"]).parts[-3] for item in found["train"]} == {"train", "more"}
     assert {Path(item["image"]).parts[-3] for item in found["val"]} == {"check"}
     assert found["train"].labels.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
-
-
-def test_a_missing_data_set_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
-        find_images(tmp_path / "nowhere")
-
-
-def test_what_was_found_is_logged(flat, caplog):
-    with caplog.at_level(logging.INFO):
-        find_images(flat)
-    assert "6 training and 2 validation images of 2 classes" in caplog.text
 
 
 def test_samples_that_could_not_be_read_are_left_out_of_the_batch():
