@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,8 @@ def read_index(file: Path, root: Path, names: Sequence[str]) -> Listing | None:
 def write_index(files: Sequence[Path], listing: Listing) -> None:
     """Write the index to the first of `files` that can be written; no reader ever sees half of one."""
     buffer = io.BytesIO()
-    np.savez(buffer, version=VERSION, **listing)
+    contents: dict[str, Any] = {"version": VERSION, **listing}
+    np.savez(buffer, **contents)
     for file in files:
         try:
             write_atomic(file, buffer.getvalue())

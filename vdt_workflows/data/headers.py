@@ -16,28 +16,19 @@ from nibabel.spatialimages import SpatialImage
 
 
 def check_geometry(case: Mapping[str, str]) -> None:
-    """Raise ValueError if a case's files cannot be used, or its image and label are not on the same grid.
+    """Check by their headers that a case's files can be used, and that its image and label are on the same grid.
 
-    Only headers are read (see `check_header`). Grids are the same if no corner is off by more than a tenth of a voxel.
-    """
-    headers = {key: check_header(case[key]) for key in ("image", "label") if key in case}
-    if len(headers) == 2:
-        check_same_grid(headers["image"], headers["label"])
-
-
-def check_header(path: str | os.PathLike) -> SpatialImage:
-    """Read a NIfTI file's header, and check that the volume can be used.
-
-    Returns:
-        The image; its voxels are not read.
+    Grids are the same if no corner is off by more than a tenth of a voxel.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, as in `read_header` and `check_voxel_size`.
+        ValueError: naming the file, as in `read_header`, `check_voxel_size` and `check_same_grid`.
     """
-    image = read_header(path)
-    check_voxel_size(image)
-    return image
+    headers = [read_header(case[key]) for key in ("image", "label") if key in case]
+    for header in headers:
+        check_voxel_size(header)
+    if len(headers) == 2:
+        check_same_grid(*headers)
 
 
 def read_header(path: str | os.PathLike) -> SpatialImage:

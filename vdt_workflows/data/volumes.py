@@ -118,8 +118,8 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
 
     Args:
         source: the file or folder.
-        on_error: "raise" stops at the first volume that cannot be used, as its headers show (see `check_header` and
-            `DicomSeries`); "skip" logs its sentence, leaves it out and goes on.
+        on_error: "raise" stops at the first volume that cannot be used, as its headers show (see `check_geometry`
+            and `DicomSeries`); "skip" logs its sentence, leaves it out and goes on.
         irregular: what to do with DICOM series that are no regular grid, "refuse" or "accept"; give the reader the same
             (see `vdt_transforms.SeriesReader`).
 
