@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from monai.transforms import LoadImaged
 from PIL import Image
-from vdt_workflows.data.nodule_positions import list_nodules
 
 from networks import ResNet3DClassifier, load_pretrained
 from tests.faults.outcomes import OUTCOMES, draw_picture, make_classes, quiet, report
@@ -25,6 +24,7 @@ from vdt_transforms import LoadNaturalImage, NoduleReader, SeriesReader
 from vdt_transforms.dicom_series import find_series
 from vdt_workflows.data.cache import SeededCacheDataset
 from vdt_workflows.data.images import find_images
+from vdt_workflows.data.nodule_tables import list_nodules
 from vdt_workflows.data.nodules import find_nodules
 from vdt_workflows.data.volumes import find_volumes
 from vdt_workflows.errors import explanation
