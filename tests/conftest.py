@@ -10,10 +10,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.makers.deeplesion import make_deeplesion
 from tests.makers.nodules import write_nodules
+from tests.makers.pictures import write_picture
 from tests.support.bundle_runs import BASE, BUNDLES, run
 from tests.support.preloaded import Preloaded
 from vdt_workflows.preparation.deeplesion import prepare_deeplesion
@@ -33,12 +33,10 @@ def images(tmp_path_factory):
     rng = np.random.default_rng(0)
     for part, number in (("train", 8), ("val", 3)):
         for label, colour in enumerate(("red", "green", "blue")):
-            folder = root / part / colour
-            folder.mkdir(parents=True)
             for i in range(number):
                 pixels = rng.integers(0, 120, (40, 52, 3))
                 pixels[..., label] += 120
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")
+                write_picture(root / part / colour / f"{i}.jpg", pixels.astype(np.uint8))
     return root
 
 

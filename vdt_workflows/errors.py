@@ -1,9 +1,9 @@
-"""An error as one sentence, where these packages or the machine can say what is wrong."""
+"""Errors as one sentence: those that these packages raise, and those of the machine."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from traceback import walk_tb
 
 _PACKAGES = {"networks", "vdt_transforms", "vdt_workflows"}
@@ -18,6 +18,13 @@ LESS_MEMORY = {  # settings that lower the need for memory, and how
 }
 
 
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError, naming the argument, if its value is none of the choices."""
+    if value not in choices:
+        *most, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
+
+
 def explanation(error: BaseException, settings: Iterable[str] = ()) -> str | None:
     """Give the sentence that says what went wrong, from wherever in the chain of causes these packages raised it.
 
@@ -26,7 +33,7 @@ def explanation(error: BaseException, settings: Iterable[str] = ()) -> str | Non
         settings: names of the settings that the user can change, for advice on memory.
 
     Returns:
-        The sentence, or None for an error that nobody foresaw.
+        The sentence, or None for an unforeseen error.
     """
     try:
         return _explanation(error, settings)
@@ -57,7 +64,7 @@ def _explanation(error: BaseException, settings: Iterable[str]) -> str | None:
 
 
 def _is_of_a_dead_loader(error: BaseException) -> bool:
-    """Whether torch tells that a loader process died, or reading from one broke off."""
+    """Whether torch reports that a loader process died, or reading from one broke off."""
     if isinstance(error, ConnectionError | EOFError):
         frames = walk_tb(error.__traceback__)
         return any(frame.f_globals.get("__name__") == "torch.utils.data.dataloader" for frame, _ in frames)
@@ -65,7 +72,7 @@ def _is_of_a_dead_loader(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is want of memory, of the machine or of the device; torch has no type of its own on the CPU."""
+    """Whether the machine or the device ran out of memory; torch has no type of its own for it on the CPU."""
     phrases = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | OSError) and any(phrase in str(error) for phrase in phrases)
@@ -73,7 +80,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, settings: Iterable[str]) -> str:
-    """Say in a sentence what takes less memory, of the settings that there are."""
+    """Say in a sentence which of the settings take less memory."""
     known = [f"--{name} {value}" for name, value in LESS_MEMORY.items() if name in settings]
     what = next(iter(str(error).strip().splitlines()), "")
     advice = f"try {' or '.join(known)}" if known else "use smaller batches or patches"

@@ -1,4 +1,4 @@
-"""A check of `python -m monai.bundle run` overrides, since MONAI takes a misspelt one in silence."""
+"""A check of `python -m monai.bundle run` overrides, since MONAI accepts a misspelt one silently."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _MODULE = ("monai", "bundle", "__main__.py")
 def check_command_line(argv: Sequence[str] | None = None) -> None:
     """Refuse an override whose id is neither in the config files nor an argument of its component.
 
-    An override of None is refused too, which MONAI passes over, and the words true and false, which it takes for text.
+    An override of None is refused too, which MONAI ignores, and the words true and false, which it takes for text.
 
-    It is meant as the first entry of a config's `initialize`. There it looks at `sys.argv`, and only if the process
+    It is meant as the first entry of a config's `initialize`. There it reads `sys.argv`, and only if the process
     is `python -m monai.bundle run` (or `run_workflow`, or either under torchrun); in any other process, such as
     MONAI Label or a federated client, it does nothing. No expression of the config is evaluated. In that process it
     also lets errors of these packages (a missing file, a corrupt image) be shown by their sentence alone.
@@ -71,7 +71,7 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
 def _explain(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Show the sentence of an error that these packages raised, in place of MONAI's tracebacks around it.
 
-    Under torchrun the error is also left for its summary, whose last lines tell which process failed first and why.
+    Under torchrun the error is also left for its summary, whose last lines name the process that failed first and why.
     """
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         try:
@@ -86,13 +86,18 @@ def _explain(kind: type[BaseException], error: BaseException, traceback: Traceba
 
 
 def _settings_of(argv: Sequence[str]) -> list[str]:
-    """Top-level ids of the config files of a command line; none where they cannot be told."""
+    """Top-level ids of the config files of a command line; empty where they cannot be read."""
     try:
-        given = _read_arguments(_COMMANDS[argv[0].replace("-", "_")], argv[1:])
-        settings = update_kwargs(given.get("args_file"), ignore_none=False, **given)
-        return list(ConfigParser.load_config_files(ensure_tuple(settings["config_file"])))
+        return list(ConfigParser.load_config_files(_read(argv)[2]))
     except Exception:  # the run had its own error before
         return []
+
+
+def _read(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], tuple]:
+    """Read a command line: what it gives itself, that with its args_file, and the config files."""
+    given = _read_arguments(_COMMANDS[argv[0].replace("-", "_")], argv[1:])
+    settings = update_kwargs(given.get("args_file"), ignore_none=False, **given)
+    return given, settings, ensure_tuple(settings["config_file"])
 
 
 def _is_bundle_process() -> bool:
@@ -101,15 +106,12 @@ def _is_bundle_process() -> bool:
 
 
 def _check(argv: Sequence[str]) -> None:
-    command = _COMMANDS.get(argv[0].replace("-", "_")) if argv else None
-    if command is None:
+    if not argv or argv[0].replace("-", "_") not in _COMMANDS:
         return
-    given = _read_arguments(command, argv[1:])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MONAI has shown them while loading the same files
-            settings = update_kwargs(given.get("args_file"), ignore_none=False, **given)
-            files = ensure_tuple(settings["config_file"])
+            given, settings, files = _read(argv)
             parser = ConfigParser(ConfigParser.load_config_files(files), globals=False)
             arguments = _bundle_arguments(settings.get("tracking"))
     except Exception:  # a missing or malformed file, in any of the ways of three loaders: MONAI's own error says more

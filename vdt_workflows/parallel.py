@@ -1,4 +1,4 @@
-"""Work shared out to processes, with a progress bar, for preparation scripts."""
+"""Work shared out to processes, and the progress bar."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+def track(items: Iterable[Result], total: int, label: str) -> Iterator[Result]:
+    """Pass items on, with a progress bar on the standard error; no bar without a label."""
+    return iter(tqdm(items, label, total, disable=not (label and total), dynamic_ncols=True))
 
 
 def run_parallel(
@@ -36,24 +41,19 @@ def run_parallel(
         OSError: if a process is killed from outside, as by a system that runs out of memory.
     """
     workers = min(workers or os.cpu_count() or 1, len(tasks))
-    bar: Any = tqdm(total=len(tasks), desc=label, disable=not (label and tasks), dynamic_ncols=True)
-    with bar:
-        if workers <= 1:
-            for task in tasks:
-                yield function(task)
-                bar.update()
-            return
-        pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(os.getpid(), workers))
-        try:
-            for future in as_completed([pool.submit(function, task) for task in tasks]):
-                yield future.result()
-                bar.update()
-        except BrokenProcessPool as error:
-            raise OSError(
-                f"a worker process was killed, most likely for want of memory; use fewer workers than {workers}"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    if workers <= 1:
+        yield from track(map(function, tasks), len(tasks), label)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(os.getpid(), workers))
+    try:
+        for future in track(as_completed([pool.submit(function, task) for task in tasks]), len(tasks), label):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise OSError(
+            f"a worker process was killed, most likely for want of memory; use fewer workers than {workers}"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _begin(parent: int, workers: int) -> None:
@@ -63,7 +63,7 @@ def _begin(parent: int, workers: int) -> None:
 
 
 def follow_parent(parent: int | None = None) -> None:
-    """Let the main process alone answer Ctrl-C, and end with it: a killed process cannot tell its workers."""
+    """Leave Ctrl-C to the main process, and end when it ends: a killed process cannot stop its workers."""
     parent = os.getppid() if parent is None else parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -19,7 +19,7 @@ from tests.makers.nodules import make_list, own_row, write_nodules, write_publis
 from tests.makers.volumes import make_affine
 from tests.support.bundle_runs import BASE, ROOT, command, infer, parse, read, remembered, rows, run, sentence, weights
 from tests.support.golden import TOLERANCE, deviation, published_input, published_weights, read_vector
-from vdt_workflows.data.nodule_positions import list_nodules
+from vdt_workflows.data.nodule_tables import list_nodules
 from vdt_workflows.data.nodules import find_nodules
 from vdt_workflows.overrides import explanation
 

@@ -24,7 +24,7 @@ from vdt_transforms import LoadNaturalImage, NoduleReader, SeriesReader
 from vdt_transforms.dicom_series import find_series
 from vdt_workflows.data.cache import SeededCacheDataset
 from vdt_workflows.data.images import find_images
-from vdt_workflows.data.nodule_positions import list_nodules
+from vdt_workflows.data.nodule_tables import list_nodules
 from vdt_workflows.data.nodules import find_nodules
 from vdt_workflows.data.volumes import find_volumes
 from vdt_workflows.errors import explanation

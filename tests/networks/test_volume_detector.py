@@ -16,7 +16,7 @@ from tests.makers.deeplesion import write_series
 from tests.makers.dicom import write_series as write_dicom
 from tests.support.bundle_runs import ROOT, config_files
 from vdt_transforms import RandResizeStack, SliceFolderReader, SliceStackReader
-from vdt_workflows.evaluation.lesions import list_scans
+from vdt_workflows.data.volumes import list_scans
 from vdt_workflows.evaluation.outputs import SaveLesions
 
 BUNDLE = ROOT / "bundles" / "deeplesion_lesion_detection"

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,24 @@ import torch
 from monai.data import Dataset, MetaTensor
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, RandomizableTrait, Transform
-from tqdm.auto import tqdm
 
 from vdt_workflows.data.headers import check_checksum
 from vdt_workflows.data.sampling import Key, SharedState, without_wrapping
+from vdt_workflows.errors import check_choice
 from vdt_workflows.files import save_atomic
+from vdt_workflows.parallel import track
 
 logger = logging.getLogger(__name__)
-CACHES = ("memory", "disk", "none")
 
 
 class SeededCacheDataset(Dataset):
     """Prepare each sample once, and seed what is random for each (pass, index) key of a `SeededSampler`.
 
-    What comes before the first random transform is done once for each sample. What comes after must not write into a
-    sample that is kept: the first random transform, usually a crop, gets it as it is, and what it returns is copied.
-    (`monai.data.CacheDataset` copies the whole volume for each patch, `PersistentDataset` reads it whole from disk.)
+    What comes before the first random transform is done once for each sample. The first random transform, usually a
+    crop, gets the kept sample itself and must not write into it; what it returns is copied.
+
+    The "memory" cache alone is `monai.data.CacheDataset(copy_cache=False)` with these seeds, copies and sentences.
+    `PersistentDataset` reads a whole volume from disk for each patch, which the "disk" cache does not.
 
     Args:
         data: sequence of dictionaries.
@@ -40,7 +43,7 @@ class SeededCacheDataset(Dataset):
         seed: seed of the draws.
         cache: "memory" keeps the prepared samples; "disk" writes them to `cache_dir`, where later runs and other
             processes of the machine find them, and maps them into memory, so that a crop reads little more than itself;
-            "none" prepares a sample each time it is asked for. The first two need 4 bytes for each float32 voxel of an
+            "none" prepares a sample each time it is asked for. The first two take 4 bytes for each float32 voxel of an
             image and 1 for each uint8 voxel of a label.
         cache_dir: folder of the "disk" cache. A file there belongs to the sample's own files (path, size and time of
             change) and to the transforms, and is never used for others. Nothing is deleted: remove the folder yourself.
@@ -66,12 +69,10 @@ class SeededCacheDataset(Dataset):
         on_error: str = "raise",
         progress: bool = True,
     ) -> None:
-        if cache not in CACHES:
-            raise ValueError(f"cache must be one of {CACHES}, got {cache!r}")
+        check_choice("cache", cache, ("memory", "disk", "none"))
+        check_choice("on_error", on_error, ("raise", "skip"))
         if cache == "disk" and cache_dir is None:
             raise ValueError("cache 'disk' needs cache_dir, a folder for the prepared samples")
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         super().__init__(data, transform if isinstance(transform, Compose) else Compose(transform))
         self.data: Sequence = data
         self.random = SharedState(seed)
@@ -95,20 +96,17 @@ class SeededCacheDataset(Dataset):
                     raise
                 return error
 
+        label = "preparing" if progress and sys.stderr.isatty() else ""
         with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-            results: Iterable[Any] = pool.map(attempt, self.data)
-            results = tqdm(results, "preparing", len(self.data), disable=None if progress else True)
-            outcomes = list(results)
+            outcomes = list(track(pool.map(attempt, self.data), len(self.data), label))
+        faults = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        for fault in faults:
+            logger.warning("%s; the case is left out", fault)
+        if len(faults) == len(outcomes):
+            raise ValueError(f"none of the {len(outcomes)} samples can be used, see above" if faults else "no samples")
+        if faults:
+            logger.warning("%d of %d samples are left out", len(faults), len(outcomes))
         usable = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                logger.warning("%s; the case is left out", outcome)
-        if not usable:
-            raise ValueError(
-                f"none of the {len(outcomes)} samples can be used, see above" if outcomes else "no samples"
-            )
-        if len(usable) < len(outcomes):
-            logger.warning("%d of %d samples are left out", len(outcomes) - len(usable), len(outcomes))
         self.data = [self.data[i] for i in usable]
         self.kept = [outcomes[i] for i in usable]
 
@@ -159,18 +157,21 @@ class SeededCacheDataset(Dataset):
             raise without_wrapping(error) from None
 
 
+def _files(item: Any) -> list[str]:
+    values = item.values() if isinstance(item, Mapping) else ()
+    return [value for value in values if isinstance(value, str) and os.path.isfile(value)]
+
+
 def _check_files(item: Any) -> None:
-    for value in item.values() if isinstance(item, Mapping) else ():
-        if isinstance(value, str) and value.endswith(".gz") and os.path.isfile(value):
-            check_checksum(value)
+    for file in _files(item):
+        if file.endswith(".gz"):
+            check_checksum(file)
 
 
 def _name_file(error: BaseException, item: Any) -> BaseException:
-    """Name the volume that cannot be read, where the error is a decompressor's or a reader's that does not."""
-    if not isinstance(item, Mapping) or isinstance(error, MemoryError):
-        return error
-    files = [value for value in item.values() if isinstance(value, str) and os.path.isfile(value)]
-    if any(file in str(error) for file in files):
+    """Name the volume that cannot be read, where a decompressor's or a reader's error does not."""
+    files = _files(item)
+    if isinstance(error, MemoryError) or any(file in str(error) for file in files):
         return error
     for file in files:
         try:
@@ -181,26 +182,23 @@ def _name_file(error: BaseException, item: Any) -> BaseException:
     return error
 
 
-def _storages(sample: dict) -> set[int]:
-    return {v.untyped_storage().data_ptr() for v in sample.values() if isinstance(v, torch.Tensor)}
+def _storage(value: Any) -> int | None:
+    return value.untyped_storage().data_ptr() if isinstance(value, torch.Tensor) else None
 
 
 def _without_sharing(drawn: Any, prepared: dict) -> Any:
     """Copy what a transform returned as a view of a kept sample, so that later ones may write into it."""
     if isinstance(drawn, list):
         return [_without_sharing(part, prepared) for part in drawn]
-    kept = _storages(prepared)
-    return {
-        key: value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in kept else value
-        for key, value in drawn.items()
-    }
+    kept = {_storage(value) for value in prepared.values()} - {None}
+    return {key: value.clone() if _storage(value) in kept else value for key, value in drawn.items()}
 
 
 def _to_plain(value: Any) -> Any:
-    """Take apart what a checkpoint file without code cannot hold."""
+    """Take apart what a file that is read with `weights_only` cannot hold."""
     if isinstance(value, MetaTensor):
-        told = {"_meta_": _to_plain(dict(value.meta)), "_done_": _to_plain(value.applied_operations)}
-        return {"_volume_": value.as_tensor().contiguous(), "_affine_": value.affine, **told}
+        meta, done = _to_plain(dict(value.meta)), _to_plain(value.applied_operations)
+        return {"_volume_": value.as_tensor().contiguous(), "_affine_": value.affine, "_meta_": meta, "_done_": done}
     if isinstance(value, np.ndarray):
         return _to_plain(value.tolist()) if value.dtype.kind in "OSU" else torch.as_tensor(value)
     if isinstance(value, np.generic):

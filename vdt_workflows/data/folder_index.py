@@ -1,4 +1,4 @@
-"""The index file that keeps the listing of a folder of class folders, so that a million images are listed only once."""
+"""Class folders are listed once: the index file that keeps the paths and labels of their images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 INDEX = ".vdt_index.npz"
-VERSION = 1  # of the index file
+VERSION = 2  # of the index file
 Listing = dict[str, np.ndarray]
 
 
@@ -31,16 +31,12 @@ def scan(root: Path, names: Sequence[str]) -> Listing:
     """List the images in the class folders `names` of `root`, at any depth, sorted.
 
     Returns:
-        "paths" (relative, each followed by a zero byte), "labels", and what shows whether the listing still holds:
-        the "folders" seen and the "times" of their last change.
+        "paths" (relative), "labels", and what shows whether the listing still holds: the "folders" seen and the
+        "times" of their last change.
     """
-    folders: list[str] = []
-    times: list[int] = []
-    paths: list[str] = []
-    counts: list[int] = []
+    folders, times, paths, counts = [], [], [], []
     for name in names:
-        images: list[str] = []
-        pending = [name]
+        images, pending = [], [name]
         while pending:
             folder = pending.pop()
             folders.append(folder)
@@ -55,12 +51,12 @@ def scan(root: Path, names: Sequence[str]) -> Listing:
         paths += sorted(images)
         counts.append(len(images))
     labels = np.repeat(np.arange(len(names), dtype=np.int32), counts)
-    return {"paths": pack(paths), "labels": labels, "folders": pack(folders), "times": np.array(times, np.int64)}
+    return {"paths": to_paths(paths), "labels": labels, "folders": to_paths(folders), "times": np.array(times, int)}
 
 
-def pack(names: Iterable[str]) -> np.ndarray:
-    """Names as one array of bytes, each followed by a zero byte, which no file name contains."""
-    return np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
+def to_paths(names: Iterable[str]) -> np.ndarray:
+    """Names as one array of bytes, padded with zero bytes, which no file name contains."""
+    return np.array([os.fsencode(name) for name in names], "S")
 
 
 def index_files(root: Path, index_dir: str | Path | None) -> list[Path]:
@@ -79,11 +75,11 @@ def read_index(file: Path, root: Path, names: Sequence[str]) -> Listing | None:
             if archive["version"] != VERSION:
                 return None
             listing = {key: archive[key] for key in ("paths", "labels", "folders", "times")}
-        folders = os.fsdecode(listing["folders"].tobytes()).split("\0")[:-1]
+        folders = [os.fsdecode(folder) for folder in listing["folders"]]
         holds = (
             list(dict.fromkeys(folder.split("/")[0] for folder in folders)) == list(names)
             and [os.stat(root / folder).st_mtime_ns for folder in folders] == listing["times"].tolist()
-            and np.count_nonzero(listing["paths"] == 0) == len(listing["labels"])
+            and len(listing["paths"]) == len(listing["labels"])
             and 0 <= listing["labels"].min() <= listing["labels"].max() < len(names)
         )
         return listing if holds else None

@@ -1,4 +1,4 @@
-"""What the headers of NIfTI files tell of a case before any voxel is read: whether it can be used at all."""
+"""Checks of NIfTI files by their headers, before any voxel is read."""
 
 from __future__ import annotations
 
@@ -16,28 +16,19 @@ from nibabel.spatialimages import SpatialImage
 
 
 def check_geometry(case: Mapping[str, str]) -> None:
-    """Raise ValueError if a case's files cannot be used, or its image and label are not on the same grid.
+    """Check by their headers that a case's files can be used, and that its image and label are on the same grid.
 
-    Only headers are read (see `check_header`). Grids are the same if no corner is off by more than a tenth of a voxel.
-    """
-    headers = {key: check_header(case[key]) for key in ("image", "label") if key in case}
-    if len(headers) == 2:
-        check_same_grid(headers["image"], headers["label"])
-
-
-def check_header(path: str | os.PathLike) -> SpatialImage:
-    """Read a NIfTI file's header, and check that the volume can be used.
-
-    Returns:
-        The image; its voxels are not read.
+    Grids are the same if no corner is off by more than a tenth of a voxel.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, as in `read_header` and `check_voxel_size`.
+        ValueError: naming the file, as in `read_header`, `check_voxel_size` and `check_same_grid`.
     """
-    image = read_header(path)
-    check_voxel_size(image)
-    return image
+    headers = [read_header(case[key]) for key in ("image", "label") if key in case]
+    for header in headers:
+        check_voxel_size(header)
+    if len(headers) == 2:
+        check_same_grid(*headers)
 
 
 def read_header(path: str | os.PathLike) -> SpatialImage:
@@ -74,7 +65,7 @@ def read_header(path: str | os.PathLike) -> SpatialImage:
 def check_checksum(path: str | os.PathLike) -> None:
     """Raise ValueError, naming the file, if a gzip file does not unpack to its end, where its checksum is.
 
-    nibabel stops after the last voxel, so that a changed byte would become other voxels without a word.
+    nibabel stops after the last voxel, before the checksum, so that changed bytes would go unnoticed.
     """
     try:
         with gzip.open(path) as unpacked:
@@ -88,7 +79,7 @@ def check_voxel_size(image: SpatialImage) -> None:
     """Raise ValueError, naming the file, if the affine gives no voxel size or no three directions in space."""
     path, affine = image.get_filename(), image.affine
     size = voxel_size(image)
-    if not image.header["sform_code"]:  # nibabel quietly takes 1 mm for 0; only the file itself tells
+    if not image.header["sform_code"]:  # nibabel replaces 0 by 1 mm; only the file itself has the 0
         kind = type(image.header)
         with ImageOpener(path) as file:
             stored = kind(file.read(kind.sizeof_hdr), check=False)["pixdim"][1:4].tolist()
@@ -105,8 +96,8 @@ def _missing_bytes(path: str | os.PathLike, image: SpatialImage) -> str | None:
     expected = int(image.dataobj.offset) + prod(image.shape) * image.get_data_dtype().itemsize
     found = os.path.getsize(path)
     if str(path).endswith(".gz"):
-        # The last four bytes are the length of what was compressed. Where they differ, as in a file cut short, but also
-        # in one of several gzip members, only unpacking it tells.
+        # The last four bytes are the length of what was compressed. Where they differ, the file is cut short or has
+        # several gzip members, and must be unpacked.
         with open(path, "rb") as file:
             file.seek(-4, os.SEEK_END)
             if int.from_bytes(file.read(), "little") == expected % 2**32:

@@ -1,4 +1,4 @@
-"""Lists of labelled image files: class folders, flat folders with a list, and the train and validation parts."""
+"""Lists of image files: class folders, flat folders with a list, and images to classify."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
+from monai.utils import ensure_tuple
 from torch.utils.data import default_collate
 
-from vdt_workflows.data.folder_index import EXTENSIONS, index_files, is_image, pack, read_index, scan, write_index
+from vdt_workflows.data.folder_index import EXTENSIONS, index_files, is_image, read_index, scan, to_paths, write_index
+from vdt_workflows.files import few
 
 logger = logging.getLogger(__name__)
 
@@ -23,51 +25,38 @@ VALIDATION_LISTS = ("meta/val.txt", "val.txt")  # of images that lie flat in one
 class ImageList(Sequence[dict[str, Any]]):
     """Image files and their classes: `images[i]` is `{"image": absolute path, "label": class index}`.
 
-    A million paths are one `bytes` object and two arrays. With an object for each path, every loader process would end
-    up with its own copy of them all, because reading an object changes its reference count.
+    A million paths are one array of bytes. With an object for each path, every loader process would end up with its own
+    copy of them all, because reading an object changes its reference count.
 
     Args:
-        paths: absolute paths, each followed by a zero byte.
+        paths: absolute paths, as `to_paths` makes them.
         labels: class index of each image.
         classes: class names, by index.
-        starts: where each path begins in `paths`; default: one after the other.
 
     Attributes:
-        classes: class names, by index.
+        paths: the paths.
         labels: int32 class index of each image.
+        classes: class names, by index.
     """
 
-    def __init__(
-        self, paths: bytes, labels: np.ndarray, classes: Sequence[str], *, starts: np.ndarray | None = None
-    ) -> None:
-        if starts is None:
-            ends = np.flatnonzero(np.frombuffer(paths, np.uint8) == 0)
-            starts = np.concatenate(([0], ends + 1))[: len(ends)]
-        if len(starts) != len(labels):
-            raise ValueError(f"each path needs one label, got {len(starts)} paths and {len(labels)} labels")
-        self._paths, self._starts = paths, starts
+    def __init__(self, paths: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
+        if len(paths) != len(labels):
+            raise ValueError(f"each path needs one label, got {len(paths)} paths and {len(labels)} labels")
+        self.paths = paths
         self.labels = np.asarray(labels, np.int32)
         self.classes = list(classes)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start = int(self._starts[index])
-        path = self._paths[start : self._paths.index(b"\0", start)]
-        return {"image": os.fsdecode(path), "label": int(self.labels[index])}
+        return {"image": os.fsdecode(self.paths[index]), "label": int(self.labels[index])}
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> ImageList:
-        """List of the images at `indices`; the paths are shared, not copied."""
-        return ImageList(self._paths, self.labels[indices], self.classes, starts=self._starts[indices])
+        """List of the images at `indices`."""
+        return ImageList(self.paths[indices], self.labels[indices], self.classes)
 
 
 def scan_class_folders(
@@ -95,36 +84,28 @@ def scan_class_folders(
         missing, unknown = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
         raise ValueError(
             f"the class folders of {root} are not the expected {len(classes)}:"
-            f" missing {_few(missing)}; unknown {_few(unknown)}"
+            f" missing {few(missing, 3) or 'none'}; unknown {few(unknown, 3) or 'none'}"
         )
     if len(names) < 2:
         raise ValueError(f"{root} has the one class folder {names[0]!r}; classification needs two or more")
 
     files = index_files(root, index_dir)
-    listing = next((found for file in files if (found := read_index(file, root, names)) is not None), None)
-    indexed = listing is not None
-    if listing is None:
-        listing = scan(root, names)
+    indexed = next((found for file in files if (found := read_index(file, root, names)) is not None), None)
+    listing = indexed or scan(root, names)
     labels = listing["labels"]
     empty = [names[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)]
     if empty:
-        raise ValueError(f"{root} has class folders without any image ({', '.join(EXTENSIONS)}): {_few(empty)}")
-    if not indexed:
+        raise ValueError(f"{root} has class folders without any image ({', '.join(EXTENSIONS)}): {few(empty, 3)}")
+    if indexed is None:
         write_index(files, listing)
-    how = "from the index" if indexed else "by listing its folders"
+    how = "by listing its folders" if indexed is None else "from the index"
     logger.info("%s: %d images of %d classes, %s", root, len(labels), len(names), how)
 
-    prefix = os.fsencode(root) + b"/"
-    relative = listing["paths"].tobytes()
-    paths = prefix + relative.replace(b"\0", b"\0" + prefix)[: -len(prefix)]
-    if classes is not None:
-        wanted = {name: label for label, name in enumerate(classes)}
-        labels = np.array([wanted[name] for name in names])[labels]
-    return ImageList(paths, labels, names if classes is None else classes)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
+    paths = np.char.add(os.fsencode(root) + b"/", listing["paths"])
+    if classes is None:
+        return ImageList(paths, labels, names)
+    wanted = {name: label for label, name in enumerate(classes)}
+    return ImageList(paths, np.array([wanted[name] for name in names])[labels], classes)
 
 
 def _class_names(root: Path) -> list[str]:
@@ -158,20 +139,20 @@ def read_image_list(folder: str | Path, list_file: str | Path, classes: Sequence
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            where = f"{list_file}, line {number}"
+            place = f"{list_file}, line {number}"
             name, _, index = line.strip().rpartition(" ")
             name = name.strip()
             if not name or not index.isdecimal():
-                raise ValueError(f"{where}: expected a file name, a blank and a class index, got {line.strip()!r}")
+                raise ValueError(f"{place}: expected a file name, a blank and a class index, got {line.strip()!r}")
             if int(index) >= len(classes):
-                raise ValueError(f"{where}: the class index must be below {len(classes)}, got {index}")
+                raise ValueError(f"{place}: the class index must be below {len(classes)}, got {index}")
             if name not in present and not (folder / name).is_file():
-                raise FileNotFoundError(f"{where}: there is no image {name!r} in {folder}")
+                raise FileNotFoundError(f"{place}: there is no image {name!r} in {folder}")
             paths.append(f"{folder}/{name}")
             labels.append(int(index))
     if not paths:
         raise ValueError(f"{list_file} names no image")
-    return ImageList(pack(paths).tobytes(), np.array(labels), classes)
+    return ImageList(to_paths(paths), np.array(labels), classes)
 
 
 def find_images(
@@ -185,7 +166,7 @@ def find_images(
 ) -> dict[str, ImageList]:
     """Find the training and validation images of a data set, in any of the layouts people have.
 
-    - `train/` beside `val/`, `validation/`, `valid/` or `test/` (the first there is), each with class folders
+    - `train/` beside `val/`, `validation/`, `valid/` or `test/` (the first that exists), each with class folders
     - the same, with flat validation images and their list in `meta/val.txt` or `val.txt`
     - `train/` alone, or class folders alone: a seeded part of each class is kept for validation
 
@@ -194,8 +175,8 @@ def find_images(
         train_dir: the training folder or folders, in place of `train/`.
         val_dir: the validation folder or folders, in place of the names above.
         val_fraction: part of each class kept for validation where there is no validation folder.
-        shuffle_labels: give each training image the label of another: a control in which there is nothing to learn but
-            by heart. Each class keeps its number of labels; validation labels stay true.
+        shuffle_labels: permute the training labels: a control experiment, in which a network can only memorise. Each
+            class keeps its number of labels; validation labels stay true.
         seed: seed of both choices.
 
     Returns:
@@ -221,41 +202,38 @@ def find_images(
         logger.info("no validation folder in %s: a part of %g of each class is kept for it", root, val_fraction)
     if shuffle_labels:
         shuffled = np.random.default_rng([seed, 1]).permutation(train.labels)
-        train = ImageList(train._paths, shuffled, train.classes, starts=train._starts)
+        train = ImageList(train.paths, shuffled, train.classes)
         logger.info("the training labels are shuffled")
     logger.info("%d training and %d validation images of %d classes", len(train), len(val), len(train.classes))
     return {"train": train, "val": val}
 
 
 def _folders(given: str | Path | Sequence[str | Path] | None) -> list[Path]:
-    if given is None:
-        return []
-    return [Path(given)] if isinstance(given, str | Path) else [Path(folder) for folder in given]
+    return [Path(folder) for folder in ensure_tuple(given or ())]
 
 
 def _validation_list(folder: Path, root: Path, classes: Sequence[str]) -> ImageList:
     if not folder.is_dir() or any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder)):
         return scan_class_folders(folder, classes=classes)
     list_files = [root / name for name in VALIDATION_LISTS]
-    for list_file in list_files:
-        if list_file.is_file():
-            logger.info("%s: classes from %s", folder, list_file)
-            return read_image_list(folder, list_file, classes)
-    raise ValueError(
-        f"{folder} has no class folders; give it one for each class, or the list {list_files[0]} or {list_files[1]}"
-        " with a file name and a class index in each line"
-    )
+    if (list_file := next((file for file in list_files if file.is_file()), None)) is None:
+        raise ValueError(
+            f"{folder} has no class folders; give it one for each class, or the list {list_files[0]} or {list_files[1]}"
+            " with a file name and a class index in each line"
+        )
+    logger.info("%s: classes from %s", folder, list_file)
+    return read_image_list(folder, list_file, classes)
 
 
 def _join(lists: Sequence[ImageList]) -> ImageList:
     if len(lists) == 1:
         return lists[0]
-    paths = b"".join(images._paths for images in lists)
-    return ImageList(paths, np.concatenate([images.labels for images in lists]), lists[0].classes)
+    paths, labels = (np.concatenate([getattr(images, part) for images in lists]) for part in ("paths", "labels"))
+    return ImageList(paths, labels, lists[0].classes)
 
 
 def _split(images: ImageList, val_fraction: float, seed: int) -> tuple[ImageList, ImageList]:
-    """Split each class; one with two images or more has some on either side."""
+    """Split each class; one with two images or more has some in both parts."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
     random = np.random.default_rng(seed)
@@ -267,13 +245,30 @@ def _split(images: ImageList, val_fraction: float, seed: int) -> tuple[ImageList
     return images.subset(np.flatnonzero(~chosen)), images.subset(np.flatnonzero(chosen))
 
 
+def list_images(source: str | os.PathLike) -> list[dict[str, str]]:
+    """List the images to classify: one file, or all image files below a folder, as `image` and `path`.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `source`.
+        ValueError: if the folder holds no image file.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected an image or a folder of images")
+    below = (Path(folder, name) for folder, _, names in os.walk(path) for name in names if is_image(name))
+    files = sorted(below) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path}: no image file in it or below it")
+    return [{"image": str(file), "path": str(file)} for file in files]
+
+
 def collate_images(samples: Sequence[dict[str, Any]], mean: float = 0.0, std: float = 1.0) -> dict[str, Any]:
     """Batch the samples, without those that could not be read.
 
     Args:
         samples: samples as `default_collate` takes them, or `{"skipped": why}`.
-        mean: subtracted from the batch's "image". Each image is normalised in its place in the batch: its bytes are
-            copied once, and the floats are still in the core's cache when they are divided.
+        mean: subtracted from the batch's "image". Each image is normalised in its place in the batch, while it is
+            still in the processor's cache.
         std: divides it; with a mean or a std it becomes float32.
 
     Returns:
@@ -290,7 +285,7 @@ def collate_images(samples: Sequence[dict[str, Any]], mean: float = 0.0, std: fl
         return {**default_collate(kept), "skipped": skipped}
     images = [sample["image"] for sample in kept]
     batch = torch.empty((len(images), *images[0].shape), dtype=torch.float32)
-    for place, image in zip(batch, images, strict=True):
-        place.copy_(image).sub_(mean).div_(std)
+    for row, image in zip(batch, images, strict=True):
+        row.copy_(image).sub_(mean).div_(std)
     rest = default_collate([{key: value for key, value in sample.items() if key != "image"} for sample in kept])
     return {"image": batch, **rest, "skipped": skipped}

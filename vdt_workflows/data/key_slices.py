@@ -1,4 +1,4 @@
-"""The key slices of a prepared DeepLesion, as items for the transforms, and batches of them."""
+"""The key slices of a prepared DeepLesion data set, as items for the transforms, and batches of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vdt_workflows.errors import check_choice
+
 logger = logging.getLogger(__name__)
 
-NOISY = ("ignore", "drop", "keep")
 SPLITS = ("training", "validation", "test")
 Item = dict[str, Any]
 
@@ -26,19 +27,19 @@ def find_key_slices(dataset_dir: str | os.PathLike, *, noisy: str = "ignore") ->
     Args:
         dataset_dir: its folder.
         noisy: what to do with lesions that DeepLesion marks as possibly noisy. "ignore" does not train on them, and in
-            scoring they are neither to be found nor false positives; "drop" takes them for no lesions, with slices that
-            have no other, as 3DCE and MULAN do; "keep" takes them for lesions, as the published code does.
+            scoring a detection of one is neither a true nor a false positive; "drop" takes them for no lesions, and
+            drops slices that have no other, as 3DCE and MULAN do; "keep" takes them for lesions, as the published code
+            does.
 
     Returns:
         For `training`, `validation` and `test` items with `image` (path), `slice_interval` (mm), `box` (L, 4) and
-        `label` (L,) to train on, and `truth`, the arguments of `KeySlice` for scoring.
+        `label` (L,) to train on, and `truth`, the ground truth for scoring (arguments of `evaluation.KeySlice`).
 
     Raises:
         FileNotFoundError: if the file is missing.
         ValueError: if the file is not such a file, or `noisy` is unknown.
     """
-    if noisy not in NOISY:
-        raise ValueError(f"noisy must be one of {NOISY}, got {noisy!r}")
+    check_choice("noisy", noisy, ("ignore", "drop", "keep"))
     path = Path(dataset_dir) / "deeplesion.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run vdt prepare deeplesion {dataset_dir}")
@@ -61,18 +62,18 @@ def _item(root: Path, entry: Mapping[str, Any], noisy: str) -> Item:
     trained = np.ones_like(doubtful) if noisy == "keep" else ~doubtful
     scored = trained if noisy == "drop" else np.ones_like(doubtful)
     boxes = np.asarray(entry["boxes"], np.float32).reshape(-1, 4)
-    diameters = np.array([np.nan if d is None else d for d in entry["diameters"]], float)
+    interval = float(entry["slice_interval"])
     return {
         "image": str(root / entry["image"]),
-        "slice_interval": float(entry["slice_interval"]),
+        "slice_interval": interval,
         "box": boxes[trained],
         "label": np.ones(int(trained.sum()), np.int64),
         "truth": {
             "lesions": boxes[scored],
             "ignored": (doubtful & ~trained)[scored],
             "types": np.asarray(entry["types"], int)[scored],
-            "diameters": diameters[scored],
-            "slice_interval": float(entry["slice_interval"]),
+            "diameters": np.array(entry["diameters"], float)[scored],  # None becomes NaN
+            "slice_interval": interval,
             "patient": entry["patient"],
             "name": entry["image"],
         },

@@ -1,4 +1,4 @@
-"""Lung nodules in either of their two layouts, divided by patient into training, validation and test."""
+"""Lung nodules divided by patient into training, validation and test."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import numpy as np
 from ignite.engine import Engine, Events
 
 from vdt_workflows.data.nodule_tables import Nodule, read_nodules
-from vdt_workflows.files import few, read_lines, write_atomic
+from vdt_workflows.errors import check_choice
+from vdt_workflows.files import few, read_lines, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +43,14 @@ def find_nodules(
     fold: int = 0,
     seed: int = 0,
 ) -> Parts:
-    """List the nodules of a data set as `training`, `validation` and `test`, with no patient on two sides.
+    """List the nodules of a data set as `training`, `validation` and `test`, with no patient in two of them.
 
     Reads a prepared folder (`nodules.csv` beside `images/` and `labels/`), and the published layout as it is: a folder
     of `lidc<scan>_<nodule>.npz` with the nodule table in it, in `info/`, or given as `table`.
 
-    The patients are divided at random so that each part has its share of the nodules rated benign, indeterminate and
-    malignant. All nodules count, whatever `task` and `label_rule` leave out: with the same seed a patient is on the
-    same side in both tasks.
+    The patients are divided at random, stratified: each part has its share of the nodules rated benign, indeterminate
+    and malignant. All nodules count, whatever `task` and `label_rule` leave out: with the same seed a patient is in the
+    same part in both tasks.
 
     Args:
         dataset_dir: the folder.
@@ -71,23 +74,19 @@ def find_nodules(
     Raises:
         FileNotFoundError: if the folder, a table, a split or a nodule's file is missing.
         ValueError: if an argument is none of the above; if a table has unknown, missing or repeated columns, a nodule
-            twice, or a value that cannot be; if a split names unknown nodules or has a patient on two sides; or if a
-            part lacks patients or, in classification, one of the classes.
+            twice, or an impossible value; if a split names unknown nodules or has a patient in two parts; or if a part
+            lacks patients or, in classification, one of the classes.
     """
-    if task not in ("classification", "segmentation"):
-        raise ValueError(f"task must be 'classification' or 'segmentation', got {task!r}")
-    if label_rule not in ("mode", "mean"):
-        raise ValueError(f"label_rule must be 'mode' or 'mean', got {label_rule!r}")
+    check_choice("task", task, ("classification", "segmentation"))
+    check_choice("label_rule", label_rule, ("mode", "mean"))
     if folds and split != "patient":
         raise ValueError(f"folds={folds} needs split 'patient', got split {str(split)!r}")
     if "monailabel" in sys.modules and not os.path.isdir(dataset_dir):
         return {name: [] for name in PARTS}  # the server puts the cases that were labelled in their place
     nodules = read_nodules(Path(dataset_dir), None if table is None else Path(table))
     if split == "patient":
-        sides = divide_patients(
-            nodules, val_fraction=val_fraction, test_fraction=test_fraction, folds=folds, fold=fold, seed=seed
-        )
-        parts = {name: [n for n in nodules if sides[n["patient_id"]] == name] for name in PARTS}
+        part_of = divide_patients(nodules, val_fraction, test_fraction, folds=folds, fold=fold, seed=seed)
+        parts = {name: [n for n in nodules if part_of[n["patient_id"]] == name] for name in PARTS}
     elif split == "all":
         parts = {"training": [], "validation": [], "test": nodules}
     elif Path(split).suffix == ".json":
@@ -116,19 +115,19 @@ def describe_split(parts: Mapping[str, Sequence[Nodule]]) -> dict[str, str]:
     return lines
 
 
+@dataclass(eq=False)
 class SaveSplit:
     """Handler: write which nodules are in which part, as a file that `find_nodules` takes as its `split`.
 
     Args:
         path: the JSON file, beside the checkpoint.
         nodules: what `find_nodules` gave.
-        notes: plain values that say how the parts came about.
+        notes: plain values that say how the nodules were divided.
     """
 
-    def __init__(self, path: str, nodules: Parts, notes: Mapping[str, Any] | None = None) -> None:
-        self.path = path
-        self.nodules = nodules
-        self.notes = notes or {}
+    path: str
+    nodules: Parts
+    notes: Mapping[str, Any] | None = None
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer."""
@@ -139,8 +138,7 @@ class SaveSplit:
         if not any(self.nodules.values()):
             return
         parts = {name: [n["nodule_id"] for n in part] for name, part in self.nodules.items()}
-        content = {**self.notes, "counts": describe_split(self.nodules), **parts}
-        write_atomic(self.path, json.dumps(content, indent=1, default=str).encode())
+        write_json(self.path, {**(self.notes or {}), "counts": describe_split(self.nodules), **parts})
 
 
 def take_part(nodules: Parts, name: str) -> list[Nodule]:
@@ -162,8 +160,7 @@ def weigh_classes(nodules: Sequence[Nodule], imbalance: str = "none") -> list[fl
     Raises:
         ValueError: if `imbalance` is none of "none", "loss" and "sampling".
     """
-    if imbalance not in ("none", "loss", "sampling"):
-        raise ValueError(f"imbalance must be 'none', 'loss' or 'sampling', got {imbalance!r}")
+    check_choice("imbalance", imbalance, ("none", "loss", "sampling"))
     if imbalance != "loss":
         return [1.0] * len(CLASSES)
     counts = Counter(n["label"] for n in nodules)
@@ -171,11 +168,10 @@ def weigh_classes(nodules: Sequence[Nodule], imbalance: str = "none") -> list[fl
 
 
 def describe_origin(split: str | os.PathLike, **settings: Any) -> dict[str, Any]:
-    """Say how a division came about: a run's `split.json` says it itself, otherwise the settings that matter do."""
+    """Say how nodules were divided: by the notes in a run's `split.json`, or else by the settings."""
     if Path(split).suffix == ".json":
-        content = {"split": str(split), **_read_split_file(Path(split))}
-        return {name: value for name, value in content.items() if name not in (*PARTS, "counts")}
-    return {"split": str(split), **settings}
+        settings = _read_split_file(Path(split))
+    return {"split": str(split), **{k: v for k, v in settings.items() if k not in (*PARTS, "counts")}}
 
 
 # By patient --------------------------------------------------------------------------------------------------------
@@ -183,21 +179,20 @@ def describe_origin(split: str | os.PathLike, **settings: Any) -> dict[str, Any]
 
 def divide_patients(
     nodules: Iterable[Nodule],
-    *,
     val_fraction: float = 0.15,
     test_fraction: float = 0.15,
+    *,
     folds: int = 0,
     fold: int = 0,
     seed: int = 0,
 ) -> dict[str, str]:
-    """Give each patient, as a whole, to a part; the arguments are those of `find_nodules`.
+    """Assign each patient to a part; the arguments are those of `find_nodules`.
 
-    Greedy, the patients with the most nodules first and otherwise in random order: each goes to the part that is most
-    behind its share of what the patient brings. (scikit-learn's `StratifiedGroupKFold` does the like for folds of one
-    size only.)
+    Greedy, the patients with the most nodules first and otherwise in random order: each goes to the part that lacks
+    most of its share of the patient's strata. (scikit-learn's `StratifiedGroupKFold` does so for folds of one size.)
 
     Raises:
-        ValueError: if the fractions or folds make no sense, or there are too few patients for them.
+        ValueError: if the fractions or folds are out of range, or there are too few patients for them.
     """
     for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction < 1:
@@ -213,10 +208,10 @@ def divide_patients(
     if not folds:
         shares = {"training": 1 - val_fraction - test_fraction, "validation": val_fraction, "test": test_fraction}
         return _deal(counts, shares, seed)
-    folded = _deal(counts, {f"fold {i}": 1 / folds for i in range(folds)}, seed)
-    rest = {patient: count for patient, count in counts.items() if folded[patient] != f"fold {fold}"}
-    sides = _deal(rest, {"training": 1 - val_fraction, "validation": val_fraction}, seed)
-    return {patient: sides.get(patient, "test") for patient in counts}
+    fold_of = _deal(counts, {f"fold {i}": 1 / folds for i in range(folds)}, seed)
+    rest = {patient: count for patient, count in counts.items() if fold_of[patient] != f"fold {fold}"}
+    part_of = _deal(rest, {"training": 1 - val_fraction, "validation": val_fraction}, seed)
+    return {patient: part_of.get(patient, "test") for patient in counts}
 
 
 def _deal(counts: Mapping[str, np.ndarray], shares: Mapping[str, float], seed: int) -> dict[str, str]:
@@ -226,39 +221,36 @@ def _deal(counts: Mapping[str, np.ndarray], shares: Mapping[str, float], seed: i
     total = np.maximum(sum(counts.values(), np.zeros(STRATA)), 1)
     patients = np.random.default_rng(seed).permutation(sorted(counts)).tolist()
     filled = np.zeros((len(names), STRATA))  # 1: the part has its share of the stratum
-    sides: dict[str, str] = {}
+    part_of: dict[str, str] = {}
     for patient in sorted(patients, key=lambda p: -counts[p].sum()):
-        brought = counts[patient] / total
-        chosen = int(np.argmin((brought * (2 * filled + brought / share)).sum(1)))  # growth of sum(share * filled²)
-        filled[chosen] += brought / share[chosen]
-        sides[patient] = names[chosen]
-    if empty := [name for name in names if name not in sides.values()]:
+        added = counts[patient] / total
+        chosen = int(np.argmin((added * (2 * filled + added / share)).sum(1)))  # growth of sum(share * filled²)
+        filled[chosen] += added / share[chosen]
+        part_of[patient] = names[chosen]
+    if empty := [name for name in names if name not in part_of.values()]:
         raise ValueError(
             f"{len(counts)} patients are too few: none is left for {empty[0]}; use other fractions or folds"
         )
-    return sides
+    return part_of
 
 
 def _check_apart(parts: Mapping[str, Sequence[Nodule]], split: str | os.PathLike) -> None:
-    """Refuse a patient on two sides; the published lists, or a run that was trained on them, are only warned of."""
+    """Refuse a patient in two parts; the published lists, or a run that was trained on them, are only warned of."""
     patients = {name: {n["patient_id"] for n in part} for name, part in parts.items()}
     if str(describe_origin(split)["split"]).endswith(".csv"):
-        known = patients["test"] & (patients["training"] | patients["validation"])
-        if known:
-            leaking = sum(n["patient_id"] in known for n in parts["test"])
+        if known := patients["test"] & (patients["training"] | patients["validation"]):
             logger.warning(
                 "split %s is by nodule: %d patients are on both sides, and %d of the %d test nodules come from patients"
                 " that are trained on; scores come out too high. split 'patient' has no patient on two sides",
-                *(split, len(known), leaking, len(parts["test"])),
+                *(split, len(known), sum(n["patient_id"] in known for n in parts["test"]), len(parts["test"])),
             )
         return
-    for i, a in enumerate(PARTS):
-        for b in PARTS[i + 1 :]:
-            if shared := sorted(patients[a] & patients[b]):
-                raise ValueError(
-                    f"split {split}: {len(shared)} patients are in both {a} and {b}: {few(shared)};"
-                    " all nodules of a patient must be on one side"
-                )
+    for a, b in combinations(PARTS, 2):
+        if shared := sorted(patients[a] & patients[b]):
+            raise ValueError(
+                f"split {split}: {len(shared)} patients are in both {a} and {b}: {few(shared)};"
+                " all nodules of a patient must be in one part"
+            )
 
 
 # By a list ---------------------------------------------------------------------------------------------------------
@@ -276,15 +268,14 @@ def _read_split_file(path: Path) -> dict[str, Any]:
 
 def _read_own_split(path: Path, nodules: Sequence[Nodule]) -> Parts:
     content = _read_split_file(path)
-    lists = {name: content[name] for name in PARTS}
-    twice = [name for name, times in Counter(n for names in lists.values() for n in names).items() if times > 1]
-    if twice:
-        raise ValueError(f"split {path}: {few(twice)} listed more than once")
-    return {name: _pick(names, nodules, path) for name, names in lists.items()}
+    times = Counter(nodule for name in PARTS for nodule in content[name])
+    if repeated := [nodule for nodule in times if times[nodule] > 1]:
+        raise ValueError(f"split {path}: {few(repeated)} listed more than once")
+    return {name: _pick(content[name], nodules, path) for name in PARTS}
 
 
 def _read_published_split(path: Path, nodules: Sequence[Nodule], val_fraction: float, seed: int) -> Parts:
-    """Take the published lists of nodules, each entry once, and warn of what is wrong with them."""
+    """Take the published lists of nodules, each entry once, and warn of repeated ones."""
     if not path.is_file():
         raise FileNotFoundError(f"split {path}: no such file")
     heading, lines = read_lines(path)
@@ -293,10 +284,10 @@ def _read_published_split(path: Path, nodules: Sequence[Nodule], val_fraction: f
     entries = {}
     for name in ("train", "test"):
         column = heading.index(name)
-        cells = (line[column].strip() for line in lines if len(line) > column)  # one column is longer than the other
-        entries[name] = Counter(cell.removesuffix(".npz") for cell in cells if cell)
+        files = (line[column].strip() for line in lines if len(line) > column)  # one column is longer than the other
+        entries[name] = Counter(file.removesuffix(".npz") for file in files if file)
     train, test = (_pick(entries[name], nodules, path) for name in ("train", "test"))
-    sides = divide_patients(train, val_fraction=val_fraction, test_fraction=0.0, seed=seed)
+    part_of = divide_patients(train, val_fraction, test_fraction=0.0, seed=seed)
     for name, counted in entries.items():
         repeated = [f"{entry} ({times} times)" for entry, times in counted.items() if times > 1]
         if repeated:
@@ -306,12 +297,11 @@ def _read_published_split(path: Path, nodules: Sequence[Nodule], val_fraction: f
             )
     if both := [entry for entry in entries["train"] if entry in entries["test"]]:
         raise ValueError(f"split {path}: {few(both)} listed in both train and test")
-    return {**{name: [n for n in train if sides[n["patient_id"]] == name] for name in PARTS[:2]}, "test": test}
+    return {**{name: [n for n in train if part_of[n["patient_id"]] == name] for name in PARTS[:2]}, "test": test}
 
 
 def _pick(names: Iterable[str], nodules: Sequence[Nodule], path: Path) -> list[Nodule]:
     by_id = {n["nodule_id"]: n for n in nodules}
-    names = list(names)
     if unknown := [name for name in names if name not in by_id]:
         raise ValueError(
             f"split {path}: lists {len(unknown)} nodules that the data set does not have: {few(unknown)};"
@@ -324,7 +314,7 @@ def _pick(names: Iterable[str], nodules: Sequence[Nodule], path: Path) -> list[N
 
 
 def _with_classes(name: str, part: Sequence[Nodule], label_rule: str) -> list[Nodule]:
-    """Give each nodule its class, leaving out those that the rule leaves out; either class must be there."""
+    """Give each nodule its class, without the nodules that the rule leaves out; either class must be there."""
     if label_rule == "mean":
         items = [_item(n, int(n["malignancy_mean"] >= 3)) for n in part]
     else:

@@ -7,6 +7,7 @@ resumed sees the same samples, in the same order, with the same augmentation, fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from monai.transforms import Compose, Randomizable
 from torch.utils.data import Sampler
 
 from vdt_transforms import ImageDecodeError
+from vdt_workflows.errors import check_choice
 
 Key = tuple[int, int]
 
@@ -29,12 +31,12 @@ def mix_seed(*numbers: int) -> int:
 class SeededSampler(Sampler[Key]):
     """Yield (pass, index) keys of one epoch, in an order that depends on the seed and the epoch alone.
 
-    Consecutive epochs continue one endless shuffled stream, so that no sample comes twice before all came once. Of the
-    stream, each process takes every `num_replicas`-th key: the processes' batches together are those of one process.
+    Consecutive epochs continue one endless shuffled stream, so that no sample comes twice before all came once. Each
+    process takes every `num_replicas`-th key of it: the processes' batches together are those of one process.
 
     With `classes`, each class is drawn equally often: each has an endless shuffled stream of its own, and a pass over
-    the data mixes equal parts of the streams. The keys then carry the passes of the class, so that a sample that comes
-    often is drawn anew each time.
+    the data mixes equal parts of the streams. The keys then carry the passes over the class, so that a sample that
+    comes often is augmented differently each time.
 
     Args:
         data: what is sampled; only its length is used.
@@ -67,10 +69,9 @@ class SeededSampler(Sampler[Key]):
         if not len(data):
             raise ValueError("data is empty; expected at least one sample")
         self.size = len(data)
-        self.members = (
-            None if classes is None else [np.flatnonzero(np.asarray(classes) == c) for c in np.unique(classes)]
-        )
-        if self.members is not None:
+        self.members = None
+        if classes is not None:
+            self.members = [np.flatnonzero(np.asarray(classes) == c) for c in np.unique(classes)]
             self.size = -(-self.size // len(self.members)) * len(self.members)  # each class as often as the others
         self.shuffle = shuffle
         self.samples = self.size if samples is None else samples
@@ -157,8 +158,7 @@ class SeededDataset(Dataset):
     def __init__(
         self, data: Sequence, transform: Callable | Sequence[Callable], *, seed: int = 0, on_error: str = "raise"
     ) -> None:
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        check_choice("on_error", on_error, ("raise", "skip"))
         super().__init__(data, transform if isinstance(transform, Compose) else Compose(transform))
         self.random = SharedState(seed)
         self.on_error = on_error
@@ -181,8 +181,9 @@ def without_wrapping(error: BaseException) -> BaseException:
     return error
 
 
+@dataclass(eq=False)
 class SeedEpochs:
-    """Handler: at the start of each epoch, tell the sampler which one it is and seed torch (dropout) for it.
+    """Handler: at the start of each epoch, set the sampler's epoch and seed torch (dropout) for it.
 
     Args:
         sampler: the training data's sampler.
@@ -190,10 +191,9 @@ class SeedEpochs:
         rank: number of this process.
     """
 
-    def __init__(self, sampler: SeededSampler, seed: int = 0, rank: int = 0) -> None:
-        self.sampler = sampler
-        self.seed = seed
-        self.rank = rank
+    sampler: SeededSampler
+    seed: int = 0
+    rank: int = 0
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer."""

@@ -1,4 +1,4 @@
-"""Find the image and label volumes of a data set, in the layouts people have them in, and check that they fit."""
+"""Lists of image and label volumes: data sets in their usual layouts, and volumes to segment or search."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from pydicom.misc import is_dicom
 
 from vdt_transforms.dicom_series import list_series
+from vdt_transforms.readers import list_slices
+from vdt_transforms.slice_stacks import read_slice
 from vdt_workflows.data.headers import check_geometry
+from vdt_workflows.errors import check_choice
 from vdt_workflows.parallel import run_parallel
 
 logger = logging.getLogger(__name__)
@@ -42,8 +46,8 @@ def find_volumes(
     `labelsTr`, `images` and `labels`, or all files in one folder. Image and label belong together if their names are
     equal up to a leading role (`img0001`, `label0001`; `volume-3`, `segmentation-3`) and nnU-Net's `_0000`.
 
-    A case to learn from that is listed for validation or test too is refused, unless the datalist gives the reason
-    under `shared_cases`. All files' headers are read (see `check_geometry`), their voxels are not.
+    A training case that is listed for validation or test too is refused, unless the datalist gives the reason under
+    `shared_cases`. All files' headers are read (see `check_geometry`), their voxels are not.
 
     Args:
         dataset_dir: the folder.
@@ -51,14 +55,14 @@ def find_volumes(
         val_fraction: share of the training cases that becomes `validation` where none is named.
         seed: seed of that split.
         on_error: "raise" stops at the first case that cannot be used; "skip" logs its sentence, leaves it out and goes
-            on. The split is made before, so that no other case changes sides.
+            on. The split is made before, so that no other case moves between training and validation.
 
     Raises:
         FileNotFoundError: if a folder or file is missing.
-        ValueError: if there are no pairs, a case has no label, is listed on both sides, or cannot be used (see
+        ValueError: if there are no pairs, a case has no label, is listed twice, or cannot be used (see
             `check_geometry`), or if all cases of a list are left out.
     """
-    check_on_error(on_error)
+    check_choice("on_error", on_error, ("raise", "skip"))
     cases, source = list_cases(dataset_dir, datalist)
     if not cases["validation"]:
         cases["training"], cases["validation"] = draw(cases["training"], val_fraction, seed)
@@ -74,7 +78,7 @@ def find_volumes(
 def list_cases(
     dataset_dir: str | os.PathLike, datalist: str | os.PathLike | None = None
 ) -> tuple[dict[str, list[Case]], Path]:
-    """List what a folder or a datalist names (see `find_volumes`), without looking into any volume.
+    """List what a folder or a datalist names (see `find_volumes`), without opening any volume.
 
     Returns:
         `training`, `validation` and `test` (the last two may be empty, and cases without a label), and the file or
@@ -99,7 +103,7 @@ def list_cases(
 
 
 def draw(cases: Sequence[T], share: float, *seed: int) -> tuple[list[T], list[T]]:
-    """Divide cases in two at random, keeping their order: the rest, and a share of them (at least one on each side)."""
+    """Divide cases in two at random, keeping their order: the rest, and a share of them (at least one in each)."""
     count = min(max(round(share * len(cases)), 1), len(cases) - 1) if len(cases) > 1 else 0
     chosen = set(np.random.default_rng(seed).permutation(len(cases))[:count].tolist())
     rest = [case for i, case in enumerate(cases) if i not in chosen]
@@ -114,8 +118,8 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
 
     Args:
         source: the file or folder.
-        on_error: "raise" stops at the first volume that cannot be used, as its headers show (see `check_header` and
-            `DicomSeries`); "skip" logs its sentence, leaves it out and goes on.
+        on_error: "raise" stops at the first volume that cannot be used, as its headers show (see `check_geometry`
+            and `DicomSeries`); "skip" logs its sentence, leaves it out and goes on.
         irregular: what to do with DICOM series that are no regular grid, "refuse" or "accept"; give the reader the same
             (see `vdt_transforms.SeriesReader`).
 
@@ -123,7 +127,7 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
         FileNotFoundError: if there is nothing at `source`.
         ValueError: if there is no volume, or none that can be used, or two would be written under one name.
     """
-    check_on_error(on_error)
+    check_choice("on_error", on_error, ("raise", "skip"))
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a NIfTI volume or a folder of volumes")
@@ -153,10 +157,31 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
     return usable
 
 
+def list_scans(source: str | os.PathLike) -> list[Case]:
+    """List the CT volumes to search: a file, a folder of NIfTI files, of one DICOM series, or of numbered PNG slices.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `source`.
+        ValueError: if the folder holds nothing of the kind, or a number is missing among its PNG slices.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a CT volume or a folder of them")
+    if path.is_file():
+        return [{"image": str(path)}]
+    if slices := list_slices(path):
+        read_slice(slices[0])
+        return [{"image": str(path)}]
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    volumes = [file for file in files if file.name.endswith((".nii", ".nii.gz", ".nrrd", ".mha"))]
+    if not volumes and not any(is_dicom(file) for file in files[:3]):
+        raise ValueError(f"{path}: no volume in it; expected NIfTI files, one DICOM series, or slices such as 001.png")
+    return [{"image": str(file)} for file in volumes or [path]]
+
+
 def _find_dicom(path: Path, on_error: str, irregular: str) -> tuple[list[Case], set[str]]:
     """List the folders that hold one usable series, and which of them to leave out."""
-    if irregular not in ("refuse", "accept"):
-        raise ValueError(f"irregular must be 'refuse' or 'accept', got {irregular!r}")
+    check_choice("irregular", irregular, ("refuse", "accept"))
     folders = list_series(path, mapper=run_parallel)
     faults: set[str] = set()
     for folder, series in folders.items():
@@ -170,12 +195,6 @@ def _find_dicom(path: Path, on_error: str, irregular: str) -> tuple[list[Case], 
             logger.warning("%s; the volume is left out", error)
             faults.add(str(folder))
     return [{"image": str(folder)} for folder in folders], faults
-
-
-def check_on_error(on_error: str) -> None:
-    """Raise ValueError if `on_error` is neither "raise" nor "skip"."""
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
 
 
 def _find_faults(cases: Sequence[tuple[Case, bool]], on_error: str) -> set[str]:
@@ -213,23 +232,23 @@ def _read_datalist(path: Path) -> dict[str, list[Case]]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"datalist {path}: not JSON ({error})") from error
+    content = content if isinstance(content, dict) else {}
     cases: dict[str, list[Case]] = {}
     for name in ("training", "validation", "test"):
-        entries: Any = (content.get(name) or []) if isinstance(content, dict) else []
+        entries: Any = content.get(name) or []
         if not isinstance(entries, list):
             raise ValueError(f"datalist {path}: {name} holds {entries!r}; expected a list of cases")
         entries = [{"image": e} if isinstance(e, str) else e for e in entries]
-        bad = [e for e in entries if not isinstance(e, dict) or not isinstance(e.get("image"), str)]
-        bad += [e for e in entries if e not in bad and not isinstance(e.get("label", ""), str)]
-        if bad:
-            raise ValueError(f'datalist {path}: {name} holds {bad[0]!r}; expected {{"image": path, "label": path}}')
+        for e in entries:
+            if not isinstance(e, dict) or not all(isinstance(e.get(*k), str) for k in (("image",), ("label", ""))):
+                raise ValueError(f'datalist {path}: {name} holds {e!r}; expected {{"image": path, "label": path}}')
         cases[name] = [{k: str(path.parent / e[k]) for k in ("image", "label") if k in e} for e in entries]
-    _check_shared(path, cases, content.get("shared_cases") if isinstance(content, dict) else None)
+    _check_shared(path, cases, content.get("shared_cases"))
     return cases
 
 
 def _check_shared(path: Path, cases: dict[str, list[Case]], reason: str | None) -> None:
-    """Refuse a training case that another list names too, unless there is a reason; say so of validation and test."""
+    """Refuse a training case that another list names too, unless there is a reason; warn of other shared cases."""
     training, validation, test = ({os.path.abspath(c["image"]) for c in group} for group in cases.values())
     if reason is None and (shared := sorted(training & (validation | test))):
         other = "validation" if shared[0] in validation else "test"

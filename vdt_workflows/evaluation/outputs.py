@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,32 +12,12 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 
-from vdt_workflows.data.folder_index import is_image
 from vdt_workflows.files import write_csv, write_json
 
 logger = logging.getLogger(__name__)
 
 MARKUPS = "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/markups-schema-v1.0.3.json#"
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
-
-
-def list_images(source: str | os.PathLike) -> list[dict[str, str]]:
-    """List the images to classify: one file, or all image files below a folder, as `image` and `path`.
-
-    Raises:
-        FileNotFoundError: if there is nothing at `source`.
-        ValueError: if the folder holds no image file.
-    """
-    path = Path(source)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names if is_image(name))
-    else:
-        raise FileNotFoundError(f"{path}: no such file or folder; expected an image or a folder of images")
-    if not files:
-        raise ValueError(f"{path}: no image file in it or below it")
-    return [{"image": str(file), "path": str(file)} for file in files]
 
 
 class SavePredictions:

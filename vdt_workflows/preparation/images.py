@@ -24,7 +24,7 @@ from vdt_transforms import ImageDecodeError, LoadNaturalImage
 from vdt_transforms.natural_images import ORIENTATION, resize
 from vdt_workflows.data.folder_index import INDEX, is_image
 from vdt_workflows.data.images import VALIDATION_FOLDERS, VALIDATION_LISTS, find_images
-from vdt_workflows.data.volumes import check_on_error
+from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, write_atomic, write_csv
 from vdt_workflows.parallel import run_parallel
 
@@ -103,7 +103,7 @@ def prepare_images(
         raise ValueError(f"quality must be 1 to 100, got {quality}")
     if rules.chroma not in CHROMA:
         raise ValueError(f"chroma must be one of {', '.join(CHROMA)}, got {rules.chroma!r}")
-    check_on_error(on_error)
+    check_choice("on_error", on_error, ("raise", "skip"))
     source, target = (Path(os.path.abspath(str(folder))) for folder in (images, output_dir))
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"output_dir {target} lies inside the images {source}; name a folder elsewhere")

@@ -32,7 +32,7 @@ import numpy as np
 
 from vdt_transforms.dicom_series import DicomFolder, DicomSeries, find_series
 from vdt_workflows.data.nodule_tables import COLUMNS, RATINGS
-from vdt_workflows.data.volumes import check_on_error
+from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, read_record, remove_unfinished, write_atomic, write_csv, write_json, write_record
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.lidc import Annotation, Annotations, consensus, read_annotations
@@ -87,7 +87,7 @@ def prepare_lidc(
         ValueError: if an argument is out of its range, `output_dir` was made with other settings, no annotated scan is
             found, or, with `on_error` "raise", a scan cannot be used.
     """
-    check_on_error(on_error)
+    check_choice("on_error", on_error, ("raise", "skip"))
     if irregular not in ("refuse", "accept"):
         raise ValueError(f"irregular must be 'refuse' or 'accept', got {irregular!r}")
     if not isinstance(size, int) or not 16 <= size <= 256:

@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vdt_workflows.data.volumes import SUFFIX, check_on_error, draw, list_cases
+from vdt_workflows.data.volumes import SUFFIX, draw, list_cases
+from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, write_atomic, write_json
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
 from vdt_workflows.preparation.public_sets import (
@@ -125,7 +126,7 @@ def prepare_segmentation(
         raise ValueError(f"tumour is for --source lits, not {source}")
     if not 0 < val_fraction < 1 or not 0 <= test_fraction < 1:
         raise ValueError(f"val_fraction and test_fraction must be shares below 1, got {val_fraction}, {test_fraction}")
-    check_on_error(on_error)
+    check_choice("on_error", on_error, ("raise", "skip"))
     paths = [Path(str(path)) for path in (data if isinstance(data, list | tuple) else [data])]
     root = Path(str(output_dir))  # fire reads a folder called 2024 as a number
     for path in paths:

@@ -1,4 +1,4 @@
-"""Files of a run that are whole or absent, and a run that goes on where it was killed."""
+"""Weights as files, and runs that resume from their last whole epoch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def bare(network: nn.Module) -> nn.Module:
 def save_weights(network: nn.Module, path: str | os.PathLike, provenance: Mapping[str, Any] | None = None) -> None:
     """Write a network's state dict, bare, as every tool reads it.
 
-    What the tensors do not tell travels in the state dict's own metadata, as plain values: each encoder's architecture,
-    and `provenance` (what it was trained on, and how), with what `initialise` noted on the network.
+    The state dict's own metadata holds plain values beside the tensors: each encoder's architecture, and `provenance`
+    (what it was trained on, and how), with what `initialise` noted on the network.
     """
     state = bare(network).state_dict()
     noted = {**getattr(bare(network), "origin", {}), **(provenance or {})}
@@ -73,12 +74,12 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: has no weights for {report.left_random[0]} and maybe others; {hint}")
 
 
+@dataclass(eq=False)
 class LoadWeights:
     """Handler: load a whole network when the engine starts (see `load_weights`)."""
 
-    def __init__(self, network: nn.Module, path: str) -> None:
-        self.network = network
-        self.path = path
+    network: nn.Module
+    path: str
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluator."""
@@ -90,6 +91,7 @@ class LoadWeights:
         logger.info("%s: loaded", self.path)
 
 
+@dataclass(eq=False)
 class SaveWeights:
     """Handler: write a network's weights whenever the engine completes an epoch, or when its metric is the best yet.
 
@@ -99,26 +101,21 @@ class SaveWeights:
         network: the network; for its encoder alone give `@network.backbone`.
         path: the file to write.
         metric: name of an engine's metric; the file is written when it is higher than ever before, and always as
-            long as there was no number yet, such as an AUC of one class alone.
+            long as it was NaN, such as an AUC of one class alone.
         provenance: plain values to store in the file.
         writes: whether this process writes; by default the first one (rank 0).
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        path: str,
-        *,
-        metric: str | None = None,
-        provenance: Mapping[str, Any] | None = None,
-        writes: bool | None = None,
-    ) -> None:
-        self.network = network
-        self.path = path
-        self.metric = metric
-        self.provenance = provenance
-        self.writes = is_first_process() if writes is None else writes
-        self.best: float | None = None
+    network: nn.Module
+    path: str
+    _: KW_ONLY
+    metric: str | None = None
+    provenance: Mapping[str, Any] | None = None
+    writes: bool | None = None
+    best: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.writes = is_first_process() if self.writes is None else self.writes
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer or the evaluator."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from networks import GenesisUNet3D, ResNet3D, constrain, load_pretrained
+from vdt_workflows.errors import check_choice
 from vdt_workflows.files import hash_file
 from vdt_workflows.training.checkpoints import read_provenance
 
@@ -51,8 +52,7 @@ def initialise(
         ValueError: if `init` is unknown or not for this network, or `pretrained` is missing or given for nothing; and
             as `load_pretrained`.
     """
-    if init not in INITIALISATIONS:
-        raise ValueError(f"init must be one of {tuple(INITIALISATIONS)}, got {init!r}")
+    check_choice("init", init, tuple(INITIALISATIONS))
     if init == "scratch":
         if pretrained is not None:
             raise ValueError(f"init 'scratch' ignores pretrained={str(pretrained)!r}; did you mean init 'vdt'?")

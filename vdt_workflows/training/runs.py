@@ -1,9 +1,7 @@
-"""What a run tells while it trains, and what it leaves for evaluation and inference."""
+"""Records of a run: its history and curves, and its settings and scores for later stages."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import platform
@@ -11,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 
-from vdt_workflows.files import write_atomic
+from vdt_workflows.drawing import to_png
+from vdt_workflows.files import write_atomic, write_csv
 from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,13 @@ class RememberRun:
 PATIENCE = 20  # steps
 
 
+@dataclass(eq=False)
 class RunLog:
     """Handler: one line of text, one row of `history.csv` and one more point of `curves.png` for each epoch.
 
-    A loss that is no number stops the run, before anything is written: at once, or with a gradient scaler, which skips
-    such steps, when many come one after the other. On CUDA losses are looked at now and then, and at an epoch's end.
+    A loss of NaN or infinity stops the run, before anything is written: at once, or with a gradient scaler, which skips
+    such steps, after `PATIENCE` of them in a row. On CUDA losses are checked every `PATIENCE` steps and at the end of
+    an epoch.
 
     Attach it to the trainer after the validation handler.
 
@@ -89,25 +91,16 @@ class RunLog:
         ValueError: in training, if the loss is no longer a number.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        validator: Engine | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        title: str = "",
-        writes: bool | None = None,
-    ) -> None:
-        self.folder = Path(folder)
-        self.validator = validator
-        self.optimizer = optimizer
-        self.title = title
-        self.writes = is_first_process() if writes is None else writes
-        self.rows: list[Row] = []
-        self._scores: Row = {}
-        self._loss: torch.Tensor | float = 0.0
-        self._steps = 0
-        self._bad: torch.Tensor | int = 0  # steps without a finite loss, one after the other
-        self._start = 0.0
+    folder: str
+    validator: Engine | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    title: str = ""
+    writes: bool | None = None
+    rows: list[Row] = field(default_factory=list, init=False)
+    _bad: torch.Tensor | int = field(default=0, init=False)  # steps without a finite loss, one after the other
+
+    def __post_init__(self) -> None:
+        self.writes = is_first_process() if self.writes is None else self.writes
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer, and with its validator for the metrics."""
@@ -126,8 +119,13 @@ class RunLog:
         self.rows = list(state["rows"])
 
     def _begin(self, engine: Engine) -> None:
-        self._loss, self._steps, self._start, self._scores = 0.0, 0, time.perf_counter(), {}
-        self._lr = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else None
+        self._loss: torch.Tensor | float = 0.0
+        self._steps, self._start = 0, time.perf_counter()
+        self._scores: Row = {}
+        self._lr = self._rate()
+
+    def _rate(self) -> float | None:
+        return None if self.optimizer is None else float(self.optimizer.param_groups[0]["lr"])
 
     def _count(self, engine: Engine) -> None:
         output = engine.state.output
@@ -145,7 +143,8 @@ class RunLog:
         scales = scaler is not None and scaler.is_enabled()
         if self._bad < (PATIENCE if scales else 1):
             return
-        lower = f" than {self.optimizer.param_groups[0]['lr']:.3g}" if self.optimizer is not None else ""
+        rate = self._rate()
+        lower = f" than {rate:.3g}" if rate is not None else ""
         mixed = " or, of mixed precision, --amp False" if getattr(engine, "amp", False) else ""
         raise ValueError(
             f"the loss is {loss:g} at step {engine.state.iteration}, in epoch {engine.state.epoch} of"
@@ -164,7 +163,7 @@ class RunLog:
         losses = idist.all_reduce(torch.as_tensor([float(self._loss), self._steps], device=idist.device()))
         row["train_loss"] = float(losses[0] / losses[1])
         if self._lr is not None:
-            row["lr"] = float(self._lr)
+            row["lr"] = self._lr
         row.update(self._scores)
         row["seconds"] = round(time.perf_counter() - self._start, 2)
         self.rows.append(row)
@@ -173,18 +172,13 @@ class RunLog:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("epoch", "step"))
         logger.info("epoch %d/%d, step %d: %s", row["epoch"], engine.state.max_epochs, row["step"], shown)
         names = list(dict.fromkeys(name for r in self.rows for name in r))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomic(self.folder / "history.csv", text.getvalue().encode())
-        write_atomic(self.folder / "curves.png", draw_curves(self.rows, self.title))
+        write_csv(Path(self.folder, "history.csv"), self.rows, names)
+        write_atomic(Path(self.folder, "curves.png"), draw_curves(self.rows, self.title))
 
 
 def draw_curves(rows: list[Row], title: str = "") -> bytes:
     """Draw losses on the left and scores on the right, against the epoch, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that only a run that draws pays
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # half a second, for runs that draw only
     from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -202,9 +196,7 @@ def draw_curves(rows: list[Row], title: str = "") -> bytes:
         if lines:
             axes.legend(fontsize="small")
     figure.suptitle(title, parse_math=False)
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    return png.getvalue()
+    return to_png(figure)
 
 
 class SaveScores:
@@ -232,20 +224,21 @@ class SaveScores:
         write_atomic(self.path, json.dumps({**scores, "_run_": self.notes}, indent=2, default=_plain).encode())
 
 
+@dataclass(eq=False)
 class Attach:
     """Handler that attaches another one, which the config builds under an id of its own so that others can refer to it.
 
     MONAI's `check_properties` wants each entry of a list of handlers to be a component, not a reference.
     """
 
-    def __init__(self, handler: Any) -> None:
-        self.handler = handler
+    handler: Any
 
     def attach(self, engine: Engine) -> None:
         """Attach the handler itself."""
         self.handler.attach(engine)
 
 
+@dataclass(eq=False)
 class SkippedImages:
     """Handler: name each image that was left out because it does not decode, once, and count them at the end.
 
@@ -253,9 +246,8 @@ class SkippedImages:
         path: text file that lists them, one reason a line; written only if there are any.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.reasons: dict[str, None] = {}
+    path: str
+    reasons: dict[str, None] = field(default_factory=dict, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer or an evaluator."""

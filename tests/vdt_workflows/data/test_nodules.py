@@ -318,18 +318,23 @@ def test_a_part_without_one_class_is_refused(tmp_path):
     assert len(find_nodules(tmp_path, task="segmentation")["test"]) == 3
 
 
-def test_a_split_of_unknown_nodules_is_refused(folder, tmp_path):
-    (tmp_path / "s.json").write_text(json.dumps({"training": ["a"], "validation": [], "test": []}))
-    with pytest.raises(
-        ValueError, match="lists 1 nodules that the data set does not have: a; its nodules are named like"
-    ):
-        find_nodules(folder, split=tmp_path / "s.json")
-    (tmp_path / "s.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"not the split\.json of a run"):
-        find_nodules(folder, split=tmp_path / "s.json")
-    (tmp_path / "s.csv").write_text(",training,test\n0,a,b\n")
-    with pytest.raises(ValueError, match=r"its columns are .*; expected an unnamed index, train and test"):
-        find_nodules(folder, split=tmp_path / "s.csv")
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        (
+            "s.json",
+            '{"training": ["a"], "validation": [], "test": []}',
+            "lists 1 nodules that the data set does not have: a; its nodules are named like",
+        ),
+        ("s.json", '{"training": ["a"], "validation": ["a"], "test": []}', "a listed more than once"),
+        ("s.json", "[]", r"not the split\.json of a run"),
+        ("s.csv", ",training,test\n0,a,b\n", "its columns are .*; expected an unnamed index, train and test"),
+    ],
+)
+def test_a_wrong_split_is_refused(folder, tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        find_nodules(folder, split=tmp_path / name)
 
 
 def test_a_published_split_with_a_nodule_on_both_sides_is_refused(published, tmp_path):

@@ -9,12 +9,9 @@ import pytest
 import torch
 from ignite.engine import Engine
 from monai.data import DataLoader
-from monai.transforms import (
-    Compose,
-    Lambdad,
-    RandFlipd,
-)
+from monai.transforms import Compose, Lambdad, RandFlipd
 
+from tests.makers.pictures import write_picture
 from tests.support.augmented import RandCount, augmentation, images, loaded, same
 from vdt_transforms import ImageDecodeError, LoadNaturalImaged
 from vdt_workflows.data.images import collate_images
@@ -192,10 +189,8 @@ def test_draws_with_persistent_workers_follow_the_epoch():
 
 @pytest.fixture
 def pictures(tmp_path):
-    from PIL import Image
-
     for name in "ac":
-        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+        write_picture(tmp_path / f"{name}.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
     return [{"image": str(tmp_path / f"{name}.png"), "label": i} for i, name in enumerate("abc")]
 

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import csv
 import json
 
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
-from vdt_workflows.evaluation.outputs import SaveLesions
+from vdt_workflows.evaluation.outputs import SaveLesions, SavePredictions
 
 
 def save(tmp_path, affine, axes="LPI", boxes=((1.0, 2, 3, 3, 6, 9),)):
@@ -58,3 +60,44 @@ def test_nothing_found_is_written_too(tmp_path):
     lesions, content, _ = save(tmp_path, np.eye(4), boxes=np.zeros((0, 6)).tolist())
     assert lesions == []
     assert content["markups"] == []
+
+
+def read_rows(file):
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+LOGITS = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.5]]).log_softmax(1)
+
+
+def predict(folder, logits=LOGITS, paths=("b.png", 'a, "1".png'), **options):
+    engine = Engine(lambda engine, batch: {"pred": batch["logits"]})
+    SavePredictions(str(folder), **options).attach(engine)
+    engine.run([{"path": [path], "logits": row[None]} for path, row in zip(paths, logits, strict=True)])
+    return json.loads((folder / "predictions.json").read_text()), read_rows(folder / "predictions.csv")
+
+
+def test_the_most_probable_classes_come_first_by_name(tmp_path):
+    found, rows = predict(tmp_path / "out", class_names=["cat", "dog", "eel"], top=2)
+    assert [item["image"] for item in found] == ["b.png", 'a, "1".png']
+    assert [[guess["class"] for guess in item["top"]] for item in found] == [["dog", "eel"], ["cat", "eel"]]
+    assert [[guess["index"] for guess in item["top"]] for item in found] == [[1, 2], [0, 2]]
+    for item, logits in zip(found, LOGITS, strict=True):
+        for guess in item["top"]:
+            assert guess["probability"] == pytest.approx(logits.exp()[guess["index"]].item())
+    expected = [("b.png", "1", "dog", "1"), ("b.png", "2", "eel", "2")]
+    expected += [('a, "1".png', "1", "cat", "0"), ('a, "1".png', "2", "eel", "2")]
+    assert [(row["image"], row["rank"], row["class"], row["index"]) for row in rows] == expected
+    assert float(rows[0]["probability"]) == pytest.approx(LOGITS[0, 1].exp().item(), abs=1e-6)
+
+
+def test_without_names_the_classes_are_numbers_and_top_may_exceed_them(tmp_path):
+    found, rows = predict(tmp_path, top=10)
+    assert [[guess["class"] for guess in item["top"]] for item in found] == [["1", "2", "0"], ["0", "2", "1"]]
+    assert [sum(guess["probability"] for guess in item["top"]) for item in found] == pytest.approx([1, 1])
+    assert len(rows) == 6
+
+
+def test_half_precision_logits_are_understood(tmp_path):
+    found, _ = predict(tmp_path, LOGITS.half())
+    assert [item["top"][0]["index"] for item in found] == [1, 0]

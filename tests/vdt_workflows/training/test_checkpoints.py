@@ -1,15 +1,11 @@
 from __future__ import annotations
 
 import csv
-import errno
 import logging
 import multiprocessing
 import os
 import random
-import resource
 import signal
-import stat
-import tempfile
 import time
 from contextlib import suppress
 
@@ -25,7 +21,6 @@ from torch import nn
 from networks import ResNet3D, ResNet3DClassifier
 from vdt_transforms import RandSliceShuffled
 from vdt_workflows.data.sampling import SeededDataset, SeededSampler, SeedEpochs
-from vdt_workflows.files import save_atomic, write_atomic
 from vdt_workflows.training.checkpoints import (
     LoadWeights,
     ResumeRun,
@@ -49,122 +44,6 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a == b
-
-
-# write_atomic
-
-
-@pytest.fixture
-def file(tmp_path):
-    """A file that is there already."""
-    file = tmp_path / "models" / "model.pt"
-    write_atomic(file, b"old")
-    return file
-
-
-def refuse_to_write(monkeypatch, error, after=100):
-    """Let every temporary file fail with `error` in the middle of what is written to it."""
-    make = tempfile.NamedTemporaryFile
-
-    def failing(**options):
-        file = make(**options)
-        write = file.write
-
-        def cut_short(content):
-            write(content[:after])
-            file.flush()
-            raise error
-
-        file.write = cut_short
-        return file
-
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", failing)
-
-
-def test_a_file_is_written_whole_in_a_folder_that_is_made_for_it(tmp_path):
-    file = tmp_path / "a" / "b" / "x.bin"
-    for content in (b"first", b"", b"second" * 1000):
-        write_atomic(str(file), content)
-        assert file.read_bytes() == content
-    assert os.listdir(file.parent) == ["x.bin"]
-
-
-def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(file, monkeypatch):
-    refuse_to_write(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    with pytest.raises(OSError, match=r"models/model\.pt: could not be written \(No space left on device\); free") as e:
-        write_atomic(file, b"new" * 1000)
-    assert e.value.errno == errno.ENOSPC
-    assert file.read_bytes() == b"old"
-    assert os.listdir(file.parent) == ["model.pt"]
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_no_temporary_one(file, monkeypatch):
-    refuse_to_write(monkeypatch, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        write_atomic(file, b"new" * 1000)
-    assert file.read_bytes() == b"old"
-    assert os.listdir(file.parent) == ["model.pt"]
-
-
-def test_a_rename_that_fails_leaves_no_temporary_file(file):
-    file.unlink()
-    file.mkdir()  # a folder of that name
-    with pytest.raises(OSError, match=r"model\.pt: could not be written \(Is a directory\)"):
-        write_atomic(file, b"new")
-    assert os.listdir(file.parent) == ["model.pt"]
-
-
-def write_with_a_limit(file, limit, answers):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    try:
-        save_atomic({"tensor": torch.zeros(100_000)}, file)
-    except OSError as error:
-        answers.put(str(error))
-    else:
-        answers.put("written")
-
-
-def test_a_file_size_limit_leaves_the_old_file_and_no_temporary_one(file):
-    """The kernel's own refusal, which holds for root too."""
-    answers = FORK.Queue()
-    process = FORK.Process(target=write_with_a_limit, args=(file, 50_000, answers))
-    process.start()
-    answer = answers.get(timeout=60)
-    process.join()
-    assert f"{file}: could not be written (File too large)" in answer
-    assert file.read_bytes() == b"old"
-    assert os.listdir(file.parent) == ["model.pt"]
-
-
-def test_a_path_below_a_file_is_refused_with_a_sentence(file):
-    for path in (file / "x.pt", file / "deeper" / "x.pt"):
-        with pytest.raises(OSError, match=r"x\.pt: could not be written \((File exists|Not a directory)\)"):
-            write_atomic(path, b"new")
-    assert file.read_bytes() == b"old"
-    assert os.listdir(file.parent) == ["model.pt"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
-def test_a_folder_without_permission_is_refused_with_a_sentence(file):
-    file.parent.chmod(0o500)
-    try:
-        with pytest.raises(PermissionError, match=r"model\.pt: could not be written \(Permission denied\)"):
-            write_atomic(file, b"new")
-        assert os.listdir(file.parent) == ["model.pt"]
-    finally:
-        file.parent.chmod(0o700)
-    assert file.read_bytes() == b"old"
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_the_files_mode_follows_the_umask(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        write_atomic(tmp_path / "x", b"")
-        assert os.umask(umask) == umask  # and the umask is as it was
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o666 & ~umask
 
 
 # Weights

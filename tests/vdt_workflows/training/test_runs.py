@@ -14,7 +14,6 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from PIL import Image
 
-from vdt_workflows.evaluation.outputs import SavePredictions, list_images
 from vdt_workflows.training.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages, draw_curves
 
 PICTURE = (1000, 400)  # pixels
@@ -245,57 +244,3 @@ def test_where_none_is_left_out_nothing_is_written(tmp_path, caplog):
         engine.run([{"skipped": []}], max_epochs=2)
     assert not caplog.records
     assert not list(tmp_path.iterdir())
-
-
-# SavePredictions and list_images
-
-LOGITS = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.5]]).log_softmax(1)
-
-
-def predict(folder, logits=LOGITS, paths=("b.png", 'a, "1".png'), **options):
-    engine = Engine(lambda engine, batch: {"pred": batch["logits"]})
-    SavePredictions(str(folder), **options).attach(engine)
-    engine.run([{"path": [path], "logits": row[None]} for path, row in zip(paths, logits, strict=True)])
-    return json.loads((folder / "predictions.json").read_text()), read_rows(folder / "predictions.csv")
-
-
-def test_the_most_probable_classes_come_first_by_name(tmp_path):
-    found, rows = predict(tmp_path / "out", class_names=["cat", "dog", "eel"], top=2)
-    assert [item["image"] for item in found] == ["b.png", 'a, "1".png']
-    assert [[guess["class"] for guess in item["top"]] for item in found] == [["dog", "eel"], ["cat", "eel"]]
-    assert [[guess["index"] for guess in item["top"]] for item in found] == [[1, 2], [0, 2]]
-    for item, logits in zip(found, LOGITS, strict=True):
-        for guess in item["top"]:
-            assert guess["probability"] == pytest.approx(logits.exp()[guess["index"]].item())
-    expected = [("b.png", "1", "dog", "1"), ("b.png", "2", "eel", "2")]
-    expected += [('a, "1".png', "1", "cat", "0"), ('a, "1".png', "2", "eel", "2")]
-    assert [(row["image"], row["rank"], row["class"], row["index"]) for row in rows] == expected
-    assert float(rows[0]["probability"]) == pytest.approx(LOGITS[0, 1].exp().item(), abs=1e-6)
-
-
-def test_without_names_the_classes_are_numbers_and_top_may_exceed_them(tmp_path):
-    found, rows = predict(tmp_path, top=10)
-    assert [[guess["class"] for guess in item["top"]] for item in found] == [["1", "2", "0"], ["0", "2", "1"]]
-    assert [sum(guess["probability"] for guess in item["top"]) for item in found] == pytest.approx([1, 1])
-    assert len(rows) == 6
-
-
-def test_half_precision_logits_are_understood(tmp_path):
-    found, _ = predict(tmp_path, LOGITS.half())
-    assert [item["top"][0]["index"] for item in found] == [1, 0]
-
-
-def test_one_image_or_all_below_a_folder_are_listed(tmp_path):
-    for name in ("b.png", "deep/er/a.JPG", "notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    files = [str(tmp_path / name) for name in ("b.png", "deep/er/a.JPG")]
-    assert list_images(tmp_path) == [{"image": file, "path": file} for file in files]
-    assert list_images(files[0]) == [{"image": files[0], "path": files[0]}]
-
-
-def test_nothing_to_classify_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"/none: no such file or folder; expected an image or a folder of"):
-        list_images(tmp_path / "none")
-    with pytest.raises(ValueError, match=": no image file in it or below it"):
-        list_images(tmp_path)
