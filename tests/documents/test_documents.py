@@ -22,7 +22,7 @@ from PIL import Image
 from networks import ResNet3D
 from tests.support.bundle_runs import BUNDLES, ROOT, TINY
 from tests.support.documents import DOCUMENTS, blocks, commands, inline
-from vdt_workflows.cli import COMMANDS
+from vdt_workflows.cli import COMMANDS, find_command
 from vdt_workflows.overrides import check_command_line
 from vdt_workflows.training.checkpoints import save_weights
 
@@ -132,8 +132,8 @@ def script_of(words: list[str]) -> Path:
     """The file with the function that a command runs, or the folder of its package."""
     if words[0] == "python":
         return ROOT / (words[2].replace(".", "/") if words[1] == "-m" else words[1])
-    name = " ".join(words[1:3]) if " ".join(words[1:3]) in COMMANDS else words[1]
-    return ROOT / "vdt_workflows" / f"{COMMANDS[name].partition(':')[0].replace('.', '/')}.py"
+    name, _ = find_command(words[1:])
+    return ROOT / "vdt_workflows" / f"{COMMANDS[name].module.replace('.', '/')}.py"
 
 
 def options_of(script: Path) -> set[str]:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import inspect
 import json
+import subprocess
+import sys
+from importlib import import_module
 
 import pytest
 
-from vdt_workflows.cli import run_function
+from tests.support.bundle_runs import ROOT
+from vdt_workflows.cli import COMMANDS, describe_function, find_command, main, run_function
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +18,16 @@ def script_name(monkeypatch):
 
 
 def prepare(folder: str, size: int = 80, dry_run: bool = False) -> dict:
-    """Prepare a folder."""
+    """Prepare a folder.
+
+    Args:
+        folder: what to prepare,
+            on two lines.
+        size: in pixels.
+        dry_run: only say what would be done.
+    """
+    if folder == "endless":
+        raise KeyboardInterrupt
     if size < 0:
         raise ValueError(f"size must be 0 or more, got {size}")
     if folder == "none":
@@ -68,12 +82,25 @@ def test_a_misspelt_option_is_refused_before_anything_runs(capsys, word, near):
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
-    [(["x", "--size", "-1"], "prepare: size must be 0 or more, got -1"), (["none"], "prepare: none: no such folder")],
+    [
+        (["x", "--size", "-1"], "prepare: size must be 0 or more, got -1"),
+        (["none"], "prepare: none: no such folder"),
+        ([], "no value for the required argument: folder; prepare --help lists the arguments"),
+        (["x", "1", "True", "more"], "prepare: Could not consume arg: more; prepare --help lists the arguments"),
+    ],
 )
-def test_an_error_of_the_user_ends_with_its_sentence_alone(words, sentence):
+def test_an_error_of_the_user_ends_with_its_sentence_alone(capsys, words, sentence):
     with pytest.raises(SystemExit) as end:
         run_function(prepare, words)
-    assert end.value.code == sentence
+    assert end.value.code.endswith(sentence)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_interrupt_ends_with_a_sentence_and_the_status_of_shells(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_function(prepare, ["endless"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "prepare: stopped; give the same command again to go on\n"
 
 
 def test_an_error_of_ours_keeps_its_traceback():
@@ -82,3 +109,72 @@ def test_an_error_of_ours_keeps_its_traceback():
 
     with pytest.raises(KeyError):
         run_function(broken, ["x"])
+
+
+# The command vdt ---------------------------------------------------------------------------------------------------
+
+
+def test_help_fits_a_screen_names_every_command_and_imports_no_torch():
+    code = "import sys; from vdt_workflows.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    assert all(any(line.startswith(f"  {name} ") for line in lines) for name in COMMANDS)
+
+
+def test_the_module_is_the_command_too():
+    words = [sys.executable, "-m", "vdt_workflows", "frobnicate"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "vdt: frobnicate: no such command; vdt --help lists them\n"
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("vdt 0.")
+
+
+def test_the_help_of_a_command_shows_each_argument_with_its_default(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert describe_function(prepare, "vdt prepare").split("\n\n")[:3] == [
+        "usage: vdt prepare FOLDER [OPTIONS]",
+        "Prepare a folder.",
+        "  FOLDER     what to prepare, on two lines.\n"
+        "  --size     in pixels. [80]\n"
+        "  --dry_run  only say what would be done.",
+    ]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_documents_its_arguments_and_shows_an_example(name):
+    module = import_module(f"vdt_workflows.{COMMANDS[name].module}")
+    function = getattr(module, COMMANDS[name].function)
+    text = describe_function(function, f"vdt {name}")
+    assert f"examples:\n  vdt {name}" in text
+    *_, arguments, _ = text.split("\n\n")
+    rows = [line.split(None, 1) for line in arguments.splitlines() if line[2] != " "]
+    assert len(rows) == len(inspect.signature(function).parameters)
+    assert all(len(row) == 2 for row in rows), rows
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["prepare", "images", "x"], ("prepare images", ["x"])),
+        (["prepare", "x", "y"], ("prepare volumes", ["x", "y"])),
+        (["prepare"], ("prepare volumes", [])),
+        (["check", "all"], ("check", ["all"])),
+    ],
+)
+def test_a_first_word_without_a_kind_means_the_usual_one(words, found):
+    assert find_command(words) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [(["chek"], "did you mean vdt check?"), (["prepare", "volume"], "did you mean vdt prepare volumes?")],
+)
+def test_a_misspelt_command_is_refused_with_the_nearest(words, near):
+    with pytest.raises(SystemExit, match=near.replace("?", r"\?")):
+        main(words)

@@ -1,8 +1,8 @@
-"""What `check_bundle.py` looks at in the folder of one bundle, in a process of its own.
+"""The checks that `vdt check` runs on the folder of one bundle, in a process of its own.
 
-    python -I scripts/bundle_checks.py FOLDER RESULT.json
+    python -I vdt_workflows/packaging/bundle_checks.py FOLDER RESULT.json
 
-It needs nothing but MONAI and what the bundle itself finds: a packaged bundle is looked at without the repository.
+It needs nothing but MONAI and what the bundle itself finds: a packaged bundle is checked without the repository.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ TASKS = ("_segmentation", "_classification", "_detection")  # what MONAI Label t
 DISTRIBUTIONS = {"ignite": "pytorch-ignite", "PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml"}
 LOCATOR = ComponentLocator()  # one for all: each of its own looks through all of MONAI
 OPTIONAL = {"highdicom", "ray"}  # imported by what asks for them alone, with a sentence if they are not there
-COMMANDS = ("run", "run_workflow", "ckpt_export", "onnx_export", "trt_export", "verify_metadata", "verify_net_in_out")
-COMMANDS += ("download_large_files",)
+COMMANDS = {"run", "run_workflow", "ckpt_export", "onnx_export", "trt_export", "verify_metadata", "verify_net_in_out"}
+COMMANDS |= {"download_large_files"}
 
 
 class Bundle:
@@ -80,15 +80,10 @@ class Bundle:
 
 def check_files(bundle: Bundle) -> Iterator[str]:
     """Names, sizes, weights, personal paths."""
-    for place in (
-        "LICENSE",
-        "configs/metadata.json",
-        "configs/logging.conf",
-        "docs/README.md",
-        "docs/data_license.txt",
-    ):
-        if not (bundle.folder / place).is_file():
-            yield f"{place} is missing"
+    needed = ("LICENSE", "configs/metadata.json", "configs/logging.conf", "docs/README.md", "docs/data_license.txt")
+    for name in needed:
+        if not (bundle.folder / name).is_file():
+            yield f"{name} is missing"
     for name in ("train", "inference"):
         if not Path(bundle.config(name)).is_file():
             yield f"{bundle.config(name)} is missing"

@@ -28,7 +28,15 @@ from vdt_workflows.locator import find_bundles
 from vdt_workflows.training.checkpoints import load_weights, read_provenance
 
 ROOT = Path(__file__).resolve().parents[2]  # of the packages
-LEFT_OUT = ("preparation", "report", "packaging", "cli.py", "locator.py")  # of vdt_workflows: no bundle reaches them
+LEFT_OUT = (
+    "preparation",
+    "report",
+    "packaging",
+    "weights",
+    "cli.py",
+    "__main__.py",
+    "locator.py",
+)  # of vdt_workflows: no bundle reaches them
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
 COMPLETE = ("train", "inference")  # configs that stand alone; the others are overlays
 OURS = ("scratch", "vdt", "i3d", "acs", "2.5d")  # initialisations that can rest on weights of our own
@@ -141,11 +149,12 @@ def vendor_source(source: str, place: str) -> str:
     changed = _IMPORT.sub(r"\1scripts.\2", source)
     for node in ast.walk(ast.parse(changed)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        line = getattr(node, "lineno", 0)
         if any(name.partition(".")[0] in PACKAGES for name in names):
-            raise ValueError(f"{place}, line {node.lineno}: write `from ... import` for a package that is copied")
+            raise ValueError(f"{place}, line {line}: write `from ... import` for a package that is copied")
         named = list(ast.walk(node)) if isinstance(node, ast.Call) and "import" in ast.unparse(node.func) else []
         if any(isinstance(part, ast.Constant) and _TEXT.match(str(part.value)) for part in named):
-            raise ValueError(f"{place}, line {node.lineno}: import by `__name__`; a copied package has another name")
+            raise ValueError(f"{place}, line {line}: import by `__name__`; a copied package has another name")
     return changed
 
 
@@ -222,7 +231,7 @@ def refuse_others(weights: str, record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming what they rest on.
     """
-    provenance = read_provenance(weights)
+    provenance: dict[str, Any] | None = read_provenance(weights)
     if not provenance:
         raise ValueError(f"{weights}: says nothing of its origin; only what these bundles' training wrote is packaged")
     while provenance:
