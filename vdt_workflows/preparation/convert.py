@@ -9,7 +9,6 @@ takes.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 from networks import LoadReport, ResNet3D, describe_encoder, load_pretrained, read_checkpoint
 from networks.conversion import METHODS
 from networks.published_names import rename_encoder
-from vdt_workflows.files import save_atomic, write_atomic
+from vdt_workflows.errors import check_choice
+from vdt_workflows.files import save_atomic, write_json
 from vdt_workflows.training.checkpoints import save_weights
 
 TARGETS = ("native", "monai")
@@ -65,8 +65,7 @@ def convert_weights(
         FileNotFoundError: if there is no such source.
         FileExistsError: if the output exists.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target must be one of {TARGETS}, got {target!r}")
+    check_choice("target", target, TARGETS)
     if init is not None and init not in METHODS:
         raise ValueError(f"init must be one of {METHODS}, or left out for a 3D source, got {init!r}")
     if Path(output).exists() and not overwrite:
@@ -90,12 +89,11 @@ def convert_weights(
 
 def _record(report: LoadReport) -> dict[str, str]:
     """Say for each tensor what became of it."""
+    summed = dict.fromkeys(report.folded, "summed over the channels of its input")
     record = dict.fromkeys(report.matched, "copied")
-    for names, what in ((report.folded, "summed over the channels of its input"), (report.inflated, "inflated")):
-        for name in names:
+    for changes in (summed, dict.fromkeys(report.inflated, "inflated"), report.adapted):
+        for name, what in changes.items():
             record[name] = f"{record[name]}, {what}" if name in record else what
-    for name, what in report.adapted.items():
-        record[name] = f"{record[name]}, {what}" if name in record else what
     return record | {name: f"dropped, {why}" for name, why in report.skipped.items()}
 
 
@@ -112,6 +110,5 @@ def _write_report(
         result["call"] = {**MONAI, "shortcut_type": architecture["shortcut"]}
         if width != 64:  # resnet18 and its like have no other width, the class ResNet has
             result["call"]["block_inplanes"] = [width * 2**stage for stage in range(4)]
-    content = json.dumps({**result, "tensors": record}, indent=1)
-    write_atomic(Path(output).with_suffix(".json"), content.encode())
+    write_json(Path(output).with_suffix(".json"), {**result, "tensors": record})
     return result

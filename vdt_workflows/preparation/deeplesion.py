@@ -32,11 +32,11 @@ import numpy as np
 from monai.transforms import LoadImage, Orientation
 from PIL import Image
 from skimage.measure import label as connected_components
-from tqdm import tqdm
 
 from vdt_transforms.slice_stacks import HU_OFFSET, ORIENTATION, SLICE_NAME
+from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, write_csv, write_json
-from vdt_workflows.parallel import run_parallel
+from vdt_workflows.parallel import run_parallel, track
 from vdt_workflows.preparation.deeplesion_tables import COLUMNS, SPLITS, Lesion, read_coco, read_table
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,10 @@ OFFICIAL = {  # lesions and key slices of the whole data set
     "test": (4_927, 4_831),
 }
 MARGIN = 5  # px, between a lesion's end points and its box
-LISTS = {  # of a key slice, by what each of its lesions has
-    **{"box": "boxes", "area": "areas", "noisy": "noisy", "type": "types", "diameter": "diameters", "axes": "axes"},
-    "location": "locations",
-}
+LISTS = (  # of a key slice, and what each of its lesions has
+    *(("boxes", "box"), ("areas", "area"), ("noisy", "noisy"), ("types", "type"), ("diameters", "diameter")),
+    *(("axes", "axes"), ("locations", "location")),
+)
 
 
 def prepare_deeplesion(
@@ -97,20 +97,30 @@ def prepare_deeplesion(
         raise FileNotFoundError(f"{images}: no such folder; expected the unpacked Images_png archives in it")
     source = Path(str(annotations)) if annotations is not None else root / "DL_info.csv"
     lesions = list(read_coco(source) if source.is_dir() or source.suffix == ".json" else read_table(source))
-    stored = list_series(images, sorted({lesion["series"] for lesion in lesions}))
+    names = sorted({lesion["series"] for lesion in lesions})
+    stored = {name: _list_slices(images / name) for name in track(names, len(names), "listing series")}
     problems: dict[str, list[str]] = defaultdict(list)
-    kept = [lesion for lesion in lesions if _usable(lesion, stored, problems)]
-    splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS.values()}
     slices: dict[tuple[str, int], list[Lesion]] = defaultdict(list)
-    for lesion in kept:
-        slices[lesion["series"], lesion["slice"]].append(lesion)
-    for (series, number), found in sorted(slices.items()):
-        image = images / series / stored[series][number]
-        splits[found[0]["split"]].append(_item(image.relative_to(root).as_posix(), found))
+    for lesion in lesions:
+        if reason := _clip(lesion, stored[lesion["series"]]):
+            problems[reason].append(f"{lesion['series']}/{lesion['slice']:03d}.png")
+        else:
+            slices[lesion["series"], lesion["slice"]].append(lesion)
+    kept = [lesion for found in slices.values() for lesion in found]
     if not kept:
         reasons = "; ".join(f"{len(names)} times {reason}" for reason, names in problems.items())
         raise ValueError(
             f"{images}: none of the {len(lesions)} annotated lesions can be used ({reasons or 'none at all'})"
+        )
+    splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS.values()}
+    for (series, number), found in sorted(slices.items()):
+        image = images / series / stored[series][number]
+        splits[found[0]["split"]].append(
+            {
+                "image": image.relative_to(root).as_posix(),
+                **{name: found[0][name] for name in ("patient", "slice_interval", "spacing", "size", "window")},
+                **{names: [lesion[name] for lesion in found] for names, name in LISTS},
+            }
         )
     summary = {
         "source": str(source),
@@ -143,44 +153,24 @@ def _runs(numbers: dict[int, str]) -> list[list[int]]:
     return [list(pair) for pair in zip(starts, ends, strict=True)]
 
 
-def list_series(images: Path, series: Sequence[str]) -> dict[str, dict[int, str]]:
-    """List the slices of each series by number; a series that is not there has none."""
-    stored = {}
-    for name in tqdm(series, desc="listing series", disable=None):
-        files = os.listdir(images / name) if (images / name).is_dir() else []
-        stored[name] = {int(m[1]): file for file in files if (m := SLICE_NAME.match(file))}
-    return stored
+def _list_slices(series: Path) -> dict[int, str]:
+    """List the files of a series by slice number; a series that is not there has none."""
+    files = os.listdir(series) if series.is_dir() else []
+    return {int(m[1]): file for file in files if (m := SLICE_NAME.match(file))}
 
 
-def _usable(lesion: Lesion, stored: dict[str, dict[int, str]], problems: dict[str, list[str]]) -> bool:
-    """Clip the lesion's box, and say whether it can be used; if not, note why."""
-    width, height = lesion["size"]
-    x1, y1, x2, y2 = lesion["box"]
-    lesion["box"] = [max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))]
-    x1, y1, x2, y2 = lesion["box"]
-    lesion["area"] = (x2 - x1) * (y2 - y1)
-    reason = ""
-    if not stored[lesion["series"]]:
-        reason = "the series is not there"
-    elif lesion["slice"] not in stored[lesion["series"]]:
-        reason = "the key slice is not there"
-    elif not 0 < lesion["slice_interval"] < math.inf:
-        reason = f"the slice interval is {lesion['slice_interval']:g} mm"
-    elif not (x2 - x1 >= 1 and y2 - y1 >= 1):
-        reason = "less than a pixel of the box is inside the image"
-    if reason:
-        problems[reason].append(f"{lesion['series']}/{lesion['slice']:03d}.png")
-    return not reason
-
-
-def _item(image: str, lesions: list[Lesion]) -> dict[str, Any]:
-    """Put a key slice's lesions together."""
-    first = lesions[0]
-    return {
-        "image": image,
-        **{name: first[name] for name in ("patient", "slice_interval", "spacing", "size", "window")},
-        **{names: [lesion[name] for lesion in lesions] for name, names in LISTS.items()},
-    }
+def _clip(lesion: Lesion, stored: dict[int, str]) -> str:
+    """Clip the lesion's box to the image, and return why it cannot be used, if so."""
+    x1, y1 = (max(value, 0.0) for value in lesion["box"][:2])
+    x2, y2 = (min(value, float(size)) for value, size in zip(lesion["box"][2:], lesion["size"], strict=True))
+    lesion |= {"box": [x1, y1, x2, y2], "area": (x2 - x1) * (y2 - y1)}
+    if not stored:
+        return "the series is not there"
+    if lesion["slice"] not in stored:
+        return "the key slice is not there"
+    if not 0 < lesion["slice_interval"] < math.inf:
+        return f"the slice interval is {lesion['slice_interval']:g} mm"
+    return "" if x2 - x1 >= 1 and y2 - y1 >= 1 else "less than a pixel of the box is inside the image"
 
 
 def _write(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
@@ -205,8 +195,7 @@ def _convert_volumes(
     Volumes are turned to LPI. A lesion is a connected part of a mask; its box is that of its outline in the key slice
     and 5 px more on every side, as DeepLesion's. Volumes that were written before are not written again.
     """
-    if key_slices not in ("largest", "all"):
-        raise ValueError(f"key_slices must be 'largest' or 'all', got {key_slices!r}")
+    check_choice("key_slices", key_slices, ("largest", "all"))
     if len(split_by) != 3 or min(split_by) < 0 or sum(split_by) <= 0:
         raise ValueError(f"split_by must be the parts of training, validation and test, got {split_by}")
     pairs = _find_pairs(volumes)

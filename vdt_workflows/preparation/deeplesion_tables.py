@@ -39,19 +39,18 @@ def read_table(path: Path) -> Iterator[Lesion]:
             raise ValueError(f"{path}, line {number}: {error}; expected a row of DL_info.csv") from error
 
 
-def _numbers(row: dict[str, str], name: str, count: int) -> list[float]:
-    values = [float(part) for part in row[name].replace(",", " ").split()]
-    if len(values) != count:
-        raise ValueError(f"{name} is {row[name]!r}, not {count} numbers")
-    return values
-
-
 def _from_row(row: dict[str, str]) -> Lesion:
+    def numbers(name: str, count: int) -> list[float]:
+        values = [float(part) for part in row[name].replace(",", " ").split()]
+        if len(values) != count:
+            raise ValueError(f"{name} is {row[name]!r}, not {count} numbers")
+        return values
+
     series, _, file = row["File_name"].rpartition("_")
     if SERIES_NAME.match(series) is None or SLICE_NAME.match(file) is None:
         raise ValueError(f"File_name is {row['File_name']!r}, not like 000001_01_01_109.png")
-    box = [value - 1 for value in _numbers(row, "Bounding_boxes", 4)]
-    spacing = _numbers(row, "Spacing_mm_px_", 3)
+    box = [value - 1 for value in numbers("Bounding_boxes", 4)]
+    spacing = numbers("Spacing_mm_px_", 3)
     split = int(row["Train_Val_Test"])
     if split not in SPLITS:
         raise ValueError(f"Train_Val_Test is {split}, not 1, 2 or 3")
@@ -62,15 +61,15 @@ def _from_row(row: dict[str, str]) -> Lesion:
         "slice": int(file[:-4]),
         "patient": series.split("_")[0],
         "box": box,
-        "axes": [value - 1 for value in _numbers(row, "Measurement_coordinates", 8)],
-        "diameter": _numbers(row, "Lesion_diameters_Pixel_", 2)[0] * spacing[0],
+        "axes": [value - 1 for value in numbers("Measurement_coordinates", 8)],
+        "diameter": numbers("Lesion_diameters_Pixel_", 2)[0] * spacing[0],
         "type": int(float(row["Coarse_lesion_type"])),
         "noisy": int(float(row["Possibly_noisy"])),
-        "location": _numbers(row, "Normalized_lesion_location", 3),
+        "location": numbers("Normalized_lesion_location", 3),
         "spacing": spacing[0],
         "slice_interval": spacing[2],
-        "size": [int(value) for value in _numbers(row, "Image_size", 2)],
-        "window": _numbers(row, "DICOM_windows", 2),
+        "size": [int(value) for value in numbers("Image_size", 2)],
+        "window": numbers("DICOM_windows", 2),
         "split": SPLITS[split],
     }
 

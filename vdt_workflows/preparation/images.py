@@ -101,8 +101,7 @@ def prepare_images(
         raise ValueError(f"short_side must be 8 pixels or more, got {short_side}")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must be 1 to 100, got {quality}")
-    if rules.chroma not in CHROMA:
-        raise ValueError(f"chroma must be one of {', '.join(CHROMA)}, got {rules.chroma!r}")
+    check_choice("chroma", rules.chroma, CHROMA)
     check_choice("on_error", on_error, ("raise", "skip"))
     source, target = (Path(os.path.abspath(str(folder))) for folder in (images, output_dir))
     if target.resolve().is_relative_to(source.resolve()):

@@ -88,8 +88,7 @@ def prepare_lidc(
             found, or, with `on_error` "raise", a scan cannot be used.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
-    if irregular not in ("refuse", "accept"):
-        raise ValueError(f"irregular must be 'refuse' or 'accept', got {irregular!r}")
+    check_choice("irregular", irregular, ("refuse", "accept"))
     if not isinstance(size, int) or not 16 <= size <= 256:
         raise ValueError(f"size must be a whole number from 16 to 256 (mm), got {size}")
     if not Path(str(dicom_dir)).is_dir():

@@ -115,6 +115,11 @@ class StoredFile:
         return PurePath(self.member or self.path).name
 
     @property
+    def stem(self) -> str:
+        """File name without suffix, and without the channel number of nnU-Net."""
+        return SUFFIX.sub("", self.name).removesuffix("_0000")
+
+    @property
     def folder(self) -> str:
         """Name of the folder that it lies in."""
         return PurePath(self.member or self.path).parent.name
@@ -206,9 +211,8 @@ def find_numbered(files: Sequence[StoredFile], data_set: DataSet) -> dict[int, d
     """
     found: dict[int, dict[str, StoredFile]] = {}
     for file in files:
-        stem = SUFFIX.sub("", file.name).removesuffix("_0000")
-        key = _role(stem, file.folder)
-        digits = re.findall(r"\d+", stem)
+        key = _role(file)
+        digits = re.findall(r"\d+", file.stem)
         if key is None or not digits or int(digits[-1]) not in data_set.numbers:
             continue
         case = found.setdefault(int(digits[-1]), {})
@@ -220,12 +224,12 @@ def find_numbered(files: Sequence[StoredFile], data_set: DataSet) -> dict[int, d
     return found
 
 
-def _role(stem: str, folder: str) -> str | None:
+def _role(file: StoredFile) -> str | None:
     """Whether a file is an image or a label; labels may bear the names of images in a folder of labels."""
-    named = ROLE.match(stem)
-    if folder.lower().startswith(LABEL_WORDS):
+    if file.folder.lower().startswith(LABEL_WORDS):
         return "label"
-    word = (named[1] if named else folder).lower()
+    named = ROLE.match(file.stem)
+    word = (named[1] if named else file.folder).lower()
     return "image" if word.startswith(IMAGE_WORDS) else "label" if word.startswith(LABEL_WORDS) else None
 
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vdt_workflows.data.volumes import SUFFIX, draw, list_cases
+from vdt_workflows.data.volumes import draw, list_cases
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, write_atomic, write_json
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
@@ -46,8 +46,6 @@ from vdt_workflows.preparation.volumes import (
     prepare_cases,
     write_table,
 )
-
-AFFINES = ("strict", "image", "label")
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +113,9 @@ def prepare_segmentation(
         ValueError: if an argument or a case is wrong, or `output_dir` was made from other sources or settings.
         FileExistsError: if `output_dir` has files of other origin.
     """
-    for name, value, choices in (("source", source, (*DATA_SETS, "own")), ("affine", affine, AFFINES)):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    check_choice("source", source, (*DATA_SETS, "own"))
+    check_choice("affine", affine, ("strict", "image", "label"))
+    check_choice("on_error", on_error, ("raise", "skip"))
     if split not in (known := ("recommended",) if source == "own" else ("published", "recommended")):
         raise ValueError(f"split of --source {source} must be {' or '.join(known)}, got {split!r}")
     if source != "own" and (label_names or modality):
@@ -126,7 +124,6 @@ def prepare_segmentation(
         raise ValueError(f"tumour is for --source lits, not {source}")
     if not 0 < val_fraction < 1 or not 0 <= test_fraction < 1:
         raise ValueError(f"val_fraction and test_fraction must be shares below 1, got {val_fraction}, {test_fraction}")
-    check_choice("on_error", on_error, ("raise", "skip"))
     paths = [Path(str(path)) for path in (data if isinstance(data, list | tuple) else [data])]
     root = Path(str(output_dir))  # fire reads a folder called 2024 as a number
     for path in paths:
@@ -162,7 +159,7 @@ def _plan_numbered(data_set: DataSet, paths: Sequence[Path], split: Split, tumou
         raise ValueError(f"{places}: no image of {data_set.name} in {len(files)} NIfTI files")
     others = len(files) - sum(map(len, found.values()))
     logger.info("%s: %d cases, and %d other files that are left alone", places, len(found), others)
-    cases = {n: SourceCase(_name(pair["image"]), pair["image"], pair.get("label")) for n, pair in found.items()}
+    cases = {n: SourceCase(pair["image"].stem, pair["image"], pair.get("label")) for n, pair in found.items()}
     about: dict[str, Any] = {"modality": {"0": "CT"}, "reference": data_set.origin}
     if data_set.shared_cases and split.describe() == "published":
         about["shared_cases"] = data_set.shared_cases
@@ -260,13 +257,9 @@ def _read_labels(listed: Any, listing: Path) -> list[str]:
     return [str(by_value[value]) for value in range(len(by_value))]
 
 
-def _name(image: StoredFile) -> str:
-    return SUFFIX.sub("", image.name).removesuffix("_0000")
-
-
 def _name_apart(images: Sequence[StoredFile]) -> dict[StoredFile, str]:
     """Name cases by their images, or with the folder before it where names repeat, as in a folder for each case."""
-    names = {image: _name(image) for image in images}
+    names = {image: image.stem for image in images}
     if len(set(names.values())) < len(images):
         names = {image: f"{image.folder}_{name}" for image, name in names.items()}
     for name in (name for name, count in Counter(names.values()).items() if count > 1):
@@ -281,6 +274,7 @@ def _name_apart(images: Sequence[StoredFile]) -> dict[StoredFile, str]:
 def _finish(root: Path, plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
     """Write the lists, the table and the pictures of prepared cases."""
     good = {record["case"]: record for record in records if "fault" not in record}
+    entries = {case: {kind: record[kind] for kind in ("image", "label")} for case, record in good.items()}
     lists = {part: [case for case in cases if case in good] for part, cases in plan.lists.items()}
     for part in [part for part, cases in plan.lists.items() if cases and not lists[part]]:
         sentence = f"{root}: none of the {len(plan.lists[part])} {part} cases can be used, see above"
@@ -299,7 +293,7 @@ def _finish(root: Path, plan: Plan, records: Sequence[Record]) -> dict[str, Any]
             "split": plan.split,
             "left_out": [record["case"] for record in records if "fault" in record],
             **{f"num{part.capitalize()}": len(cases) for part, cases in lists.items()},
-            **{part: [_entry(good[case]) for case in cases] for part, cases in lists.items()},
+            **{part: [entries[case] for case in cases] for part, cases in lists.items()},
         },
     )
     write_atomic(root / "summary.csv", write_table(records, names))
@@ -320,10 +314,6 @@ def _finish(root: Path, plan: Plan, records: Sequence[Record]) -> dict[str, Any]
         "summary": str(root / "summary.csv"),
         "pictures": f"{root / 'pictures'}, {len(pages)} pages",
     }
-
-
-def _entry(record: Record) -> dict[str, str]:
-    return {"image": record["image"], "label": record["label"]}
 
 
 def _write_list(root: Path, content: dict[str, Any]) -> Path:

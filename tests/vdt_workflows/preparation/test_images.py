@@ -221,7 +221,7 @@ def test_other_settings_and_other_peoples_folders_are_refused(source, tmp_path):
     [
         ({"short_side": 4}, "short_side must be 8 pixels or more, got 4"),
         ({"quality": 0}, "quality must be 1 to 100, got 0"),
-        ({"chroma": 411}, "chroma must be one of 420, 422, 444, got '411'"),
+        ({"chroma": 411}, "chroma must be '420', '422' or '444', got '411'"),
         ({"on_error": "ignore"}, "on_error must be 'raise' or 'skip', got 'ignore'"),
     ],
 )

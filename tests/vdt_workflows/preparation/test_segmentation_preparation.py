@@ -324,13 +324,13 @@ def test_a_folder_for_each_case_is_taken_by_a_list_and_its_name_tells_cases_apar
     ("settings", "sentence"),
     [
         ({"label_names": "liver"}, "label_names 'liver': expected a list of names, or label values by name"),
-        ({"source": "kits"}, "source must be one of btcv, lits, own, got 'kits'"),
+        ({"source": "kits"}, "source must be 'btcv', 'lits' or 'own', got 'kits'"),
         ({"split": "published"}, "split of --source own must be recommended, got 'published'"),
         (
             {"source": "btcv", "split": "random"},
             "split of --source btcv must be published or recommended, got 'random'",
         ),
-        ({"affine": "mend"}, "affine must be one of strict, image, label, got 'mend'"),
+        ({"affine": "mend"}, "affine must be 'strict', 'image' or 'label', got 'mend'"),
         ({"tumour": True}, "tumour is for --source lits, not own"),
         ({"source": "btcv", "modality": "CT"}, "label_names and modality are for own data, not for --source btcv"),
         ({"val_fraction": 0}, "val_fraction and test_fraction must be shares below 1, got 0, 0.2"),
