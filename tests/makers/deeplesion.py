@@ -53,20 +53,16 @@ def make_deeplesion(root, patients=(4, 2, 2), size=(64, 80), seed=0, nested=True
     random = np.random.default_rng(seed)
     rows = []
     images = root / "Images_png" / "Images_png" if nested else root / "Images_png"
-    patient = 0
-    for split, count in enumerate(patients, 1):
-        for _ in range(count):
-            patient += 1
-            series = f"{patient:06d}_01_01"
-            z, y, x = np.indices((11, *size))
-            centre = np.array([5, random.uniform(20, size[0] - 20), random.uniform(20, size[1] - 20)])
-            distance = ((z - centre[0]) * 2.5) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2
-            volume = random.normal(0, 20, (11, *size)) + 400 * (distance < 8**2)
-            write_series(images / series, range(1, 12), {n + 1: volume[n] for n in range(11)}, size)
-            for number in (6, 7):
-                box = (centre[2] - 8 + 1, centre[1] - 8 + 1, centre[2] + 9 + 1, centre[1] + 9 + 1)
-                rows.append(row(series, number, box, Image_size=f"{size[1]}, {size[0]}", Train_Val_Test=split,
-                                Spacing_mm_px_="0.8, 0.8, 2.5", Coarse_lesion_type=split if split > 1 else -1,
-                                Lesion_diameters_Pixel_="16, 15"))  # fmt: skip
+    for patient, split in enumerate(np.repeat((1, 2, 3), patients).tolist(), 1):
+        series = f"{patient:06d}_01_01"
+        z, y, x = np.indices((11, *size))
+        row_of, column_of = random.uniform(20, size[0] - 20), random.uniform(20, size[1] - 20)
+        distance = ((z - 5) * 2.5) ** 2 + (y - row_of) ** 2 + (x - column_of) ** 2
+        volume = random.normal(0, 20, (11, *size)) + 400 * (distance < 8**2)
+        write_series(images / series, range(1, 12), dict(enumerate(volume, 1)), size)
+        box = (column_of - 7, row_of - 7, column_of + 10, row_of + 10)
+        more = {"Image_size": f"{size[1]}, {size[0]}", "Spacing_mm_px_": "0.8, 0.8, 2.5", "Train_Val_Test": split}
+        more |= {"Coarse_lesion_type": split if split > 1 else -1, "Lesion_diameters_Pixel_": "16, 15"}
+        rows += [row(series, number, box, **more) for number in (6, 7)]
     write_csv(root / "DL_info.csv", rows)
     return root

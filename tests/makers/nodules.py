@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
+from itertools import zip_longest
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
-from tests.makers.volumes import make_affine
-from vdt_workflows.data.nodule_tables import COLUMNS, PUBLISHED_TABLE, RATINGS
+from tests.makers.volumes import make_affine, write_volume
+from vdt_workflows.data.nodule_tables import COLUMNS, PUBLISHED_TABLE
+from vdt_workflows.files import write_csv
 
 PUBLISHED_HEADING = [
     *("index", "uid", "scan", "name", "roi", "volume", "diameter_mm", "coordZ", "coordY", "coordX"),
@@ -78,11 +78,8 @@ def nodule_id(nodule):
 
 def own_row(nodule):
     votes = nodule["votes"]
-    row = dict.fromkeys(COLUMNS, "1")
-    for rating in RATINGS:
-        row |= {f"{rating}_mode": "1", f"{rating}_median": "1", f"{rating}_mean": "1", f"{rating}_votes": "1"}
     name = nodule_id(nodule)
-    row |= {
+    return dict.fromkeys(COLUMNS, "1") | {
         "nodule_id": name,
         "patient_id": f"LIDC-IDRI-{nodule['patient']:04d}",
         "malignancy_mode": str(votes[0]),
@@ -92,15 +89,10 @@ def own_row(nodule):
         "image": f"images/{name}.nii.gz",
         "label": f"labels/{name}.nii.gz",
     }
-    return row
 
 
 def write_table(path, rows, columns=COLUMNS):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows, columns)
 
 
 def write_nodules(root, nodules=None, *, size=64, seed=0, empty=False, **options):
@@ -114,8 +106,8 @@ def write_nodules(root, nodules=None, *, size=64, seed=0, empty=False, **options
             [file.touch() for file in files]
             continue
         for file, values in zip(files, _drawn(nodule, index, seed, size), strict=True):
-            affine = make_affine((-1.0, -1.0, 1.0), rng_origin(index))
-            nib.save(nib.Nifti1Image(values, affine), file)
+            affine = make_affine((-1.0, -1.0, 1.0), (40.0 - index, 120.0 + 3 * index, -200.0 + 7 * index))
+            write_volume(file, values, affine=affine, dtype=values.dtype)
     write_table(root / "nodules.csv", map(own_row, nodules))
     return nodules
 
@@ -142,10 +134,8 @@ def write_published(root, nodules=None, *, size=80, seed=0, empty=False, **optio
 
 def write_published_split(path, train, test):
     """Columns of unequal length, as published."""
-    lines = [",train,test"]
-    for i in range(max(len(train), len(test))):
-        lines.append(f"{i},{train[i] if i < len(train) else ''},{test[i] if i < len(test) else ''}")
-    Path(path).write_text("\n".join(lines) + "\n")
+    lines = [f"{i},{a},{b}\n" for i, (a, b) in enumerate(zip_longest(train, test, fillvalue=""))]
+    Path(path).write_text(",train,test\n" + "".join(lines))
     return path
 
 
@@ -153,7 +143,3 @@ def _drawn(nodule, index, seed, size):
     rng = np.random.default_rng([seed, index])
     malignant = bool(rng.integers(2)) if nodule["malignant"] is None else nodule["malignant"]
     return draw_nodule(rng, malignant, size)
-
-
-def rng_origin(index):
-    return (40.0 - index, 120.0 + 3 * index, -200.0 + 7 * index)

@@ -28,5 +28,4 @@ def write_volume(path, values=None, *, shape=(4, 5, 6), affine=None, dtype=np.fl
 def write_pair(image, label, **options):
     """Write an image and a label of zeros on its grid, and return their paths."""
     image = write_volume(image, **options)
-    shape, affine = nib.load(image).shape, nib.load(image).affine
-    return image, write_volume(label, np.zeros(shape), affine=affine, dtype=np.uint8)
+    return image, write_volume(label, np.zeros(nib.load(image).shape), affine=nib.load(image).affine, dtype=np.uint8)

@@ -158,8 +158,7 @@ def prepare_lidc(
 def _match(store: Annotations, folder: DicomFolder, dicom_dir: str) -> tuple[list[Scan], dict[str, str]]:
     """Match series with annotations; the scans, and a sentence for each that lacks the one or the other."""
     found = {series.uid: series for series in folder.series}
-    patients = {uid: store.patients.get(uid) or found[uid].patient_id for uid in store.scans if uid in found}
-    patients |= store.patients
+    patients = {uid: found[uid].patient_id for uid in store.scans if uid in found} | store.patients
     here = {series.patient_id for series in folder.series}
     scans, errors = [], {Path(sentence.partition(":")[0]).name: sentence for sentence in store.errors}
     number: dict[str, int] = defaultdict(int)

@@ -238,16 +238,7 @@ def _role(file: StoredFile) -> str | None:
 
 @dataclass(frozen=True)
 class Split:
-    """How cases are divided into training, validation and test.
-
-    Attributes:
-        name: "published" (by the VDT paper's code) or "recommended" (validation apart from the test).
-        folds: number of folds of a seeded cross-validation over all cases, in place of `name`; 0 for none.
-        fold: which of them is the test.
-        val_fraction: share of the cases to learn from that becomes validation, where it is drawn.
-        test_fraction: share of own data that becomes the test, where none is named.
-        seed: of what is drawn.
-    """
+    """How cases are divided; `name` is the `split` of `prepare_segmentation`, the other fields are its arguments."""
 
     name: str = "recommended"
     folds: int = 0

@@ -125,11 +125,8 @@ def test_only_the_slices_around_the_nodule_are_read(tmp_path):
 
 def test_each_reader_keeps_a_mask_on_the_cube_and_the_consensus_is_of_these(tmp_path):
     series = write(tmp_path, np.zeros((30, 30, 30)))
-    readers = [
-        boxes((10, 13), (10, 13), (10, 13)),
-        boxes((10, 13), (10, 13), (10, 15)),
-        boxes((12, 13), (10, 13), (10, 13)),
-    ]
+    drawn = [((10, 13), (10, 13)), ((10, 13), (10, 15)), ((12, 13), (10, 13))]
+    readers = [boxes(columns, (10, 13), slices) for columns, slices in drawn]
     (nodule,) = find_nodules(series, readers)
     _, masks = cut(series, nodule, 16)
     assert masks.shape == (3, 16, 16, 16)

@@ -145,13 +145,6 @@ def test_volumes_are_found_at_any_depth_of_folders_and_archives_and_hidden_ones_
     ]
 
 
-@pytest.mark.parametrize("name", ["../x.nii.gz", "a/../../x.nii.gz", "/etc/x.nii.gz", "C:/x.nii.gz", "..\\x.nii.gz"])
-def test_an_archive_whose_names_lead_out_of_it_is_refused(tmp_path, name):
-    archive = make_zip(tmp_path / "data.zip", **{"img/img0001.nii.gz": "", name: ""})
-    with pytest.raises(ValueError, match=r"data\.zip: its member '.*' leads out of the archive"):
-        find_files([archive])
-
-
 def test_an_archive_with_a_link_is_refused(tmp_path):
     link = zipfile.ZipInfo("img/img0001.nii.gz")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -191,8 +184,9 @@ def test_a_stamp_changes_with_the_content(tmp_path):
     first = StoredFile(str(path)).stamp()
     path.write_text("other")
     assert StoredFile(str(path)).stamp() != first
-    stamps = [
-        StoredFile(str(make_zip(tmp_path / "data.zip", **{"x.nii": text})), "x.nii").stamp()
-        for text in ("abc", "abd", "abc")
-    ]
+    member = StoredFile(str(tmp_path / "data.zip"), "x.nii")
+    stamps = []
+    for text in ("abc", "abd", "abc"):
+        make_zip(tmp_path / "data.zip", **{"x.nii": text})
+        stamps.append(member.stamp())
     assert stamps[0] == stamps[2] != stamps[1]
