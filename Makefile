@@ -2,6 +2,7 @@
 #              IMAGES=<class folders>, VOLUMES=<folder of NIfTI pairs> and OUT=<folder> take your own data elsewhere
 # make test    style, types and the whole test suite
 # make quick   the fast tests alone
+# make budget  lines of each room against its budget
 # make versions  the fast tests with the lowest versions, and with Python 3.10 and 3.13 (uv; several GB a Python)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN = $(VENV)/bin
 # slow with small networks. This many turns is a fraction of a millisecond.
 export GOMP_SPINCOUNT = 100000
 
-.PHONY: demo test quick versions clean
+.PHONY: demo test quick budget versions clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py --output_dir "$(OUT)" --images "$(IMAGES)" --volumes "$(VOLUMES)"
@@ -27,6 +28,9 @@ test: $(VENV)/.installed-dev
 
 quick: $(VENV)/.installed-dev
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+
+budget:
+	$(PYTHON) scripts/count.py
 
 versions: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet uv
