@@ -1,7 +1,8 @@
 # make demo    pre-train on images, transfer to volumes, against scratch: a table and pictures in demo/
 #              IMAGES=<class folders>, VOLUMES=<folder of NIfTI pairs> and OUT=<folder> take your own data elsewhere
-# make test    style, types and the whole test suite
+# make test    style, types and the whole test suite, with the coverage by the fast tests
 # make quick   the fast tests alone
+# make budget  lines of each room against its budget
 # make versions  the fast tests with the lowest versions, and with Python 3.10 and 3.13 (uv; several GB a Python)
 
 PYTHON ?= python3
@@ -10,11 +11,12 @@ IMAGES ?=
 VOLUMES ?=
 OUT ?= demo
 BIN = $(VENV)/bin
+PACKAGES = networks vdt_transforms vdt_workflows
 # Waiting threads that spin for ever make data loading and training fight for a CPU's cores; ones that sleep at once are
 # slow with small networks. This many turns is a fraction of a millisecond.
 export GOMP_SPINCOUNT = 100000
 
-.PHONY: demo test quick versions clean
+.PHONY: demo test quick budget versions clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py --output_dir "$(OUT)" --images "$(IMAGES)" --volumes "$(VOLUMES)"
@@ -23,10 +25,15 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist loadfile --durations=20
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow" $(PACKAGES:%=--cov=%) --cov-report=
+	@echo "coverage of the fast tests: $$($(BIN)/coverage report --format=total) %"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m slow --durations=20
 
 quick: $(VENV)/.installed-dev
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+
+budget:
+	$(PYTHON) scripts/count.py
 
 versions: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet uv

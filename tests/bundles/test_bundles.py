@@ -295,6 +295,7 @@ def test_tumours_are_liver_or_a_class_of_their_own(volumes, trained, tmp_path):
     assert [len(weights(f / "models" / "model.pt")[last]) for f in (tmp_path, trained(LITS))] == [3, 2]
 
 
+@pytest.mark.slow
 def test_a_segmentation_learns_its_two_balls(volumes, tmp_path):
     settings = {"learning_rate": 0.1, "norm": "instance", "steps_per_epoch": 20}
     run(BCV, ["train", "paper"], tmp_path, volumes, **settings)
@@ -367,6 +368,7 @@ def test_a_strided_stem_is_remembered_for_inference(volumes, tmp_path):
     assert "stem='strided' (here 'unet')" in sentence(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["acs", "2.5d"])
 def test_flat_kernels_are_trained_through_a_break_and_saved_native(volumes, tmp_path, monkeypatch, init):
     torch.manual_seed(0)
@@ -403,6 +405,7 @@ def test_a_training_starts_from_pretrained_weights(bundle, overlays, start, repo
     assert bundle == PRETRAINING or read(tmp_path / "models" / "run.json")["_run_"]["init"] == "vdt"
 
 
+@pytest.mark.slow
 def test_the_exported_network_answers_as_the_trained_one(bundle, trained, tmp_path):
     folder = trained(bundle)
     exported = tmp_path / "model.ts"

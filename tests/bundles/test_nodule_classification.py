@@ -107,6 +107,7 @@ def test_evaluation_of_other_data_takes_all_of_it(trained, tmp_path):
 # Protocols and settings --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_paper_protocol_keeps_the_last_epoch_and_watches_the_test_part(nodules, tmp_path):
     run(BUNDLE, PAPER, tmp_path, nodules, epochs=3)
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["model.pt", "run.json", "split.json"]
@@ -146,6 +147,7 @@ def test_the_published_layout_and_lists_train_and_say_so(tmp_path, caplog):
     assert scores["count"] == sum(n["malignant"] is not None for n in nodules[1::2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imbalance", ["loss", "sampling"])
 def test_each_way_of_balancing_classes_changes_what_is_learnt(imbalance, tmp_path, trained):
     nodules = [n | {"malignant": n["patient"] % 4 == 0} for n in make_list(20, 2)]

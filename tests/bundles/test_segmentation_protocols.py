@@ -79,7 +79,10 @@ def test_optimizer_is_the_published_one(bundle, kind, constants):
 
 
 @BUNDLES
-@pytest.mark.parametrize(("slices", "windows"), [(32, 9), (33, 18), (44, 18), (85, 54)])
+@pytest.mark.parametrize(
+    ("slices", "windows"),
+    [(33, 18), (44, 18), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((32, 9), (85, 54)))],
+)
 def test_windows_are_as_many_as_published(bundle, slices, windows):
     seen = []
 

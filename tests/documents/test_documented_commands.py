@@ -30,7 +30,7 @@ from tests.support.bundle_runs import ROOT, TINY
 from tests.support.documents import DOCUMENTS, blocks, commands, inline
 from tests.support.preloaded import ENVIRONMENT, Preloaded
 from tests.support.two_nodes import start_nodes
-from vdt_workflows.cli import COMMANDS
+from vdt_workflows.cli import COMMANDS, DEFAULT_KINDS
 from vdt_workflows.preparation.public_sets import BTCV, LITS
 from vdt_workflows.training.checkpoints import save_weights
 
@@ -68,6 +68,8 @@ NOT_RUN = {
     "make demo": "makes an environment; tests/scripts/test_demo.py runs its script",
     "make test": "these tests",
     "make quick": "these tests",
+    "make budget": "counts lines; tests/test_house.py runs its script",
+    "make versions": INSTALLS,
     "mkdocs build --strict": "tests/documents/test_documents.py does",
     "tensorboard --logdir": "serves until it is stopped",
     "vdt compare --rows rows.yaml --dataset_dir VOLUMES --output_dir SHARED/comparison --ray auto": (
@@ -159,6 +161,8 @@ PROMISED = {
 
 def reason(line: str) -> str | None:
     """Why a command is not run, or None."""
+    if line.removeprefix("vdt ") in {*COMMANDS, *DEFAULT_KINDS}:
+        return "the name of a command, which a sentence is about"
     return next((why for start, why in NOT_RUN.items() if line.startswith(start)), None)
 
 

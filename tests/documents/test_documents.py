@@ -19,6 +19,9 @@ from draw_vdt import draw_vdt
 from monai.data import save_net_with_metadata
 from PIL import Image
 
+import networks
+import vdt_transforms
+import vdt_workflows
 from networks import ResNet3D
 from tests.support.bundle_runs import BUNDLES, ROOT, TINY
 from tests.support.documents import DOCUMENTS, blocks, commands, inline
@@ -264,4 +267,7 @@ def test_the_site_builds_strictly(tmp_path):
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "ResNet3D" in (tmp_path / "reference" / "networks.html").read_text()
+    for page, package in {"networks": networks, "transforms": vdt_transforms, "workflows": vdt_workflows}.items():
+        shown = re.findall(r'id="[\w.]+\.(\w+)"', (tmp_path / "reference" / f"{page}.html").read_text())
+        shown += re.findall(r"`(\w+)`", (ROOT / "docs" / "reference" / f"{page}.md").read_text())
+        assert {*package.__all__} <= {*shown}, page

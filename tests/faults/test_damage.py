@@ -15,6 +15,7 @@ from vdt_workflows.training.checkpoints import ResumeRun, load_weights, save_wei
 
 pytestmark = pytest.mark.faults
 BY_NAME = {kind.name: kind for kind in KINDS}
+QUICK = ("image", "NIfTI", "checkpoint")
 
 
 def count(kind, folder, number=13):
@@ -22,7 +23,9 @@ def count(kind, folder, number=13):
         return damage_kind(kind, folder / "files", number, seed=1)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in BY_NAME]
+)
 def test_damaged_files_are_read_or_refused_in_a_sentence_that_names_them(name, tmp_path):
     result = count(BY_NAME[name], tmp_path)
     assert result["unclear"] == result["lost"] == 0, result["details"]

@@ -154,6 +154,7 @@ def test_rotations_are_proper_and_eight_of_them_come_twice_as_often():
     assert sorted(expected.values()) == [2] * 16 + [4] * 8
 
 
+@pytest.mark.slow
 def test_monais_transforms_draw_the_same_orientations():
     ours, parts = RandRotateCube(), [RandRotate90(0.75, 3, plane) for plane in ((0, 1), (0, 2), (1, 2))]
     parts.append(RandAxisFlip(0.75))

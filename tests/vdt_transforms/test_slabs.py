@@ -36,6 +36,7 @@ def test_foreground_slices_of_an_empty_label_are_all():
     assert ForegroundSlices()(torch.zeros(1, 4, 4, 7)).tolist() == [0, 6]
 
 
+@pytest.mark.slow
 def test_slab_inside_reaches_each_place_of_the_extent_equally_often():
     found = starts(RandSlab(4).set_random_state(0), *scan(20, 5, 14))
     assert sorted(found) == list(range(5, 12))  # the last slab ends with the extent's last slice

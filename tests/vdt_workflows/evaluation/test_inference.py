@@ -49,7 +49,10 @@ def test_labels_are_those_of_the_default_inferer(network, size, mode, batch):
     assert_same_labels(labels, SlidingWindowInferer(**WINDOW, mode=mode)(x, network))
 
 
-@pytest.mark.parametrize(("slices", "windows"), [(32, 9), (33, 18), (44, 18), (85, 54)])
+@pytest.mark.parametrize(
+    ("slices", "windows"),
+    [(33, 18), (44, 18), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((32, 9), (85, 54)))],
+)
 def test_windows_of_a_512_pixel_scan_are_as_many_as_published(slices, windows):
     seen = []
 

@@ -106,6 +106,7 @@ def test_files_are_bit_for_bit_those_of_the_archive_and_the_unlabelled_stay_in_i
             assert (out / kind / name).read_bytes() == (source / name.replace("img", folder)).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_unpacked_folder_gives_the_same_lists_by_hard_links(btcv, prepared_btcv, tmp_path):
     prepare(btcv / "RawData", tmp_path / "out", source="btcv", split="published")
     assert (tmp_path / "out" / "dataset.json").read_bytes() == (prepared_btcv[0] / "dataset.json").read_bytes()
@@ -516,6 +517,7 @@ def test_a_case_that_has_become_bad_takes_its_old_files_away(own, tmp_path):
     assert (own / "imagesTr/c_3_0000.nii.gz").is_file()
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_same_files_as_one(own, tmp_path):
     prepare(own, tmp_path / "one", label_names={"a": 1})
     prepare(own, tmp_path / "three", label_names={"a": 1}, workers=3)
@@ -535,6 +537,7 @@ def big_cases(tmp_path, count=8):
     return cases
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_midst_goes_on_and_leaves_the_same_files_and_no_processes(tmp_path):
     cases = big_cases(tmp_path)
     rules = CaseRules(copy=True)
