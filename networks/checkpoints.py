@@ -78,13 +78,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     return tensors
 
 
-def record_architecture(network: nn.Module, **architecture: Any) -> None:
+def record_architecture(network: nn.Module) -> None:
     """Let a network's state dict carry what the shapes of its tensors do not tell, and compare it on loading.
 
-    The values are written into the state dict's metadata, and kept as `network.architecture`. Loading a state dict
+    The values of the dictionary `network.architecture` are written into the state dict's metadata. Loading a state dict
     whole raises a ValueError if they differ; one without metadata, such as a published checkpoint, loads as it is.
     """
-    network.architecture = architecture  # type: ignore[assignment]  # a plain dictionary, no tensor and no module
     network.register_state_dict_post_hook(_write_architecture)
     network.register_load_state_dict_pre_hook(_check_architecture)
 

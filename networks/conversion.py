@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 
-from networks.resnet3d import StemConv3d
+from networks.resnet3d import StemConv3d, check_choice
 
 METHODS = ("i3d", "acs", "2.5d")
 _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -39,12 +39,6 @@ _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.UpsamplingNearest2d: nn.Upsample,
 }
 _SIZES = ("kernel_size", "stride", "padding", "dilation", "output_size", "size", "scale_factor")
-
-
-def check_method(method: str, known: tuple[str, ...] = METHODS) -> None:
-    """Refuse a method that is not one of `known`."""
-    if method not in known:
-        raise ValueError(f"method must be one of {known}, got {method!r}")
 
 
 def planes(method: str, channels: int) -> Iterator[tuple[slice, int]]:
@@ -67,7 +61,7 @@ def to_3d(kernel: Tensor, method: str) -> Tensor:
     Raises:
         ValueError: if `method` is not one of `METHODS`, or the kernels are not square 2D ones.
     """
-    check_method(method)
+    check_choice("method", method, METHODS)
     if kernel.dim() != 4 or kernel.shape[2] != kernel.shape[3]:
         raise ValueError(f"kernel must have shape (O, I, K, K), got {tuple(kernel.shape)}")
     size = kernel.shape[-1]
@@ -88,7 +82,7 @@ def to_2d(kernel: Tensor, method: str) -> Tensor:
     Raises:
         ValueError: if `method` is not one of `METHODS`, or the kernels are not cubic ones.
     """
-    check_method(method)
+    check_choice("method", method, METHODS)
     if kernel.dim() != 5 or len(set(kernel.shape[2:])) != 1:
         raise ValueError(f"kernel must have shape (O, I, K, K, K), got {tuple(kernel.shape)}")
     if method == "i3d":
@@ -145,14 +139,14 @@ class FlatConv3d(nn.Conv3d):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         own = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-        kernel = own.get(prefix + "weight")
-        if kernel is not None and kernel.dim() == 4:
-            own[prefix + "weight"] = kernel.unsqueeze(2)
-        elif kernel is not None and kernel.dim() == 5 and len(set(kernel.shape[2:])) == 1:
+        kernel = own.get(prefix + "weight", torch.empty(0))
+        if kernel.dim() == 5 and len(set(kernel.shape[2:])) == 1:
             flat = to_2d(kernel, self.method)
             if not torch.equal(to_3d(flat, self.method), kernel):
                 lists[-1].append(f"{prefix}weight has values outside the planes of {self.method!r}")
-            own[prefix + "weight"] = flat.unsqueeze(2)
+            kernel = flat
+        if kernel.dim() == 4:
+            own[prefix + "weight"] = kernel.unsqueeze(2)
         super()._load_from_state_dict(own, prefix, local_metadata, strict, *lists)
 
     def extra_repr(self) -> str:
@@ -183,7 +177,7 @@ def convert(module_2d: nn.Module, method: str) -> nn.Module:
     Raises:
         ValueError: if `method` is unknown, or a layer has no 3D form, which names the layer.
     """
-    check_method(method)
+    check_choice("method", method, METHODS)
     return _map_layers(copy.deepcopy(module_2d), lambda layer, name: _layer_to_3d(layer, name, method))
 
 
@@ -203,7 +197,7 @@ def constrain(network: nn.Module, method: str) -> nn.Module:
     Raises:
         ValueError: if `method` is not one of these two.
     """
-    check_method(method, ("acs", "2.5d"))
+    check_choice("method", method, ("acs", "2.5d"))
 
     def change(layer: nn.Module, name: str) -> nn.Module:
         if not isinstance(layer, nn.Conv3d) or type(layer) not in (nn.Conv3d, StemConv3d):

@@ -84,25 +84,18 @@ class AlignedRoIPool(nn.Module):
     (torchvision's own pooler has neither the correction nor samples by size.)
     """
 
-    def __init__(self, size: int = 7) -> None:
-        super().__init__()
-        self.size = size
-
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Maps "0" to "3" and boxes [(B, 4)] -> (sum of B, C, 7, 7)."""
         maps = [features["0"], features["1"], features["2"], features["3"]]
-        counts = [len(b) for b in boxes]
-        image = torch.arange(len(boxes), device=maps[0].device).repeat_interleave(
-            torch.tensor(counts, device=maps[0].device)
-        )
+        image = torch.cat([torch.full((len(boxes[i]), 1), float(i)) for i in range(len(boxes))]).to(maps[0].device)
         box = torch.cat(boxes)
         root = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])).clamp(min=0).sqrt()
         level = (root / 56 + 1e-6).log2().floor().clamp(0, 3)
-        rois = torch.cat([image[:, None].to(box.dtype), box], dim=1)
-        pooled = torch.zeros(len(rois), maps[0].shape[1], self.size, self.size, dtype=box.dtype, device=box.device)
+        rois = torch.cat([image.to(box.dtype), box], dim=1)
+        pooled = torch.zeros(len(rois), maps[0].shape[1], 7, 7, dtype=box.dtype, device=box.device)
         for i, feature in enumerate(maps):
             chosen = torch.where(level == i)[0]
-            values = roi_align(feature, rois[chosen], (self.size, self.size), 0.25 / 2**i, 0, True)
+            values = roi_align(feature, rois[chosen], (7, 7), 0.25 / 2**i, 0, True)
             pooled[chosen] = values.to(pooled.dtype)
         return pooled
 
@@ -122,9 +115,7 @@ class LesionHeads(RoIHeads):
             return self._losses(features, proposals, image_shapes, targets)
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
         boxes, scores, labels = self.postprocess_detections(logits.float(), deltas.float(), proposals, image_shapes)
-        found: list[dict[str, Tensor]] = []
-        for i in range(len(boxes)):
-            found.append({"boxes": boxes[i], "scores": scores[i], "labels": labels[i]})
+        found = [{"boxes": boxes[i], "scores": scores[i], "labels": labels[i]} for i in range(len(boxes))]
         empty: dict[str, Tensor] = {}
         return found, empty
 
@@ -213,9 +204,6 @@ class LesionDetector(nn.Module):
             nms_thresh=0.5,
             detections_per_img=100,
         )
-        self._init_weights()
-
-    def _init_weights(self) -> None:
         heads = self.roi_heads
         for module in [*self.neck.modules(), heads.box_head.fc6, heads.box_head.fc7]:
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -273,8 +261,7 @@ class LesionDetector(nn.Module):
     def _detections(self, batch: Tensor, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
         features = self._features(batch)
         proposals, _ = self.rpn(ImageList(batch, sizes), features)
-        found, _ = self.roi_heads(features, proposals, sizes)
-        return found
+        return self.roi_heads(features, proposals, sizes)[0]
 
     def _features(self, batch: Tensor) -> dict[str, Tensor]:
         """Five maps of the pyramid, in single precision also under autocast, since boxes are computed beside them."""

@@ -1,10 +1,12 @@
 """P3D and MP3D: pseudo-3D residual networks that turn a short stack of slices into 2D feature maps."""
 
+from itertools import cycle
+
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 
-from networks.resnet3d import Stage, Stride, conv1x1x1, norm_layer
+from networks.resnet3d import Stage, Stride, check_choice, conv1x1x1, norm_layer
 
 CONVERSIONS = ("center", "group")
 
@@ -170,10 +172,8 @@ class P3D(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if depth not in LAYERS:
-            raise ValueError(f"depth must be one of {list(LAYERS)}, got {depth!r}")
-        if conversion not in CONVERSIONS:
-            raise ValueError(f"conversion must be one of {CONVERSIONS}, got {conversion!r}")
+        check_choice("depth", depth, LAYERS)
+        check_choice("conversion", conversion, CONVERSIONS)
         if slices < 1 or (conversion == "center" and slices < 9):
             least = "9 with conversion 'center', whose pools shrink the depth" if conversion == "center" else "1"
             raise ValueError(f"slices must be at least {least}; got {slices}")
@@ -185,20 +185,18 @@ class P3D(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool3d((1, 3, 3) if pools else 3, (1, 2, 2), padding=(0, 1, 1) if pools else 1)
 
-        channels, number = [base_channels], 0
+        channels, letters = [base_channels], cycle("ABC")
         stages: list[nn.Module] = []
-        for index in range(4):
+        for index, number in enumerate(blocks):
             width, stride = base_channels * 2**index, (1, 2, 2) if index else (1, 1, 1)
-            layers = []
-            for first in [True] + [False] * (blocks[index] - 1):
-                before, after = channels[-1] if first else width * block.expansion, width * block.expansion
-                downsample = None
-                if before != after:
-                    downsample = nn.Sequential(conv1x1x1(before, after, stride), norm_layer("group", after))
-                layers.append(block(before, width, stride if first else (1, 1, 1), "ABC"[number % 3], downsample))
-                number += 1
+            before, after = channels[-1], width * block.expansion
+            downsample = None
+            if before != after:
+                downsample = nn.Sequential(conv1x1x1(before, after, stride), norm_layer("group", after))
+            layers = [block(before, width, stride, next(letters), downsample)]
+            layers += [block(after, width, (1, 1, 1), next(letters), None) for _ in range(number - 1)]
             stages.append(Stage(*layers, checkpointing=checkpointing))
-            channels.append(width * block.expansion)
+            channels.append(after)
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.pool = nn.MaxPool3d((3, 1, 1), (2, 1, 1), padding=(1, 0, 0)) if pools else nn.Identity()
         self.last_pool = nn.MaxPool3d((3, 1, 1), stride=1) if pools else nn.Identity()

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from networks.classifier import LinearHead
-from networks.resnet3d import LAYERS, check_depth, init_weights, norm_layer
+from networks.resnet3d import LAYERS, check_choice, init_weights, norm_layer
 
 
 class ResNet2D(nn.Sequential):
     """Torchvision's ResNet without its head, at any width and with any norm: its own blocks, and its names.
 
-    (N, C, H, W) -> the last map, (N, C', H / 32, W / 32). `networks.load_pretrained` reads its file as it reads
-    torchvision's.
+    (N, C, H, W) -> the last map, (N, C', H / 32, W / 32). Weights start as those of `ResNet3D`: convolutions as Kaiming
+    normal (fan-out), norms at 1 and 0. `networks.load_pretrained` reads its file as it reads torchvision's.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -43,7 +43,7 @@ class ResNet2D(nn.Sequential):
         from torchvision.models.resnet import BasicBlock, Bottleneck  # here, as its import is slow
 
         super().__init__()
-        check_depth(depth)
+        check_choice("depth", depth, LAYERS)
         block = BasicBlock if depth < 50 else Bottleneck
         make_norm = partial(norm_layer, norm, axes=2)
         self.conv1 = nn.Conv2d(in_channels, base_channels, 7, 2, padding=3, bias=False)
@@ -66,16 +66,9 @@ class ResNet2D(nn.Sequential):
 
 
 class ResNet2DClassifier(nn.Module):
-    """Classify images with a `ResNet2D`; names as in `ResNet3DClassifier`.
+    """Classify images with a `ResNet2D`: names, arguments and errors as of `ResNet3DClassifier`.
 
-    Args:
-        depth: 18, 34, 50, 101 or 152.
-        num_classes: number of logits.
-        dropout: probability of dropping a pooled feature before the linear layer.
-        encoder: every further argument goes to `ResNet2D` (`base_channels`, `norm`, ...).
-
-    Raises:
-        ValueError: if `num_classes` is below one, or as `ResNet2D` does.
+    Further arguments go to `ResNet2D` (`base_channels`, `norm`, ...).
     """
 
     def __init__(self, depth: int, num_classes: int, *, dropout: float = 0.0, **encoder: Any) -> None:

@@ -1,10 +1,11 @@
 """The 3D ResNet that VDT pre-training and every transfer task share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from math import gcd
 from operator import mul
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
@@ -19,10 +20,10 @@ NORMS = ("batch", "group", "instance")
 Stride = tuple[int, int, int]
 
 
-def check_depth(depth: int) -> None:
-    """Refuse a depth that is not one of `LAYERS`."""
-    if depth not in LAYERS:
-        raise ValueError(f"depth must be one of {sorted(LAYERS)}, got {depth!r}")
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Refuse an argument whose value is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_classes(num_classes: int) -> None:
@@ -36,13 +37,12 @@ def norm_layer(norm: str, channels: int, axes: int = 3) -> nn.Module:
 
     Group norm has 32 groups as published, or fewer where a group would have less than two channels.
     """
+    check_choice("norm", norm, NORMS)
     if norm == "batch":
         return nn.BatchNorm3d(channels) if axes == 3 else nn.BatchNorm2d(channels)
     if norm == "group":
         return nn.GroupNorm(gcd(64, channels) // 2 or 1, channels)
-    if norm == "instance":
-        return (nn.InstanceNorm3d if axes == 3 else nn.InstanceNorm2d)(channels, affine=True)
-    raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+    return (nn.InstanceNorm3d if axes == 3 else nn.InstanceNorm2d)(channels, affine=True)
 
 
 def conv3x3x3(in_channels: int, out_channels: int, stride: Stride = (1, 1, 1)) -> nn.Conv3d:
@@ -59,8 +59,7 @@ class StemConv3d(nn.Conv3d):
     """The stem's 7 x 7 x 7 convolution, which costs less to train with up to three slices, such as an image's.
 
     Of the kernel's seven planes, three slices meet three in turn: 12 of 21 products are with padding. A 2D convolution
-    from slices to slices, whose kernels are those planes, is the same sum without them. Inference keeps the ordinary
-    form, which libraries compute as fast.
+    whose kernels are those planes is the same sum without them. Inference keeps the ordinary form, which is as fast.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: Stride) -> None:
@@ -68,12 +67,9 @@ class StemConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> (N, C', D', H', W')."""
-        if self.training and self.stride[0] == 1 and x.shape[2] <= 3:
-            return self._from_slices(x)
-        return self._conv_forward(x, self.weight, self.bias)
-
-    def _from_slices(self, x: Tensor) -> Tensor:
         number = x.shape[2]
+        if not self.training or self.stride[0] != 1 or number > 3:
+            return self._conv_forward(x, self.weight, self.bias)
         planes = [self.weight[:, :, 3 - i : 3 - i + number] for i in range(number)]
         kernels = torch.stack(planes, 1).flatten(2, 3).flatten(0, 1)  # (C' * slices out, C * slices in, 7, 7)
         y = F.conv2d(x.flatten(1, 2), kernels, None, self.stride[1:], padding=3)
@@ -262,11 +258,9 @@ class ResNet3D(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_depth(depth)
-        if stem not in STEMS:
-            raise ValueError(f"stem must be one of {STEMS}, got {stem!r}")
-        if shortcut not in ("A", "B"):
-            raise ValueError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
+        check_choice("depth", depth, LAYERS)
+        check_choice("stem", stem, STEMS)
+        check_choice("shortcut", shortcut, ("A", "B"))
         if len(strides) != 4 or any(stride < 1 for stride in strides):
             raise ValueError(f"strides must be four positive integers, got {tuple(strides)}")
         if not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
@@ -300,14 +294,15 @@ class ResNet3D(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
 
         returned = [0] * return_stem + [index + 1 for index in self.out_indices]
-        total = list(accumulate([2 if stem == "strided" else 1, 1 if stem == "flat" else 2, *strides], mul))
+        stem_total, _, *totals = accumulate([stem_stride[-1], pool_stride[-1], *strides], mul)
         self.channels = [channels[i] for i in returned]
-        self.reductions = [stride3d([total[0], *total[2:]][i]) for i in returned]
+        self.reductions = [stride3d([stem_total, *totals][i]) for i in returned]
         init_weights(self, zero_init_residual)
         self.train()
-        record_architecture(
-            self, depth=depth, depth_stride=depth_stride, stem=stem, strides=list(strides), shortcut=shortcut, norm=norm
+        self.architecture: dict[str, Any] = dict(
+            depth=depth, depth_stride=depth_stride, stem=stem, strides=list(strides), shortcut=shortcut, norm=norm
         )
+        record_architecture(self)
 
     def train(self, mode: bool = True) -> "ResNet3D":
         """Set training mode, leaving frozen stages and, with `norm_eval`, batch norms in evaluation mode."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Size, Tensor, nn
 
 from networks.checkpoints import read_checkpoint
-from networks.conversion import METHODS, check_method, to_3d
+from networks.conversion import METHODS, to_3d
 from networks.p3d import centre_weights
 from networks.published_names import (
     BARE,
@@ -24,6 +24,7 @@ from networks.published_names import (
     in_unbuilt_stage,
     rename,
 )
+from networks.resnet3d import check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +98,8 @@ def load_pretrained(
             file's kernels are 2D without a conversion or 3D with one, the encoder is not fully matched, or a tensor
             other than the last layer has another shape.
     """
-    if stem not in ("sum", "mean"):
-        raise ValueError(f"stem must be 'sum' or 'mean', got {stem!r}")
-    if conversion is not None:
-        check_method(conversion)
+    check_choice("stem", stem, ("sum", "mean"))
+    check_choice("conversion", conversion, (None, *METHODS))
     own = network.state_dict()
     names = {WRAPPERS.sub("", name): name for name in own}
     target = {name: own[names[name]] for name in names}

@@ -18,11 +18,6 @@ from tests.support.network_checks import assert_every_parameter_gets_a_gradient,
 FLAT = ["acs", "2.5d"]
 
 
-@pytest.fixture(autouse=True)
-def _same_numbers_every_time():
-    torch.manual_seed(0)
-
-
 def encoder():
     """torchvision's ResNet-18 for grey images, without its head."""
     network = torchvision.models.resnet18()
@@ -219,9 +214,9 @@ def test_a_layer_without_a_3d_form_is_named(layer, sentence):
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"method must be one of \('i3d', 'acs', '2\.5d'\), got '3d'"):
+    with pytest.raises(ValueError, match=r"method must be one of 'i3d', 'acs', '2\.5d', got '3d'"):
         convert(nn.ReLU(), "3d")
-    with pytest.raises(ValueError, match=r"method must be one of \('acs', '2\.5d'\), got 'i3d'"):
+    with pytest.raises(ValueError, match=r"method must be one of 'acs', '2\.5d', got 'i3d'"):
         constrain(nn.ReLU(), "i3d")
     with pytest.raises(ValueError, match=r"kernel must have shape \(O, I, K, K\), got \(1, 1, 3\)"):
         to_3d(torch.zeros(1, 1, 3), "i3d")

@@ -17,11 +17,6 @@ from tests.support.network_checks import (
 LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
 
 
-@pytest.fixture(autouse=True)
-def _same_numbers_every_time():
-    torch.manual_seed(0)
-
-
 def narrow(depth="18ba", **arguments):
     return LesionDetector(depth, **{"base_channels": 4, "pyramid_channels": 16, "head_channels": 32, **arguments})
 

@@ -23,10 +23,12 @@ from networks import (
 )
 from tests.support.network_checks import (
     COPIES,
+    NORMS,
     as_list,
     assert_compiled_step_is_the_eager_step,
     assert_copy_answers_alike,
     assert_every_parameter_gets_a_gradient,
+    count,
     probe_loss,
     randomise,
 )
@@ -49,15 +51,36 @@ NETWORKS = {
     ),
     "encoder-2d": (partial(ResNet2D, 50, base_channels=8, norm="group"), (3, 65, 48), [(256, 3, 2)]),
     "classifier": (partial(ResNet3DClassifier, 18, 5, base_channels=8, dropout=0.2), (3, 33, 48), [(5,)]),
+    "classifier-spare": (
+        partial(ResNet3DClassifier, 34, 5, base_channels=8, in_channels=2, **SPARE),
+        (2, 1, 33, 48),
+        [(5,)],
+    ),
     "classifier-2d": (partial(ResNet2DClassifier, 18, 5, base_channels=8), (1, 3, 65, 48), [(5,)]),
     "unet": (  # with a strided stem, which takes every path of the code
         partial(ResUNet3D, 3, base_channels=8, stem="strided"),
         (1, 16, 17, 35),
         [(3, 16, 17, 35)],
     ),
+    "unet-spare": (
+        partial(ResUNet3D, 3, 50, base_channels=6, head_channels=5, in_channels=2, **SPARE),
+        (2, 16, 32, 33),
+        [(3, 16, 32, 33)],
+    ),
     "fcn": (partial(NoduleFCN, 2, base_channels=4), (1, 12, 13, 18), [(2, 12, 13, 18)]),
-    "genesis": (partial(GenesisUNet3D, 2, base_channels=2), (1, 13, 17, 9), [(2, 13, 17, 9)]),
+    "fcn-spare": (partial(NoduleFCN, 3, base_channels=4, **SPARE), (1, 1, 9, 12), [(3, 1, 9, 12)]),
+    "genesis": (partial(GenesisUNet3D, 2, base_channels=2), (1, 3, 17, 8), [(2, 3, 17, 8)]),
     "p3d": (partial(P3D, "18ba", base_channels=4), (9, 40, 70), [(4, 10, 18), (8, 5, 9), (16, 3, 5), (32, 2, 3)]),
+    "p3d-bottlenecks": (
+        partial(P3D, 18, base_channels=4),
+        (9, 33, 48),
+        [(16, 9, 12), (32, 5, 6), (64, 3, 3), (128, 2, 2)],
+    ),
+    "mp3d-63": (
+        partial(P3D, 63, base_channels=2, conversion="group"),
+        (9, 40, 48),
+        [(8, 10, 12), (16, 5, 6), (32, 3, 3), (64, 2, 2)],
+    ),
     "mp3d": (
         partial(P3D, "18ba", base_channels=4, conversion="group"),
         (1, 9, 33, 48),
@@ -74,11 +97,6 @@ NETWORKS = {
 }
 # In training a detector takes targets and returns losses (test_detector.py), whose boxes are drawn at random.
 WITHOUT_TARGETS = [name for name in NETWORKS if not name.startswith("detector")]
-
-
-@pytest.fixture(autouse=True)
-def _same_numbers_every_time():
-    torch.manual_seed(0)
 
 
 def make(name, batch):
@@ -124,7 +142,30 @@ def test_copy_answers_as_the_network_does(name, how):
     assert_copy_answers_alike(*make(name, 1), how)
 
 
-@pytest.mark.parametrize("name", ["encoder", "unet", "p3d"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("build", "numbers"),
+    [
+        pytest.param(partial(ResNet3D, 18), {"": 20}, id="18"),
+        pytest.param(partial(ResNet3D, 34), {"": 36}, id="34"),
+        pytest.param(partial(ResNet3D, 50), {"": 53}, id="50"),
+        pytest.param(partial(ResNet3D, 18, shortcut="A"), {"": 17}, id="18-shortcut-A"),
+        pytest.param(partial(ResNet3D, 50, shortcut="A"), {"": 49}, id="50-shortcut-A"),
+        pytest.param(partial(ResNet3D, 18, out_indices=(1,)), {"": 10}, id="18-two-stages"),
+        pytest.param(partial(ResNet3DClassifier, 18, 5), {"": 20}, id="classifier"),
+        pytest.param(partial(ResUNet3D, 3), {"backbone": 20, "neck": 12, "decode_head": 2}, id="unet"),
+        pytest.param(partial(NoduleFCN, 2), {"backbone": 20, "decode_head": 3}, id="fcn"),
+    ],
+)
+def test_norm_reaches_every_layer(build, numbers, norm):
+    with torch.device("meta"):
+        network = build(norm=norm)
+    for part, number in numbers.items():
+        found = {kind: count(network.get_submodule(part), NORMS[kind]) for kind in NORMS}
+        assert found == {kind: number * (kind == norm) for kind in NORMS}
+
+
+@pytest.mark.parametrize("name", ["unet", "p3d"])  # of the encoder: test_resnet3d.py
 def test_checkpointing_changes_no_bit_of_the_gradients(name):
     build, size, _ = NETWORKS[name]
     more = {"dropout": 0.0} if name == "unet" else {}

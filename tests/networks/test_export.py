@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from networks import P3D, DepthFirst, LesionDetector, NoduleFCN, ResNet3DClassifier, ResUNet3D
+from networks import P3D, DepthFirst, NoduleFCN, ResNet3DClassifier, ResUNet3D
 from tests.support.network_checks import as_list
 
 NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], list[tuple[int, ...]]]] = {  # the first size is the example
@@ -25,13 +25,7 @@ NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], list[tuple[int, ...]]]]
     ),
     "p3d": (lambda: P3D("18ba", base_channels=4), [(2, 9, 64, 64), (1, 9, 96, 64), (1, 9, 64, 128)]),
 }
-SCRIPTED = {
-    **NETWORKS,
-    "detector": (
-        lambda: LesionDetector("18ba", base_channels=4, pyramid_channels=16, head_channels=32),
-        [(2, 9, 64, 64), (1, 9, 96, 64), (1, 9, 80, 128)],
-    ),
-}
+# The detector: test_detector.py
 
 
 def compare(network: torch.nn.Module, exported: Callable, sizes: list[tuple[int, ...]]) -> None:
@@ -47,12 +41,12 @@ def compare(network: torch.nn.Module, exported: Callable, sizes: list[tuple[int,
 
 def make(name: str) -> tuple[torch.nn.Module, list[tuple[int, ...]]]:
     torch.manual_seed(0)
-    build, sizes = SCRIPTED[name]
+    build, sizes = NETWORKS[name]
     return build().eval(), sizes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTED)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_scripted_networks_answer_as_the_network(name, tmp_path):
     network, sizes = make(name)
     torch.jit.script(network).save(tmp_path / "model.ts")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import io
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,13 +9,11 @@ import torchvision
 from monai.networks.nets.resnet import ResNet as MonaiResNet
 from torch import nn
 
-from networks import ResNet3D, ResUNet3D, load_pretrained
+from networks import ResNet2D, ResNet3D, ResUNet3D, load_pretrained
 from networks.resnet3d import BasicBlock, Bottleneck, StemConv3d, ZeroPadShortcut
 from tests.support.network_checks import (
     COPIES,
-    NORMS,
     assert_every_parameter_gets_a_gradient,
-    count,
     probe_loss,
     randomise,
 )
@@ -35,11 +32,6 @@ def saved_weights(network):
     torch.save(network.state_dict(), file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-@pytest.fixture(autouse=True)
-def _same_numbers_every_time():
-    torch.manual_seed(0)
 
 
 SHAPES = [
@@ -101,19 +93,14 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("depth", "arguments", "size", "maps"), SHAPES)
-def test_maps_have_the_size_of_the_table_and_every_parameter_learns(depth, arguments, size, maps):
+def test_maps_are_those_of_the_table_as_the_attributes_say_and_every_parameter_learns(depth, arguments, size, maps):
     network = narrow(depth, zero_init_residual=False, **arguments)
     x = torch.randn(size)
     assert [tuple(y.shape) for y in network(x)] == [(size[0], *shape) for shape in maps]
-    assert_every_parameter_gets_a_gradient(network, x)
-
-
-@pytest.mark.parametrize(("depth", "arguments", "size", "maps"), SHAPES)
-def test_channels_and_reductions_describe_the_maps(depth, arguments, size, maps):
-    network = narrow(depth, **arguments)
     assert network.channels == [shape[0] for shape in maps]
     for reduction, shape in zip(network.reductions, maps, strict=True):
         assert shape[1:] == tuple(-(-n // r) for n, r in zip(size[-3:], reduction, strict=True))
+    assert_every_parameter_gets_a_gradient(network, x)
 
 
 def test_reductions_are_products_of_the_strides():
@@ -128,30 +115,7 @@ def test_image_without_channel_axis_is_read_as_slices():
     assert torch.equal(network(x)[0], network(x[:, None])[0])
 
 
-def test_convention_depth_is_the_third_axis_and_is_not_strided_by_default():
-    assert [tuple(y.shape[2:]) for y in narrow(**ALL)(torch.zeros(1, 1, 7, 32, 64))] == [
-        (7, 8, 16), (7, 4, 8), (7, 2, 4), (7, 1, 2)
-    ]  # fmt: skip
-
-
 # Norms
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(
-    ("depth", "arguments", "norms"),
-    [
-        pytest.param(18, {}, 20, id="18"),
-        pytest.param(34, {}, 36, id="34"),
-        pytest.param(50, {}, 53, id="50"),
-        pytest.param(18, {"shortcut": "A"}, 17, id="18-shortcut-A"),
-        pytest.param(50, {"shortcut": "A"}, 49, id="50-shortcut-A"),
-        pytest.param(18, {"out_indices": (1,)}, 10, id="18-two-stages"),
-    ],
-)
-def test_norm_reaches_every_layer(depth, arguments, norms, norm):
-    network = narrow(depth, norm=norm, **arguments)
-    assert {kind: count(network, NORMS[kind]) for kind in NORMS} == {kind: norms * (kind == norm) for kind in NORMS}
 
 
 def test_group_norm_has_32_groups_or_groups_of_two_channels_at_least():
@@ -230,11 +194,22 @@ def test_without_zero_init_residual_no_block_starts_as_its_shortcut(depth):
     assert not torch.allclose(network.layer1[1](x), x)
 
 
-def test_convolutions_start_kaiming_normal_by_fan_out():
-    network = narrow()
-    for conv in (network.conv1, network.layer4[1].conv2, network.layer3[0].downsample[0]):
-        fan_out = conv.out_channels * conv.weight[0, 0].numel()
-        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("kind", [ResNet2D, ResNet3D])
+def test_convolutions_start_kaiming_normal_by_fan_out_norms_at_one_and_the_last_of_a_block_at_zero(kind, depth):
+    network = kind(depth, base_channels=16)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    assert len(convolutions) == {18: 20, 50: 53}[depth]
+    for conv in convolutions:
+        wanted = (2 / (conv.out_channels * conv.weight[0, 0].numel())) ** 0.5
+        assert conv.weight.std().item() == pytest.approx(wanted, rel=0.15)
+        assert conv.weight.abs().max().item() > 2.3 * wanted  # a normal one: a uniform one ends at 1.73
+        assert conv.bias is None
+    last = "bn2" if depth == 18 else "bn3"
+    norms = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm3d)}
+    for name, norm in norms.items():
+        assert (norm.weight == (0 if name.endswith(last) else 1)).all(), name
+        assert not norm.bias.any()
 
 
 # Freezing
@@ -333,9 +308,9 @@ def test_checkpointing_leaves_momentum_as_it_was():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        pytest.param({"depth": 19}, r"depth must be one of \[18, 34, 50, 101, 152\], got 19", id="depth"),
+        pytest.param({"depth": 19}, "depth must be one of 18, 34, 50, 101, 152, got 19", id="depth"),
         pytest.param({"stem": "7x7"}, "stem must be one of .*'strided', 'unet', 'flat'.*, got '7x7'", id="stem"),
-        pytest.param({"shortcut": "C"}, "shortcut must be 'A' or 'B', got 'C'", id="shortcut"),
+        pytest.param({"shortcut": "C"}, "shortcut must be one of 'A', 'B', got 'C'", id="shortcut"),
         pytest.param({"strides": (1, 2, 2)}, r"strides must be four positive integers, got \(1, 2, 2\)", id="strides"),
         pytest.param({"strides": (1, 2, 0, 2)}, "strides must be four positive integers", id="stride-of-zero"),
         pytest.param({"norm": "layer"}, "norm must be one of .*'batch', 'group', 'instance'.*, got 'layer'", id="norm"),
@@ -483,11 +458,10 @@ def test_names_are_torchvisions():
         assert list(ours) == [name for name in theirs if not name.startswith("fc.")]
 
 
-def test_deeper_networks_have_more_blocks():
+def test_each_depth_has_its_numbers_of_blocks():
     with torch.device("meta"):
         blocks = {
             depth: [len(stage) for stage in (n.layer1, n.layer2, n.layer3, n.layer4)]
             for depth, n in ((depth, ResNet3D(depth)) for depth in (18, 34, 50, 101, 152))
         }
     assert blocks == {18: [2] * 4, 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
-    assert all(sum(a) <= sum(b) for a, b in pairwise(blocks.values()))

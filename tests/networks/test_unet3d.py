@@ -5,12 +5,7 @@ import torch
 from torch import nn
 
 from networks import ResUNet3D
-from tests.support.network_checks import (
-    NORMS,
-    assert_every_parameter_gets_a_gradient,
-    count,
-    randomise,
-)
+from tests.support.network_checks import assert_every_parameter_gets_a_gradient, randomise
 
 SIZES = [
     pytest.param((16, 32, 48), id="multiples-of-16"),
@@ -27,11 +22,6 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _same_numbers_every_time():
-    torch.manual_seed(0)
-
-
 def narrow(num_classes=3, **arguments):
     return ResUNet3D(num_classes, **{"base_channels": 8, **arguments})
 
@@ -44,30 +34,17 @@ def test_logits_have_the_size_of_the_input(size, arguments):
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("arguments", VARIANTS)
-@pytest.mark.parametrize("size", [(17, 35, 50), (16, 32, 32)], ids=["odd", "multiples-of-16"])
-def test_every_parameter_learns(size, arguments):
-    network = narrow(dropout=0.0, zero_init_residual=False, **arguments)
-    assert_every_parameter_gets_a_gradient(network, torch.randn(2, 1, *size))
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param({"depth": 50}, id="depth-50"),
-        pytest.param({"in_channels": 2}, id="two-channels"),
+        *VARIANTS,
         pytest.param({"shortcut": "A"}, id="shortcut-A"),
-        pytest.param({"head_channels": 5, "norm": "group"}, id="odd-head-width"),
         pytest.param({"norm": "instance"}, id="instance-norm"),
-        pytest.param({"checkpointing": True}, id="checkpointing"),
-        pytest.param({"base_channels": 6, "norm": "group"}, id="width-6"),
     ],
 )
-def test_encoder_arguments_arrive_and_every_parameter_learns(arguments):
+def test_every_parameter_learns(arguments):
     network = narrow(dropout=0.0, zero_init_residual=False, **arguments)
-    x = torch.randn(1, arguments.get("in_channels", 1), 16, 32, 33)
-    assert network(x).shape == (1, 3, 16, 32, 33)
-    assert_every_parameter_gets_a_gradient(network, x)
+    assert_every_parameter_gets_a_gradient(network, torch.randn(2, 1, 17, 35, 50))
 
 
 @pytest.mark.parametrize("depth_stride", [True, False])
@@ -99,13 +76,6 @@ def test_strided_stem_interpolates_the_logits_of_half_the_resolution():
         assert half.shape == (1, 3, 16, 16, 32)
         want = nn.functional.interpolate(half, scale_factor=2, mode="trilinear", align_corners=False)
         torch.testing.assert_close(network(x), want)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_norm_reaches_encoder_decoder_and_head(norm):
-    network = narrow(norm=norm)
-    for part, norms in ((network.backbone, 20), (network.neck, 12), (network.decode_head, 2)):
-        assert {kind: count(part, NORMS[kind]) for kind in NORMS} == {kind: norms * (kind == norm) for kind in NORMS}
 
 
 def test_head_width_dropout_and_classes_arrive():
@@ -144,16 +114,3 @@ def test_each_image_of_a_batch_is_segmented_as_if_alone():
     network = randomise(narrow()).eval()
     x = torch.randn(2, 1, 16, 17, 32)
     torch.testing.assert_close(network(x), torch.cat([network(x[:1]), network(x[1:])]))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        pytest.param({"norm": "layer"}, "norm must be one of", id="norm"),
-        pytest.param({"depth": 20}, "depth must be one of", id="depth"),
-        pytest.param({"stem": "none"}, "stem must be one of", id="stem"),
-    ],
-)
-def test_wrong_argument_is_named_with_its_value(arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        narrow(**arguments)
