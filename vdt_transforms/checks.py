@@ -79,7 +79,8 @@ class CheckOverflow(Transform):
         if low < INT16.min or high > INT16.max:
             raise ValueError(
                 f"{name_of(img)}: intensities from {low:g} to {high:g} do not fit 16-bit signed integers ({INT16.min}"
-                f" to {INT16.max}), as HU do; this is an integer overflow or a wrong scl_slope, so convert the case again"
+                f" to {INT16.max}), as HU do; this is an integer overflow or a wrong scl_slope, so convert the case"
+                " again"
             )
         return img
 

@@ -45,8 +45,6 @@ class RandArrayPerKey(Randomizable, ArrayPerKey):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Transform the values under `keys`."""
         d = dict(data)
-        randomize = True
-        for key in self.key_iterator(d):
-            d[key] = self.transform(d[key], randomize=randomize)
-            randomize = False
+        for number, key in enumerate(self.key_iterator(d)):
+            d[key] = self.transform(d[key], randomize=number == 0)
         return d

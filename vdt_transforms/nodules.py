@@ -90,8 +90,8 @@ class CropNodule(Transform):
             corners = apply_affine(volume.affine.numpy(), [[0, 0, 0], shape - 1])
             low, high = corners.min(0), corners.max(0)
             raise ValueError(
-                f"{name_of(volume)}: the position {_mm(position)} mm is outside the volume, which reaches from {_mm(low)}"
-                f" to {_mm(high)} mm (RAS)"
+                f"{name_of(volume)}: the position {_mm(position)} mm is outside the volume, which reaches from"
+                f" {_mm(low)} to {_mm(high)} mm (RAS)"
             )
 
 
