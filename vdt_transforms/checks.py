@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from monai.config import KeysCollection, NdarrayOrTensor
+from monai.config import NdarrayOrTensor
 from monai.transforms import Transform
 
 from vdt_transforms.dictionary import ArrayPerKey
@@ -12,7 +12,8 @@ from vdt_transforms.dictionary import ArrayPerKey
 INT16 = np.iinfo(np.int16)
 
 
-def _name(volume: NdarrayOrTensor) -> str:
+def name_of(volume: NdarrayOrTensor) -> str:
+    """Name the file that a volume was read from, for a message."""
     return str(getattr(volume, "meta", {}).get("filename_or_obj", "volume"))
 
 
@@ -30,7 +31,7 @@ class CheckFinite(Transform):
         if bad.any():
             first = tuple(int(i) for i in np.argwhere(bad)[0][1:])
             raise ValueError(
-                f"{_name(img)}: {int(bad.sum())} voxels are NaN or infinite, the first at {first};"
+                f"{name_of(img)}: {int(bad.sum())} voxels are NaN or infinite, the first at {first};"
                 " expected finite values"
             )
         return img
@@ -56,7 +57,7 @@ class CheckLabels(Transform):
         if wrong:
             few = ", ".join(f"{v:g}" for v in wrong[:5])
             raise ValueError(
-                f"{_name(img)}: label values {few} are out of range; expected whole numbers from 0 to"
+                f"{name_of(img)}: label values {few} are out of range; expected whole numbers from 0 to"
                 f" {self.num_classes - 1}, one for each of the {self.num_classes} label names"
             )
         return img
@@ -77,8 +78,9 @@ class CheckOverflow(Transform):
         low, high = float(img.min()), float(img.max())
         if low < INT16.min or high > INT16.max:
             raise ValueError(
-                f"{_name(img)}: intensities from {low:g} to {high:g} do not fit 16-bit signed integers ({INT16.min} to"
-                f" {INT16.max}), as HU do; this is an integer overflow or a wrong scl_slope, so convert the case again"
+                f"{name_of(img)}: intensities from {low:g} to {high:g} do not fit 16-bit signed integers ({INT16.min}"
+                f" to {INT16.max}), as HU do; this is an integer overflow or a wrong scl_slope, so convert the case"
+                " again"
             )
         return img
 
@@ -86,19 +88,16 @@ class CheckOverflow(Transform):
 class CheckFinited(ArrayPerKey):
     """Dictionary version of `CheckFinite`."""
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, CheckFinite(), allow_missing_keys)
+    array = CheckFinite
 
 
 class CheckLabelsd(ArrayPerKey):
     """Dictionary version of `CheckLabels`."""
 
-    def __init__(self, keys: KeysCollection, num_classes: int, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, CheckLabels(num_classes), allow_missing_keys)
+    array = CheckLabels
 
 
 class CheckOverflowd(ArrayPerKey):
     """Dictionary version of `CheckOverflow`."""
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, CheckOverflow(), allow_missing_keys)
+    array = CheckOverflow

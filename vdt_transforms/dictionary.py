@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,20 @@ from monai.transforms import MapTransform, Randomizable
 
 
 class ArrayPerKey(MapTransform):
-    """Apply one array transform to the value of each key.
+    """Apply one array transform, of the class `array`, to the value of each key.
 
     Args:
         keys: the keys.
-        transform: the array transform.
+        args: arguments of the array transform.
         allow_missing_keys: do not raise if a key is missing.
+        options: named arguments of the array transform.
     """
 
-    def __init__(self, keys: KeysCollection, transform: Callable, allow_missing_keys: bool = False) -> None:
+    array: type
+
+    def __init__(self, keys: KeysCollection, *args: Any, allow_missing_keys: bool = False, **options: Any) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.transform: Any = transform
+        self.transform: Any = self.array(*args, **options)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Transform the values under `keys`."""
@@ -42,8 +45,6 @@ class RandArrayPerKey(Randomizable, ArrayPerKey):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Transform the values under `keys`."""
         d = dict(data)
-        randomize = True
-        for key in self.key_iterator(d):
-            d[key] = self.transform(d[key], randomize=randomize)
-            randomize = False
+        for number, key in enumerate(self.key_iterator(d)):
+            d[key] = self.transform(d[key], randomize=number == 0)
         return d

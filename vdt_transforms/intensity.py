@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from monai.config import KeysCollection, NdarrayOrTensor
+from monai.config import NdarrayOrTensor
 from monai.transforms import NormalizeIntensity, ScaleIntensityRange, Transform
 from monai.utils import TransformBackends
 
@@ -61,13 +61,4 @@ class NormalizeWindow(Transform):
 class NormalizeWindowd(ArrayPerKey):
     """Dictionary version of `NormalizeWindow`."""
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        window: Sequence[float] | str = "none",
-        mean: float | str = "none",
-        std: float | str = "none",
-        ends: Sequence[float] | None = None,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, NormalizeWindow(window, mean, std, ends), allow_missing_keys)
+    array = NormalizeWindow

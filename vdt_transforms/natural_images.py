@@ -15,7 +15,6 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
-from monai.config import KeysCollection
 from monai.transforms import RandomizableTransform, Transform
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -73,8 +72,7 @@ class LoadNaturalImage(Transform):
 class LoadNaturalImaged(ArrayPerKey):
     """Dictionary version of `LoadNaturalImage`."""
 
-    def __init__(self, keys: KeysCollection, grey: bool = False, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, LoadNaturalImage(grey), allow_missing_keys)
+    array = LoadNaturalImage
 
 
 def _brightness(image: Tensor) -> Tensor:
@@ -198,18 +196,7 @@ class RandResizedCropImage(RandomizableTransform):
 class RandResizedCropImaged(RandArrayPerKey):
     """Dictionary version of `RandResizedCropImage`: one draw, for the first key's size, serves all keys."""
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        size: int,
-        *,
-        area: tuple[float, float] = (0.08, 1.0),
-        aspect: tuple[float, float] = (3 / 4, 4 / 3),
-        flip_prob: float = 0.5,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        crop = RandResizedCropImage(size, area=area, aspect=aspect, flip_prob=flip_prob)
-        super().__init__(keys, crop, allow_missing_keys)
+    array = RandResizedCropImage
 
 
 class ResizeCenterCropImage(Transform):
@@ -240,5 +227,4 @@ class ResizeCenterCropImage(Transform):
 class ResizeCenterCropImaged(ArrayPerKey):
     """Dictionary version of `ResizeCenterCropImage`."""
 
-    def __init__(self, keys: KeysCollection, size: int, *, short_side: int, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, ResizeCenterCropImage(size, short_side=short_side), allow_missing_keys)
+    array = ResizeCenterCropImage

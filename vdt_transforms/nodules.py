@@ -19,6 +19,7 @@ from monai.utils import ensure_tuple_rep
 from nibabel.affines import apply_affine
 from torch.nn.functional import pad
 
+from vdt_transforms.checks import name_of
 from vdt_transforms.dictionary import RandArrayPerKey
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ class CropNodule(Transform):
         outside = [(max(-a, 0), max(b - n, 0)) for a, b, n in zip(low, high, shape, strict=True)]
         cube = pad(cube.float(), [n for pair in reversed(outside) for n in pair], value=self.fill)
         if position is not None and any(n for pair in outside for n in pair):
-            logger.warning("%s: the crop at %s mm leaves the scan; outside is taken as air", _name(img), _mm(position))
+            logger.warning(
+                "%s: the crop at %s mm leaves the scan; outside is taken as air", name_of(img), _mm(position)
+            )
         cube = _with_affine(cube, _moved(affine, low, 1.0), volume)
         new_affine = _moved(affine, corner, step)
         if not (as_it_is and np.all(np.abs(corner - low) < 2 * NEAR)):
@@ -87,8 +90,8 @@ class CropNodule(Transform):
             corners = apply_affine(volume.affine.numpy(), [[0, 0, 0], shape - 1])
             low, high = corners.min(0), corners.max(0)
             raise ValueError(
-                f"{_name(volume)}: the position {_mm(position)} mm is outside the volume, which reaches from {_mm(low)}"
-                f" to {_mm(high)} mm (RAS)"
+                f"{name_of(volume)}: the position {_mm(position)} mm is outside the volume, which reaches from"
+                f" {_mm(low)} to {_mm(high)} mm (RAS)"
             )
 
 
@@ -103,10 +106,6 @@ def _moved(affine: np.ndarray, corner: np.ndarray, step: np.ndarray | float) -> 
 def _with_affine(values: torch.Tensor, affine: np.ndarray, volume: MetaTensor) -> MetaTensor:
     meta = {name: value for name, value in volume.meta.items() if name != "affine"}
     return MetaTensor(values, affine=torch.as_tensor(affine), meta=meta)
-
-
-def _name(img: Any) -> str:
-    return str(getattr(img, "meta", {}).get("filename_or_obj", "volume"))
 
 
 def _mm(position: Sequence[float] | np.ndarray) -> str:
@@ -194,7 +193,11 @@ class RandRotateCube(Randomizable, Transform):
         """Turn one volume."""
         if randomize:
             self.randomize()
-        out = _turn(img, self.axes, self.back)
+        order = (0, *(axis + 1 for axis in self.axes))
+        flipped = tuple(axis + 1 for axis in range(3) if self.back[axis])
+        if isinstance(img, np.ndarray):
+            return np.ascontiguousarray(np.flip(img.transpose(order), flipped))
+        out = img.as_subclass(torch.Tensor).permute(order).flip(flipped)
         if not isinstance(img, MetaTensor):
             return out
         turned = MetaTensor(out).copy_meta_from(img)
@@ -218,14 +221,6 @@ def combine_turns(turns: Sequence[int], reflection: int | None) -> tuple[list[in
     return axes, back
 
 
-def _turn(img: NdarrayOrTensor, axes: Sequence[int], back: Sequence[bool]) -> NdarrayOrTensor:
-    order = (0, *(axis + 1 for axis in axes))
-    flipped = tuple(axis + 1 for axis in range(3) if back[axis])
-    if isinstance(img, np.ndarray):
-        return np.ascontiguousarray(np.flip(img.transpose(order), flipped))
-    return img.as_subclass(torch.Tensor).permute(order).flip(flipped)
-
-
 def _voxel_map(shape: Sequence[int], axes: Sequence[int], back: Sequence[bool]) -> torch.Tensor:
     """Matrix from a voxel of the output to the voxel of the input, of that shape, that it was."""
     matrix = torch.zeros(4, 4, dtype=torch.float64)
@@ -239,5 +234,4 @@ def _voxel_map(shape: Sequence[int], axes: Sequence[int], back: Sequence[bool]) 
 class RandRotateCubed(RandArrayPerKey):
     """Dictionary version of `RandRotateCube`; all keys share one orientation."""
 
-    def __init__(self, keys: KeysCollection, reflect: bool = True, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, RandRotateCube(reflect), allow_missing_keys)
+    array = RandRotateCube

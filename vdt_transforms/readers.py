@@ -10,7 +10,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.config import KeysCollection, PathLike
+from monai.config import PathLike
 from monai.data import ImageReader, NibabelReader
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
@@ -266,5 +266,4 @@ class ReadClass(Transform):
 class ReadClassd(ArrayPerKey):
     """Dictionary version of `ReadClass`."""
 
-    def __init__(self, keys: KeysCollection, names: Sequence[str], allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, ReadClass(names), allow_missing_keys)
+    array = ReadClass

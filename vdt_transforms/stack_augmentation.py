@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from monai.apps.detection.transforms.box_ops import resize_boxes
 from monai.config import KeysCollection
 from monai.transforms import RandomizableTransform
+from monai.utils import ensure_tuple
 from torch import Tensor
 
 from vdt_transforms.dictionary import RandArrayPerKey
@@ -38,8 +39,7 @@ class RandFlipSlices(RandomizableTransform):
 class RandFlipSlicesd(RandArrayPerKey):
     """Dictionary version of `RandFlipSlices`: one draw serves all keys."""
 
-    def __init__(self, keys: KeysCollection, prob: float = 0.5, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, RandFlipSlices(prob), allow_missing_keys)
+    array = RandFlipSlices
 
 
 class RandResizeStack(RandomizableTransform):
@@ -84,23 +84,23 @@ class RandResizeStackd(RandArrayPerKey):
 
     Args:
         keys: of the stacks, which have the same sides.
-        sizes: as `RandResizeStack` takes them.
+        args, options: see `RandResizeStack`, and `allow_missing_keys`.
         box_keys: of the boxes that move with them; a missing one is passed over.
         scale_key: where the ratios new / old of both sides are put, as an array (2,), to bring detections back.
-        allow_missing_keys: whether a missing stack is passed over.
     """
+
+    array = RandResizeStack
 
     def __init__(
         self,
         keys: KeysCollection,
-        sizes: Sequence[int] | int,
-        *,
+        *args: Any,
         box_keys: KeysCollection = "box",
         scale_key: str = "scale",
-        allow_missing_keys: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(keys, RandResizeStack(sizes), allow_missing_keys)
-        self.box_keys = (box_keys,) if isinstance(box_keys, str) else tuple(box_keys)
+        super().__init__(keys, *args, **options)
+        self.box_keys = ensure_tuple(box_keys)
         self.scale_key = scale_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

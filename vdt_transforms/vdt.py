@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from monai.config import KeysCollection, NdarrayOrTensor
+from monai.config import NdarrayOrTensor
 from monai.transforms import RandomizableTransform, Transform
 
 from vdt_transforms.dictionary import ArrayPerKey, RandArrayPerKey
@@ -62,15 +62,7 @@ class ImageToVolume(Transform):
 class ImageToVolumed(ArrayPerKey):
     """Dictionary version of `ImageToVolume`."""
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        slices: int = 3,
-        mean: float = 0.0,
-        std: float = 1.0,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, ImageToVolume(slices, mean, std), allow_missing_keys)
+    array = ImageToVolume
 
 
 class VolumeToImage(Transform):
@@ -131,5 +123,4 @@ class RandSliceShuffle(RandomizableTransform):
 class RandSliceShuffled(RandArrayPerKey):
     """Dictionary version of `RandSliceShuffle`; all keys share one order."""
 
-    def __init__(self, keys: KeysCollection, prob: float = 1.0, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, RandSliceShuffle(prob), allow_missing_keys)
+    array = RandSliceShuffle

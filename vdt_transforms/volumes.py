@@ -10,15 +10,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.transforms import (
-    BorderPad,
-    Flip,
-    MapTransform,
-    Randomizable,
-    RandomizableTransform,
-    SpatialCrop,
-    Transform,
-)
+from monai.transforms import BorderPad, Flip, MapTransform, Randomizable, RandomizableTransform, SpatialCrop, Transform
 from monai.utils import convert_to_tensor, ensure_tuple
 
 from vdt_transforms.dictionary import RandArrayPerKey
@@ -131,23 +123,13 @@ class RandSlabd(RandArrayPerKey):
         keys: volumes on one grid.
         label_key: the label map that the draw depends on; its `<label_key>_slices` (see `ForegroundSlicesd`), if there,
             is used and taken out.
-        slices, foreground_prob, inside, max_share, tries: see `RandSlab`.
-        allow_missing_keys: do not raise if a key is missing.
+        args, options: see `RandSlab`, and `allow_missing_keys`.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        label_key: str,
-        slices: int,
-        foreground_prob: float = 1.0,
-        inside: bool = True,
-        max_share: float = 1.0,
-        tries: int = 10,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        slab = RandSlab(slices, foreground_prob, inside, max_share, tries)
-        super().__init__(keys, slab, allow_missing_keys)
+    array = RandSlab
+
+    def __init__(self, keys: KeysCollection, label_key: str, *args: Any, **options: Any) -> None:
+        super().__init__(keys, *args, **options)
         self.label_key = label_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

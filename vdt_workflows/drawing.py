@@ -12,7 +12,7 @@ import io
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -249,6 +249,14 @@ def _draw_head(title: str, legend: Mapping[int, str], width: int) -> Image.Image
         draw.rounded_rectangle((left, top + 5, left + 14, top + 19), 3, colour(value))
         draw.text((left + 22, top + 12), name, TEXT, font, anchor="lm")
     return head
+
+
+def make_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, Any]:
+    """Make a matplotlib figure of so many inches, and its axes, an array of them where there are several rows."""
+    from matplotlib.figure import Figure  # half a second that only a run that draws pays
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows)
 
 
 def to_png(picture: np.ndarray | Figure, dpi: float | None = None) -> bytes:

@@ -7,7 +7,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 
 from tests.makers.volumes import write_volume
-from vdt_transforms import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd, CheckOverflow, CheckOverflowd
+from vdt_transforms import CheckFinite, CheckLabels, CheckOverflow
 
 KINDS = [pytest.param(np.asarray, id="numpy"), pytest.param(torch.from_numpy, id="torch")]
 
@@ -32,15 +32,15 @@ def test_nan_and_both_infinities_are_refused_without_metadata_too(kind, value):
         CheckFinite()(kind(np.array([[[[0.0, value]]]])))
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "float16", "float32"])
+DTYPES = ["bool", "uint8", "int16", "uint16", "uint32", "int64", "float16", "float32", "float64"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_good_volumes_pass_as_the_same_object(kind, dtype):
     volume = kind(np.arange(8).reshape(1, 2, 2, 2).astype(dtype))
     assert CheckFinite()(volume) is volume
     assert CheckLabels(8)(volume) is volume
-    data = {"image": volume, "label": volume}
-    assert CheckFinited("image")(data)["image"] is volume
-    assert CheckLabelsd("label", 8)(data)["label"] is volume
 
 
 @pytest.mark.parametrize(
@@ -51,19 +51,11 @@ def test_labels_out_of_range_are_refused_with_the_file_the_values_and_the_range(
     message = rf"^case7\.nii\.gz: label values {shown} are out of range; expected whole numbers from 0 to 2, .* 3 label"
     with pytest.raises(ValueError, match=message):
         CheckLabels(3)(named(values).reshape(1, 1, 1, -1))
-    with pytest.raises(ValueError, match=message):
-        CheckLabelsd(["a", "b"], 3)({"a": named([0, 2]), "b": named(values)})
 
 
 def test_of_many_wrong_labels_five_are_shown():
     with pytest.raises(ValueError, match="label values 2, 3, 4, 5, 6 are out of range"):
         CheckLabels(2)(torch.arange(300).reshape(1, 10, 10, 3))
-
-
-@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int64", "float64", "bool"])
-def test_every_type_that_labels_are_stored_in_is_understood(dtype):
-    label = np.array([0, 1, 1, 0]).astype(dtype).reshape(1, 1, 2, 2)
-    assert CheckLabels(2)(label) is label
 
 
 @pytest.mark.parametrize(
@@ -75,11 +67,10 @@ def test_intensities_that_no_int16_holds_are_refused_with_the_file_and_their_ran
     with pytest.raises(ValueError, match=rf"^volume: intensities from {shown} do not fit 16-bit signed integers"):
         CheckOverflow()(kind(volume))
     with pytest.raises(ValueError, match=rf"^case7\.nii\.gz: intensities from {shown} do not fit"):
-        CheckOverflowd("image")({"image": named(volume)})
+        CheckOverflow()(named(volume))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_whole_range_of_int16_passes_as_the_same_object(kind):
     volume = kind(np.array([-32768.0, 32767.0]).reshape(1, 1, 1, 2))
     assert CheckOverflow()(volume) is volume
-    assert CheckOverflowd("image")({"image": volume})["image"] is volume

@@ -7,8 +7,7 @@ from functools import partial
 import nibabel as nib
 import numpy as np
 import pytest
-from monai.data import PydicomReader
-from monai.transforms import LoadImage, LoadImaged
+from monai.transforms import LoadImaged
 from pydicom import dcmread
 from pydicom.uid import JPEG2000Lossless
 
@@ -58,10 +57,8 @@ def change(file, edit):
 
 def rewrite(folder):
     """Write one slice's directions 2e-7 off, and its spacing with more digits."""
-    dataset = dcmread(file := min(folder.glob("*.dcm")))
-    dataset.ImageOrientationPatient = [1, 2e-7, 0, -2e-7, 1, 0]
-    dataset.PixelSpacing = ["0.600000", "0.70"]
-    dataset.save_as(file)
+    fields = {"ImageOrientationPatient": [1, 2e-7, 0, -2e-7, 1, 0], "PixelSpacing": ["0.600000", "0.70"]}
+    change(min(folder.glob("*.dcm")), lambda dataset: [setattr(dataset, *item) for item in fields.items()])
 
 
 def copy_one(folder):
@@ -78,12 +75,7 @@ REFUSED = {
     "a tilted gantry": (tilt, {}, r"gantry tilted by 15\.6 degrees; .*convert it with dcm2niix"),
     "no rescale": (drop_rescale, {}, r"\.dcm: has no RescaleSlope or no RescaleIntercept, so its values are not HU$"),
     "a slice off": (None, {"places": [0, 2.5, 5.4, 7.5]}, r"0\.4 mm off a regular grid; .* a twentieth of"),
-    "a missing slice": (None, {"places": [0, 2.5, 7.5, 10]}, "lacks 1 slice, the first between"),
-    "two series": (
-        partial(write_series, hu=HU, name="b"),
-        {},
-        r"holds 2 series; put .* \(.* with 4, .* with 4 images\)$",
-    ),
+    "two series": (partial(write_series, hu=HU, name="b"), {}, r"holds 2 series; put .* with 4, .* with 4 images\)$"),
     "one slice": (None, {"hu": HU[..., :1]}, "has one slice; a volume needs two or more"),
     "another size": (
         lambda folder: write_series(folder, shape=(6, 4, 1), name="b", origin=(-20, -10, -90), SeriesInstanceUID=SHORT),
@@ -91,7 +83,6 @@ REFUSED = {
         "mixes slices with 5 x 6 and 4 x 6 pixels",
     ),
     "inverted greys": (None, {"PhotometricInterpretation": "MONOCHROME1"}, r"MONOCHROME1 pixels; expected MONOCHROME2"),
-    "a cut file": (lambda folder: cut(-1)(min(folder.iterdir())), {}, r"a000\.dcm: cut short, 59 of 60 bytes"),
     "nothing but a cut file": (
         lambda folder: [cut(100)(file) for file in folder.iterdir()],
         {},
@@ -107,15 +98,11 @@ ACCEPTED = {
 }
 
 
-def listed(folder, **options):
-    return list_volumes(folder, **options)
-
-
 def load(folder, reader="vdt_transforms.SeriesReader", **options):
     return LoadImaged("image", reader=reader, ensure_channel_first=True, **options)({"image": str(folder)})["image"]
 
 
-@pytest.mark.parametrize("ask", [listed, load])
+@pytest.mark.parametrize("ask", [list_volumes, load])
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_volume_is_refused_by_listing_and_loading_alike(tmp_path, case, ask):
     spoil, options, sentence = REFUSED[case]
@@ -133,7 +120,7 @@ def test_what_can_be_left_out_is_left_out_and_named_by_listing_and_loading_alike
     spoil, named = ACCEPTED[case]
     write_series(tmp_path / "ct", HU)
     spoil(tmp_path / "ct")
-    for ask in (listed, load):
+    for ask in (list_volumes, load):
         caplog.clear()
         found = ask(tmp_path / "ct")
         messages = [record.message for record in caplog.records if record.name.startswith("vdt_")]
@@ -152,9 +139,11 @@ def test_an_irregular_series_is_accepted_by_the_knob_of_listing_and_of_loading(t
             ask(irregular="yes")
 
 
-def test_positions_written_to_a_tenth_of_a_millimetre_are_regular(tmp_path):
-    write_series(tmp_path, np.zeros((6, 5, 6)), places=[0, 0.6, 1.2, 1.9, 2.5, 3.1])
-    np.testing.assert_allclose(load(tmp_path).affine.numpy()[:3, 2], [0, 0, 0.62])
+def test_positions_written_to_a_tenth_or_a_hundredth_of_a_millimetre_are_regular(tmp_path):
+    write_series(tmp_path / "a", np.zeros((6, 5, 6)), places=[0, 0.6, 1.2, 1.9, 2.5, 3.1])
+    np.testing.assert_allclose(load(tmp_path / "a").affine.numpy()[:3, 2], [0, 0, 0.62])
+    write_series(tmp_path / "b", np.zeros((6, 5, 30)), places=np.round(np.arange(30) * 1.2345, 2))
+    only(tmp_path / "b").check()
 
 
 def test_a_series_in_two_folders_is_the_volume_of_the_folder_above(tmp_path):
@@ -187,7 +176,7 @@ def test_a_folder_without_a_series_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="no DICOM series of CT or MR in it or below it"):
         load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="/absent: no such folder; expected one with DICOM files"):
         load(tmp_path / "absent")
 
 
@@ -205,20 +194,6 @@ def test_a_series_is_found_by_its_headers_and_read_in_the_order_of_its_places(tm
     assert volume.dtype == np.int16
     assert np.array_equal(volume, HU)
     assert (series.notes, series.irregularities, series.errors) == ((), (), ())
-
-
-def test_a_voxel_lies_in_the_world_where_dicom_says_with_left_and_back_turned_to_right_and_front(tmp_path):
-    write_series(tmp_path, HU, origin=(-20, -10, -100), spacing=(0.7, 0.6, 2.5))
-    place = only(tmp_path).affine @ [3, 2, 1, 1]
-    assert np.allclose(place[:3], [20 - 3 * 0.7, 10 - 2 * 0.6, -100 + 2.5])
-
-
-def test_a_clean_folder_is_read_as_monai_reads_it(tmp_path):
-    write_series(tmp_path, HU)
-    series = only(tmp_path)
-    theirs = LoadImage(reader=PydicomReader(), image_only=True)(tmp_path)
-    assert np.array_equal(series.read(), theirs)
-    assert np.allclose(series.affine, theirs.affine)
 
 
 @pytest.mark.parametrize(
@@ -329,11 +304,6 @@ def test_missing_slices_are_counted_and_placed(tmp_path):
     assert series.read(irregular=True).shape == (6, 5, 4)
 
 
-def test_places_rounded_to_a_hundredth_of_a_mm_are_even(tmp_path):
-    write_series(tmp_path, np.zeros((6, 5, 30)), places=np.round(np.arange(30) * 1.2345, 2))
-    only(tmp_path).check()
-
-
 def test_of_two_slices_at_one_place_that_with_the_lower_instance_number_is_kept(tmp_path):
     hu = np.arange(5) * np.ones((6, 5, 1), int)
     write_series(tmp_path, hu, places=[0, 2.5, 5, 5, 7.5])
@@ -392,15 +362,9 @@ def test_a_damaged_file_is_named_by_the_series_of_its_folder(tmp_path, damage, r
 
 def write_like(file, **fields):
     shape = np.zeros((5, 6), np.uint16)
-    write_slice(
-        file,
-        shape,
-        **{
-            "SeriesInstanceUID": SHORT,
-            "ImageOrientationPatient": list(AXIAL),
-            **{"ImagePositionPatient": [0, 0, 0], "PixelSpacing": [1, 1], **fields},
-        },
-    )
+    given = {"SeriesInstanceUID": SHORT, "ImageOrientationPatient": list(AXIAL)}
+    given |= {"ImagePositionPatient": [0, 0, 0], "PixelSpacing": [1, 1], **fields}
+    write_slice(file, shape, **given)
 
 
 def test_a_damaged_file_of_no_series_is_listed_apart(tmp_path):
@@ -417,25 +381,11 @@ def test_a_damaged_file_of_no_series_is_listed_apart(tmp_path):
 
 def test_pixels_that_cannot_be_decoded_are_named(tmp_path):
     files = write_series(tmp_path, HU)
-    fields = {
-        "TransferSyntaxUID": JPEG2000Lossless,
-        "PixelData": b"\xfe\xff\x00\xe0\0\0\0\0" + b"\xfe\xff\x00\xe0\x04\0\0\0abcd",
-    }
-    write_like(
-        files[1],
-        ImagePositionPatient=[-20, -10, -97.5],
-        RescaleSlope=1,
-        RescaleIntercept=0,
-        PixelSpacing=[0.6, 0.7],
-        **fields,
-    )
+    fields = {"ImagePositionPatient": [-20, -10, -97.5], "PixelSpacing": [0.6, 0.7], "RescaleSlope": 1}
+    pixels = b"\xfe\xff\x00\xe0\0\0\0\0" + b"\xfe\xff\x00\xe0\x04\0\0\0abcd"
+    write_like(files[1], TransferSyntaxUID=JPEG2000Lossless, PixelData=pixels, RescaleIntercept=0, **fields)
     with pytest.raises(ValueError, match=r"a\d\d\d\.dcm: its pixels cannot be decoded \(.*; copy or download it again"):
         only(tmp_path).read()
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"/none: no such folder; expected one with DICOM files"):
-        find_series(tmp_path / "none")
 
 
 def test_a_folder_that_links_to_itself_is_searched_once(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, NormalizeIntensity, ScaleIntensityRange
 
-from vdt_transforms import NormalizeWindow, NormalizeWindowd
+from vdt_transforms import NormalizeWindow
 
 CT = np.random.default_rng(0).uniform(-1100, 1500, (1, 9, 8, 7))
 KINDS = [
@@ -50,22 +50,15 @@ def test_every_bit_is_that_of_monais_pair(setting, kind, dtype):
         pair.append(NormalizeIntensity(None if mean == "own" else mean, None if std == "own" else std))
     volume = kind(CT.astype(dtype))
     expected = torch.as_tensor(Compose(pair)(volume), dtype=torch.float32)
-    before = volume.copy() if isinstance(volume, np.ndarray) else volume.clone()
-    for found in (
-        NormalizeWindow(*SETTINGS[setting])(volume),
-        NormalizeWindowd("a", *SETTINGS[setting])({"a": volume})["a"],
-    ):
-        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
-        assert found.dtype in (torch.float32, np.float32)
-        if isinstance(volume, MetaTensor):
-            assert torch.equal(found.affine, volume.affine)
-    assert (before == volume).all()
+    found = NormalizeWindow(*SETTINGS[setting])(volume)
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+    assert found.dtype in (torch.float32, np.float32)
+    if isinstance(volume, MetaTensor):
+        assert torch.equal(found.affine, volume.affine)
 
 
 def test_a_volume_of_one_value_is_not_divided():
-    assert torch.equal(
-        torch.as_tensor(NormalizeWindow("none", "own", "own")(np.full((1, 2, 2, 2), 7))), torch.zeros(1, 2, 2, 2)
-    )
+    assert not np.any(NormalizeWindow("none", "own", "own")(np.full((1, 2, 2, 2), 7)))
 
 
 @pytest.mark.parametrize(
@@ -81,4 +74,4 @@ def test_a_volume_of_one_value_is_not_divided():
 )
 def test_other_words_and_values_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
-        NormalizeWindowd("image", **settings)
+        NormalizeWindow(**settings)

@@ -9,13 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 
-from vdt_transforms import (
-    ImageDecodeError,
-    LoadNaturalImage,
-    LoadNaturalImaged,
-    RandResizedCropImage,
-    ResizeCenterCropImage,
-)
+from vdt_transforms import ImageDecodeError, LoadNaturalImage, RandResizedCropImage, ResizeCenterCropImage
 
 ORIENTATION = 0x0112
 ROWS, COLUMNS = 20, 40
@@ -89,8 +83,7 @@ def test_the_first_picture_of_an_mpo_is_taken(load):
 def test_grey_is_repeated_for_the_three_colours(load, kind):
     data = encoded(picture()[..., 0], kind)
     loaded = load(data)
-    assert torch.equal(loaded[0], loaded[1])
-    assert torch.equal(loaded[0], loaded[2])
+    assert torch.equal(loaded, loaded[:1].expand(3, -1, -1))
     assert torch.equal(loaded, by_pillow(data))
 
 
@@ -99,7 +92,6 @@ def test_without_colours_an_image_is_its_brightness_thrice(load):
     loaded = LoadNaturalImage(grey=True)(data)
     assert torch.equal(loaded, torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("L"))).expand(3, -1, -1))
     assert not torch.equal(loaded, load(data))
-    assert torch.equal(LoadNaturalImaged("image", grey=True)({"image": data})["image"], loaded)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -269,17 +261,7 @@ def test_the_flip_mirrors_left_and_right_and_twice_is_identity(image):
 
 def test_half_of_the_crops_are_flipped(image):
     crop = random_crop()
-    flips = []
-    for _ in range(400):
-        crop.randomize(image)
-        flips.append(crop.flip)
-    assert 150 < sum(flips) < 250
-
-
-def test_a_crop_can_be_applied_again(image):
-    crop = random_crop()
-    first = crop(image)
-    assert torch.equal(crop(image, randomize=False), first)
+    assert 150 < sum(crop.flip for _ in range(400) if crop.randomize(image) is None) < 250
 
 
 @pytest.mark.parametrize("size", [(60, 90), (91, 60), (33, 33), (17, 100)])

@@ -28,11 +28,8 @@ def starts(slab, image, label, draws=3000):
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 9), (3, 3), (2, 7)])
-def test_foreground_slices_are_the_first_and_the_last(first, last):
+def test_foreground_slices_are_the_first_and_the_last_and_without_any_all(first, last):
     assert ForegroundSlices()(scan(10, first, last)[1]).tolist() == [first, last]
-
-
-def test_foreground_slices_of_an_empty_label_are_all():
     assert ForegroundSlices()(torch.zeros(1, 4, 4, 7)).tolist() == [0, 6]
 
 

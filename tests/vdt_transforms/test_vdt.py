@@ -8,14 +8,7 @@ import pytest
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor
 
-from vdt_transforms import (
-    MEAN,
-    STD,
-    ImageToVolume,
-    RandSliceShuffle,
-    RandSliceShuffled,
-    VolumeToImage,
-)
+from vdt_transforms import MEAN, STD, ImageToVolume, RandSliceShuffle, RandSliceShuffled, VolumeToImage
 
 ROWS, COLUMNS = 4, 7
 KINDS = [
@@ -23,15 +16,10 @@ KINDS = [
     pytest.param(torch.from_numpy, id="torch"),
     pytest.param(lambda x: MetaTensor(torch.from_numpy(x), meta={"filename_or_obj": "a.png"}), id="metatensor"),
 ]
-DTYPES = ["uint8", "int16", "float32", "float64"]
 
 
 def image(channels=3, dtype="uint8"):
     return np.random.default_rng(0).integers(0, 255, (channels, ROWS, COLUMNS)).astype(dtype)
-
-
-def volume(slices=3, dtype="float32"):
-    return image(slices, dtype)[None]
 
 
 def equal(a, b):
@@ -54,19 +42,12 @@ def test_the_constants_are_the_means_of_imagenets_three_channels():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_volume_back_to_an_image_is_the_image_in_its_own_type(kind, dtype):
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
+def test_the_volume_back_to_an_image_is_the_image(kind, dtype):
     given = kind(image(dtype=dtype))
     back = VolumeToImage()(ImageToVolume()(given))
     assert equal(back, given)
-    assert back.dtype == given.dtype
-    assert type(back) is type(given)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_normalised_volume_back_to_an_image_is_the_image(kind, dtype):
-    given = kind(image(dtype=dtype))
+    assert (type(back), back.dtype) == (type(given), given.dtype)
     lifted = ImageToVolume(mean=MEAN, std=STD)(given)
     assert str(lifted.dtype).removeprefix("torch.") == "float32"
     assert type(lifted) is type(given)
@@ -121,7 +102,7 @@ def test_a_std_that_is_not_positive_is_refused(std):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slices", [1, 3, 8])
 def test_a_shuffle_is_a_permutation_of_the_slices(kind, slices):
-    given = kind(volume(slices))
+    given = kind(image(slices, "float32")[None])
     shuffle = RandSliceShuffle().set_random_state(0)
     for _ in range(10):
         shuffled = shuffle(given)
@@ -141,12 +122,6 @@ def test_prob_is_the_share_of_volumes_that_are_shuffled():
     shuffle = RandSliceShuffle(prob=0.3).set_random_state(0)
     shuffled = sum(order != tuple(range(8)) for order in orders(shuffle, 1000, slices=8))
     assert 250 < shuffled < 350
-
-
-def test_randomize_false_applies_the_last_order_again():
-    shuffle = RandSliceShuffle().set_random_state(3)
-    first = shuffle(volume())
-    assert equal(shuffle(volume(), randomize=False), first)
 
 
 def loaded(workers, seed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
-from vdt_workflows.drawing import Plane, cut_planes, draw_planes, draw_sheet, draw_tile, to_png
+from vdt_workflows.drawing import Plane, cut_planes, draw_planes, draw_sheet, draw_tile, make_figure, to_png
 from vdt_workflows.files import write_atomic, write_csv, write_json
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,6 @@ def score_binary(
     patients: Sequence[str],
     *,
     threshold: float = 0.5,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Score probabilities of the class 1 against labels.
 
@@ -41,8 +40,6 @@ def score_binary(
         patients: who each one is of. The interval of the AUC comes from drawing patients with replacement, since the
             nodules of one patient are not independent.
         threshold: scores from here on count as class 1.
-        resamples: draws for the interval.
-        seed: seed of the draws.
 
     Returns:
         `auc` with `auc_interval_95`, `accuracy` with `majority_accuracy` (of always giving the more frequent class),
@@ -61,7 +58,7 @@ def score_binary(
     tp, fp = int((positive & (y == 1)).sum()), int((positive & (y == 0)).sum())
     fn, tn = int(y.sum()) - tp, int((y == 0).sum()) - fp
     sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
-    low, high = auc_interval(y, p, patients, resamples=resamples, seed=seed)
+    low, high = auc_interval(y, p, patients)
     centres, rates, counts = calibration_bins(y, p)
     return {
         "auc": float(weighted_auc(y, p, np.ones((1, len(y))))[0]),
@@ -141,8 +138,7 @@ def draw_roc(labels: np.ndarray, scores: np.ndarray, figures: Mapping[str, Any],
         axes.annotate(f"{wanted:g}", place, (7, -11), textcoords="offset points", fontsize="small")
     own_point = f"threshold {figures['threshold']:g}: sensitivity {figures['sensitivity']:.3f}"
     axes.plot([], [], "o", color="C1", label=f"{own_point},\nspecificity {figures['specificity']:.3f}")
-    axes.set_xlabel("1 - specificity")
-    axes.set_ylabel("sensitivity")
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity")
     axes.legend(loc="lower right", fontsize="small", title="dots: thresholds of the score", title_fontsize="small")
     return to_png(figure)
 
@@ -156,23 +152,20 @@ def draw_reliability(labels: np.ndarray, scores: np.ndarray, figures: Mapping[st
     axes.plot(centres[used], rates[used], "o-", color="C0", label=f"expected calibration error {figures['ece']:.3f}")
     for x, y, count in zip(centres[used], rates[used], counts[used], strict=True):
         axes.annotate(f"{int(count)}", (x, y), (6, -11), textcoords="offset points", fontsize="small")
-    axes.set_xlabel("mean score of the bin")
-    axes.set_ylabel("part that is malignant")
+    axes.set(xlabel="mean score of the bin", ylabel="part that is malignant")
     axes.legend(loc="upper left", fontsize="small", title="numbers: nodules in the bin", title_fontsize="small")
     return to_png(figure)
 
 
 def _square(title: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # half a second that only a run that draws pays
-
-    figure = Figure(figsize=(5.4, 5.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = make_figure(5.4, 5.6)
     axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), aspect="equal")
     axes.grid(alpha=0.3)
     axes.set_title(title, fontsize="small", parse_math=False)
     return figure, axes
 
 
+@dataclass(eq=False)
 class ReportNodules:
     """Handler: report an evaluation of benign against malignant.
 
@@ -189,19 +182,12 @@ class ReportNodules:
         title: heading of the pictures.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        *,
-        threshold: float = 0.5,
-        notes: Mapping[str, Any] | None = None,
-        title: str = "",
-    ) -> None:
-        self.folder = Path(folder)
-        self.threshold = threshold
-        self.notes = notes or {}
-        self.title = title
-        self.found: dict[str, tuple[str, int, float]] = {}
+    folder: str
+    _: KW_ONLY
+    threshold: float = 0.5
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    title: str = ""
+    found: dict[str, tuple[str, int, float]] = field(default_factory=dict, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluator."""
@@ -218,18 +204,17 @@ class ReportNodules:
         found = {name: nodule for part in idist.all_gather(self.found) for name, nodule in part.items()}
         if idist.get_rank() > 0:
             return
-        names = sorted(found)
-        patients, labels, scores = zip(*(found[name] for name in names), strict=True)
+        rows = [(name, *found[name], int(found[name][2] >= self.threshold)) for name in sorted(found)]
+        _, patients, labels, scores, _ = zip(*rows, strict=True)
         figures = score_binary(labels, scores, patients, threshold=self.threshold)
-        engine_scores = {name: torch.as_tensor(value).tolist() for name, value in engine.state.metrics.items()}
-        write_json(self.folder / "scores.json", {**engine_scores, **figures, "_run_": self.notes})
+        folder = Path(self.folder)
+        write_json(folder / "scores.json", {**engine.state.metrics, **figures, "_run_": self.notes})
         columns = ["nodule_id", "patient_id", "label", "score", "called"]
-        called = [int(score >= self.threshold) for score in scores]
-        rows = zip(names, patients, labels, [f"{score:.6f}" for score in scores], called, strict=True)
-        write_csv(self.folder / "predictions.csv", [dict(zip(columns, row, strict=True)) for row in rows], columns)
+        table = [{**dict(zip(columns, row, strict=True)), "score": f"{row[3]:.6f}"} for row in rows]
+        write_csv(folder / "predictions.csv", table, columns)
         y, p = np.array(labels), np.array(scores)
-        write_atomic(self.folder / "roc.png", draw_roc(y, p, figures, self.title))
-        write_atomic(self.folder / "reliability.png", draw_reliability(y, p, figures, self.title))
+        write_atomic(folder / "roc.png", draw_roc(y, p, figures, self.title))
+        write_atomic(folder / "reliability.png", draw_reliability(y, p, figures, self.title))
         low, high = figures["auc_interval_95"]
         logger.info(
             "%s: AUC %.3f (%.3f to %.3f), accuracy %.3f (the more frequent class alone: %.3f), balanced accuracy %.3f,"
@@ -240,6 +225,7 @@ class ReportNodules:
         )
 
 
+@dataclass(eq=False)
 class SaveMalignancy:
     """Handler: write the probability that each nodule is malignant, and draw the crops that the network was given.
 
@@ -255,22 +241,14 @@ class SaveMalignancy:
         notes: plain values for the record.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        class_names: Sequence[str],
-        *,
-        threshold: float = 0.5,
-        shown: tuple[float, float] = (0.0, 1.0),
-        notes: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.folder = Path(folder)
-        self.class_names = class_names
-        self.threshold = threshold
-        self.shown = shown
-        self.notes = notes or {}
-        self.found: list[dict[str, Any]] = []
-        self.crops: list[list[Plane]] = []
+    folder: str
+    class_names: Sequence[str]
+    _: KW_ONLY
+    threshold: float = 0.5
+    shown: tuple[float, float] = (0.0, 1.0)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    found: list[dict[str, Any]] = field(default_factory=list, init=False)
+    crops: list[list[Plane]] = field(default_factory=list, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluator."""
@@ -290,13 +268,13 @@ class SaveMalignancy:
                 self.crops.append(cut_planes(item["image"].cpu().numpy()[0], item["image"].affine))
 
     def _write(self, engine: Engine) -> None:
-        content = {"nodules": self.found, "threshold": self.threshold, "_run_": self.notes}
-        write_json(self.folder / "malignancy.json", content)
-        write_csv(self.folder / "malignancy.csv", self.found, list(self.found[0]))
+        folder, content = Path(self.folder), {"nodules": self.found, "threshold": self.threshold, "_run_": self.notes}
+        write_json(folder / "malignancy.json", content)
+        write_csv(folder / "malignancy.csv", self.found, list(self.found[0]))
         titles = [f"{nodule['nodule_id']}: {nodule['class']} {nodule['malignancy']:.2f}" for nodule in self.found]
         pictures = [draw_planes(planes, window=self.shown, panel=150) for planes in self.crops]
         tiles = [draw_tile(picture, title) for picture, title in zip(pictures, titles, strict=False)]
-        write_atomic(self.folder / "crops.png", to_png(draw_sheet(tiles, "axial, coronal, sagittal", columns=3)))
+        write_atomic(folder / "crops.png", to_png(draw_sheet(tiles, "axial, coronal, sagittal", columns=3)))
         more = f" (the first {DRAWN} drawn)" if len(self.found) > DRAWN else ""
         for nodule, title in zip(self.found[:DRAWN], titles, strict=False):
             logger.info("%s at (%s, %s, %s) mm", title, nodule["x_mm"], nodule["y_mm"], nodule["z_mm"])

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vdt_workflows.drawing import to_png
+from vdt_workflows.drawing import make_figure, to_png
+from vdt_workflows.errors import check_choice
 
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # false positives per image
 PUBLISHED_RATES = (0.5, 1.0, 2.0, 4.0)  # of the mean that papers give
@@ -100,9 +101,9 @@ class Froc:
         reached = np.searchsorted(self.false_positives, rate * (1 + 1e-12), side="right")
         return float(self.sensitivity[reached - 1]) if reached else 0.0
 
-    def scores(self, rates: Sequence[float] = RATES) -> dict[str, float]:
-        """Sensitivities at `rates`, their mean, the published mean (over 0.5 to 4), and how far the curve goes."""
-        found = {f"sensitivity_at_{rate:g}": self.at(rate) for rate in rates}
+    def scores(self) -> dict[str, float]:
+        """Sensitivities at `RATES`, their mean, the published mean (over 0.5 to 4), and how far the curve goes."""
+        found = {f"sensitivity_at_{rate:g}": self.at(rate) for rate in RATES}
         return {
             **found,
             "mean_sensitivity": float(np.mean(list(found.values()))),
@@ -112,12 +113,8 @@ class Froc:
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of boxes (A, 4) and (B, 4), as (A, B)."""
-    return _iou(a[:, None], b[None])
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of boxes (..., 4) with boxes (..., 4), one by one; 0 where both are empty."""
+    """IoU of boxes (A, 4) and (B, 4), as (A, B); 0 where both are empty."""
+    a, b = a[:, None], b[None]
     common = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0).prod(-1)
     union = sum((boxes[..., 2:] - boxes[..., :2]).clip(0).prod(-1) for boxes in (a, b)) - common
     return common / np.where(union > 0, union, 1)
@@ -134,26 +131,28 @@ class Matches:
         pairs: (P, 2), number of a detection and number of a lesion that it overlaps, by rising detection.
         iou: (P,).
         lesion_image: (L,), number of the slice; lesions are numbered through all slices.
+        counted: (L,), the lesions that are not ignored.
     """
 
-    def __init__(self, slices: Sequence[KeySlice], least_iou: float = 0.5) -> None:
+    def __init__(self, slices: Sequence[KeySlice]) -> None:
         self.images = len(slices)
-        none = [np.zeros((0, 4))]
-        boxes = np.concatenate([s.boxes for s in slices] + none)
-        lesions = np.concatenate([s.lesions for s in slices] + none)
-        scores = np.concatenate([s.scores for s in slices] + [np.zeros(0)])
+        scores = np.concatenate([np.zeros(0), *(s.scores for s in slices)])
         image = np.repeat(np.arange(len(slices)), [len(s.boxes) for s in slices])
         order = np.argsort(-scores, kind="stable")
-        self.scores, self.image, boxes = scores[order], image[order], boxes[order]
-        counts = np.array([len(s.lesions) for s in slices], int)
-        self.lesion_image = np.repeat(np.arange(len(slices)), counts)
-        first = np.cumsum(counts) - counts
-        times = counts[self.image]
-        detection = np.repeat(np.arange(len(boxes)), times)
-        lesion = np.arange(len(detection)) - np.repeat(np.cumsum(times) - times - first[self.image], times)
-        iou = _iou(boxes[detection], lesions[lesion])
-        over = iou >= least_iou
-        self.pairs, self.iou = np.stack([detection, lesion], 1)[over], iou[over]
+        self.scores, self.image = scores[order], image[order]
+        self.lesion_image = np.repeat(np.arange(len(slices)), [len(s.lesions) for s in slices])
+        self.counted = ~np.concatenate([np.zeros(0, bool), *(s.ignored for s in slices)])
+        first = np.searchsorted(self.lesion_image, np.arange(len(slices)))  # lesion of each slice
+        pairs, ious = [np.zeros((0, 2), int)], [np.zeros(0)]
+        for s, at, lesion in zip(slices, np.searchsorted(image, np.arange(len(slices))), first, strict=True):
+            iou = box_iou(s.boxes, s.lesions)
+            over = np.argwhere(iou >= 0.5)
+            pairs.append(over + np.array([at, lesion]))
+            ious.append(iou[tuple(over.T)])
+        joined = np.concatenate(pairs)
+        joined[:, 0] = np.argsort(order)[joined[:, 0]]  # from the slices' order to that of the scores
+        rising = np.argsort(joined[:, 0], kind="stable")
+        self.pairs, self.iou = joined[rising], np.concatenate(ious)[rising]
         self.last = np.flatnonzero(np.diff(self.scores, append=-np.inf))  # detection of each score
 
     def judge(self, counted: np.ndarray, rule: str = "lenient") -> tuple[np.ndarray, np.ndarray]:
@@ -171,8 +170,7 @@ class Matches:
         Returns:
             lesions found (D,) and whether false (D,).
         """
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
+        check_choice("rule", rule, RULES)
         found, excused = np.zeros(len(self.scores), int), np.zeros(len(self.scores), bool)
         detection, lesion = self.pairs.T
         excused[detection if rule == "lenient" else detection[~counted[lesion]]] = True
@@ -198,34 +196,29 @@ class Matches:
         return Froc(self.scores[self.last], false / max(images, 1), found / max(lesions, 1), images, lesions)
 
 
-def _counted(slices: Sequence[KeySlice]) -> np.ndarray:
-    return ~np.concatenate([s.ignored for s in slices] + [np.zeros(0, bool)])
-
-
-def froc(slices: Sequence[KeySlice], rule: str = "lenient", *, least_iou: float = 0.5) -> Froc:
+def froc(slices: Sequence[KeySlice], rule: str = "lenient") -> Froc:
     """Compute the curve of all slices by a rule of `Matches.judge`; slices without lesions count as images too."""
-    matches, counted = Matches(slices, least_iou), _counted(slices)
-    return matches.curve(matches.judge(counted, rule), counted)
+    matches = Matches(slices)
+    return matches.curve(matches.judge(matches.counted, rule), matches.counted)
 
 
 def bootstrap(
-    slices: Sequence[KeySlice], rule: str = "lenient", *, samples: int = 1000, level: float = 0.95, seed: int = 0
+    slices: Sequence[KeySlice], rule: str = "lenient", *, samples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Intervals of `Froc.scores` by drawing patients with replacement, each with all its slices.
+    """Intervals of 95 % of `Froc.scores` by drawing patients with replacement, each with all its slices.
 
     Returns:
         The lower and upper end by the name of the score; NaN if nothing can be drawn.
     """
-    matches, counted = Matches(slices), _counted(slices)
-    judged = matches.judge(counted, rule)
+    matches = Matches(slices)
+    judged = matches.judge(matches.counted, rule)
     patients, owner = np.unique([s.patient for s in slices], return_inverse=True)
     random = np.random.default_rng(seed)
     drawn = []
     for _ in range(samples):
         times = np.bincount(random.integers(len(patients), size=len(patients)), minlength=len(patients))
-        drawn.append(matches.curve(judged, counted, times[owner]).scores())
-    tail = 50 * (1 - level)
-    ends = {name: np.nanpercentile([d[name] for d in drawn], [tail, 100 - tail]) for name in drawn[0]}
+        drawn.append(matches.curve(judged, matches.counted, times[owner]).scores())
+    ends = {name: np.nanpercentile([d[name] for d in drawn], [2.5, 97.5]) for name in drawn[0]}
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
@@ -241,20 +234,20 @@ def score_groups(slices: Sequence[KeySlice], rule: str = "lenient") -> dict[str,
     """
     if not slices:
         return {}
-    matches, counted = Matches(slices), _counted(slices)
+    matches = Matches(slices)
     types, diameters = (np.concatenate([getattr(s, name) for s in slices]) for name in ("types", "diameters"))
     intervals = np.array([s.slice_interval for s in slices])
     lesions = {
         "type": {name: types == number for number, name in LESION_TYPES.items()},
         "diameter": {name: (diameters >= low) & (diameters < high) for name, (low, high) in DIAMETERS.items()},
     }
-    images = {name: (intervals >= low) & (intervals < high) for name, (low, high) in INTERVALS.items()}
+    images = {n: ((intervals >= low) & (intervals < high)).astype(int) for n, (low, high) in INTERVALS.items()}
     curves: dict[str, dict[str, Froc]] = {}
     for grouping, groups in lesions.items():
-        chosen = {name: counted & group for name, group in groups.items()}
+        chosen = {name: matches.counted & group for name, group in groups.items()}
         curves[grouping] = {name: matches.curve(matches.judge(c, rule), c) for name, c in chosen.items()}
-    judged = matches.judge(counted, rule)
-    curves["slice_interval"] = {n: matches.curve(judged, counted, group.astype(int)) for n, group in images.items()}
+    judged = matches.judge(matches.counted, rule)
+    curves["slice_interval"] = {n: matches.curve(judged, matches.counted, chosen) for n, chosen in images.items()}
     return {
         grouping: {n: {"lesions": c.lesions, "images": c.images, **c.scores()} for n, c in groups.items() if c.lesions}
         for grouping, groups in curves.items()
@@ -279,30 +272,23 @@ def average_precision(slices: Sequence[KeySlice]) -> dict[str, float]:
         touching.append(KeySlice(s.boxes[best[near]], s.scores[best[near]], s.lesions, ignored=s.ignored))
         others.append(KeySlice(s.boxes[best[~near]], s.scores[best[~near]], np.zeros((0, 4))))
     parts = touching + others
-    matched = matching_batch(
-        iou_fn=box_iou,
-        iou_thresholds=metric.get_iou_thresholds(),
-        pred_boxes=[s.boxes for s in parts],
-        pred_classes=[np.zeros(len(s.boxes), int) for s in parts],
-        pred_scores=[s.scores for s in parts],
-        gt_boxes=[s.lesions for s in parts],
-        gt_classes=[np.zeros(len(s.lesions), int) for s in parts],
-        gt_ignore=[s.ignored for s in parts],
-    )
-    if not any((~s.ignored).any() for s in slices):
-        return dict.fromkeys(("mAP", "AP_50", "AP_75"), float("nan"))
-    values = metric(matched)[0]
     names = {"mAP": "mAP_IoU_0.50_0.95_0.05_", "AP_50": "AP_IoU_0.50_", "AP_75": "AP_IoU_0.75_"}
+    if not any((~s.ignored).any() for s in slices):
+        return dict.fromkeys(names, float("nan"))
+    boxes, scores, lesions, ignored = zip(*((s.boxes, s.scores, s.lesions, s.ignored) for s in parts), strict=True)
+    classes, true_classes = ([np.zeros(len(b), int) for b in part] for part in (boxes, lesions))  # of one class
+    thresholds = metric.get_iou_thresholds()
+    matched = matching_batch(box_iou, thresholds, boxes, classes, scores, lesions, true_classes, ignored)
+    values = metric(matched)[0]
     return {name: values[f"{key}MaxDet_100"] for name, key in names.items()}
 
 
-def score_detections(slices: Sequence[KeySlice], *, intervals: int = 0, seed: int = 0) -> dict[str, object]:
+def score_detections(slices: Sequence[KeySlice], *, intervals: int = 0) -> dict[str, object]:
     """Score the detections of a data set in every way of this module, as plain values by name.
 
     Args:
         slices: the key slices.
         intervals: number of bootstrap samples of patients; 0 gives no intervals.
-        seed: of the bootstrap.
     """
     result: dict[str, object] = {
         "images": len(slices),
@@ -314,16 +300,13 @@ def score_detections(slices: Sequence[KeySlice], *, intervals: int = 0, seed: in
     for rule in RULES:
         result[rule] = {**froc(slices, rule).scores(), "groups": score_groups(slices, rule)}
         if intervals:
-            result[f"{rule}_95_percent_intervals"] = bootstrap(slices, rule, samples=intervals, seed=seed)
+            result[f"{rule}_95_percent_intervals"] = bootstrap(slices, rule, samples=intervals)
     return result
 
 
 def draw_froc(curves: Mapping[str, Froc], title: str = "") -> bytes:
     """Draw sensitivity against false positives per image, on a logarithmic axis from 1/8 to 16, as a PNG."""
-    from matplotlib.figure import Figure  # half a second that only a run that draws pays
-
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = make_figure(6, 4.5)
     for name, curve in curves.items():
         rates = np.unique(np.concatenate([np.geomspace(0.125, 16, 400), curve.false_positives]))
         rates = rates[(rates >= 0.125) & (rates <= 16)]
@@ -334,10 +317,7 @@ def draw_froc(curves: Mapping[str, Froc], title: str = "") -> bytes:
     ticks = (0.125, 0.25, *RATES)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.set_xlim(0.125, 16)
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("false positives per image")
-    axes.set_ylabel("sensitivity (%)")
+    axes.set(xlim=(0.125, 16), ylim=(0, 101), xlabel="false positives per image", ylabel="sensitivity (%)")
     axes.grid(alpha=0.3)
     if curves:
         axes.legend(loc="lower right", fontsize="small")

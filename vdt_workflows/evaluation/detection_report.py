@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from torch import Tensor
 
-from vdt_workflows.drawing import to_png
+from vdt_workflows.drawing import make_figure, to_png
+from vdt_workflows.errors import check_choice
 from vdt_workflows.evaluation.detection import (
     RATES,
     RULES,
@@ -54,8 +56,7 @@ class DetectionScores(Metric):
     """
 
     def __init__(self, rule: str = "lenient") -> None:
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
+        check_choice("rule", rule, RULES)
         self.rule = rule
         self.slices: list[KeySlice] = []
         super().__init__(output_transform=lambda output: (output["pred"], output["label"]))
@@ -77,12 +78,12 @@ class DetectionScores(Metric):
         """Store the score, and the others under `<name>_...`, in the metrics of the engine."""
         super().completed(engine, name)
         curve = froc(self.slices, self.rule)
-        found = {f"at_{rate:g}": curve.at(rate) for rate in RATES}
         precision = average_precision(self.slices)
-        found |= {"AP_50": precision["AP_50"], "mAP": precision["mAP"]}
+        found = {f"at_{rate:g}": curve.at(rate) for rate in RATES} | {n: precision[n] for n in ("AP_50", "mAP")}
         engine.state.metrics.update({f"{name}_{ending}": value for ending, value in found.items()})
 
 
+@dataclass(eq=False)
 class DetectionReport:
     """Handler: write the detections of an evaluation and their scores. The first process writes for all.
 
@@ -100,22 +101,12 @@ class DetectionReport:
         notes: plain values for the record (checkpoint, split, ...).
     """
 
-    def __init__(
-        self,
-        folder: str,
-        scores: DetectionScores,
-        *,
-        intervals: int = 1000,
-        pictures: int = 24,
-        notes: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.folder = Path(folder)
-        self.scores = scores
-        self.intervals = intervals
-        self.pictures = pictures
-        self.notes = notes or {}
-        self._drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._step = 1
+    folder: str
+    scores: DetectionScores
+    _: KW_ONLY
+    intervals: int = 1000
+    pictures: int = 24
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluator, after its metric."""
@@ -124,7 +115,8 @@ class DetectionReport:
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _begin(self, engine: Engine) -> None:
-        self._drawn, self._step = {}, max(1, (engine.state.epoch_length or 1) // max(self.pictures, 1))
+        self._drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._step = max(1, (engine.state.epoch_length or 1) // max(self.pictures, 1))
 
     def _keep(self, engine: Engine) -> None:
         """Keep the centre slice of some batches, for the pictures."""
@@ -136,16 +128,15 @@ class DetectionReport:
     def _write(self, engine: Engine) -> None:
         if idist.get_rank() > 0:
             return
-        slices = self.scores.slices
-        values = {name: float(value) for name, value in engine.state.metrics.items()}
-        scored = {**values, **score_detections(slices, intervals=self.intervals), "_run_": dict(self.notes)}
-        write_json(self.folder / "scores.json", scored)
+        slices, folder = self.scores.slices, Path(self.folder)
+        scored = {**engine.state.metrics, **score_detections(slices, intervals=self.intervals), "_run_": self.notes}
+        write_json(folder / "scores.json", scored)
         listed = [
             {"image": s.name, "boxes": s.boxes.round(2).tolist(), "scores": s.scores.round(6).tolist()} for s in slices
         ]
-        write_json(self.folder / "detections.json", listed, indent=None)
+        write_json(folder / "detections.json", listed, indent=None)
         curves = {rule: froc(slices, rule) for rule in RULES}
-        write_atomic(self.folder / "froc.png", draw_froc(curves, f"{len(slices)} key slices"))
+        write_atomic(folder / "froc.png", draw_froc(curves, f"{len(slices)} key slices"))
         curve = curves["lenient"]
         allowed = np.flatnonzero(curve.false_positives <= 1)
         threshold = float(curve.thresholds[allowed[-1]]) if len(allowed) else 1.0
@@ -153,7 +144,7 @@ class DetectionReport:
             if slice_.name in self._drawn:
                 name = slice_.name.removeprefix("Images_png/").replace("/", "_").rpartition(".")[0]
                 picture = draw_slice(*self._drawn[slice_.name], slice_, threshold)
-                write_atomic(self.folder / "slices" / f"{name}.png", picture)
+                write_atomic(folder / "slices" / f"{name}.png", picture)
         for rule in RULES:
             found = curves[rule].scores()
             shown = ", ".join(f"{k.removeprefix('sensitivity_')} {100 * v:.2f}" for k, v in found.items() if "_at" in k)
@@ -166,12 +157,10 @@ def draw_slice(pixels: np.ndarray, scale: np.ndarray, slice_: KeySlice, threshol
     Lesions: green where found, orange where missed, grey where ignored. Detections: blue with their score, red where
     they overlap no lesion.
     """
-    from matplotlib.figure import Figure  # half a second that only a run that draws pays
     from matplotlib.patches import Rectangle
 
     width, height = pixels.shape / scale
-    figure = Figure(figsize=(6, 6 * height / width + 0.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = make_figure(6, 6 * height / width + 0.5)
     axes.imshow(pixels.T, cmap="gray", extent=(0, width, height, 0))
     shown = slice_.scores >= threshold
     overlap = box_iou(slice_.boxes[shown], slice_.lesions) >= 0.5

@@ -19,29 +19,18 @@ from pydicom.sr.coding import Code
 
 from vdt_transforms.dicom_series import DicomSeries, find_one_series
 from vdt_transforms.grids import align_grids
+from vdt_workflows.errors import check_choice
 from vdt_workflows.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
-STRUCTURES = {
-    "spleen": "Spleen",
-    "kidney": "Kidney",
-    "gallbladder": "Gallbladder",
-    "esophagus": "Esophagus",
-    "liver": "Liver",
-    "stomach": "Stomach",
-    "aorta": "Aorta",
-    "inferior vena cava": "InferiorVenaCava",
-    "portal vein": "PortalVein",
-    "splenic vein": "SplenicVein",
-    "pancreas": "Pancreas",
-    "adrenal gland": "AdrenalGland",
-    "lung": "Lung",
-    "hippocampus": "Hippocampus",
-}
+STRUCTURES = (  # SNOMED CT concepts, which pydicom calls by these words in capitals, such as InferiorVenaCava
+    *("spleen", "kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta", "inferior vena cava", "portal vein"),
+    *("splenic vein", "pancreas", "adrenal gland", "lung", "hippocampus"),
+)
 FINDINGS = {"nodule": "Nodule", "tumor": "Neoplasm", "lesion": "Lesion", "mass": "Mass"}
 SPELLINGS = {"oesophagus": "esophagus", "tumour": "tumor"}
-SIDES = {"right": "Right", "left": "Left"}
+SIDES = ("right", "left")
 OWN_SCHEME = "99VDT"  # DICOM's prefix for a private coding scheme
 # What of the source's headers comes into the result; patient's name, birth date, sex and all else do not.
 COPIED = ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID")
@@ -61,8 +50,7 @@ def writes_dicom(output_format: str) -> bool:
     Raises:
         ValueError: if it is neither "nifti" nor "dicom_seg".
     """
-    if output_format not in ("nifti", "dicom_seg"):
-        raise ValueError(f"output_format must be 'nifti' or 'dicom_seg', got {output_format!r}")
+    check_choice("output_format", output_format, ("nifti", "dicom_seg"))
     return output_format == "dicom_seg"
 
 
@@ -110,8 +98,14 @@ class SaveDicomSegd(MapTransform):
         for key in self.key_iterator(data):
             labels = data[key]
             source = Path(str(labels.meta["filename_or_obj"]))
-            source = source if source.is_dir() else source.parent if _is_slice(source) else source
-            series = _only_series(source)
+            if source.is_file() and not source.name.endswith((".nii", ".nii.gz", ".npz")):
+                source = source.parent  # one slice of its series
+            if not source.is_dir():
+                raise ValueError(
+                    f"{source}: no DICOM folder, whose images a DICOM SEG must refer to; use output_format: nifti"
+                )
+            series = find_one_series(source)
+            series.check()
             frames = place_on_slices(np.asarray(labels[0].cpu()), np.asarray(labels.affine, float), series)
             path = self.output_dir / f"{source.name}_seg.dcm"
             write_atomic(path, make_segmentation(frames, series, self.label_names, self.algorithm))
@@ -192,11 +186,11 @@ def make_segmentation(frames: np.ndarray, series: DicomSeries, label_names: Sequ
 def code_label(name: str) -> tuple[Code, Code, Code | None]:
     """Give the category, the type, and the side of a label by its name, as coded concepts."""
     words = [SPELLINGS.get(word, word) for word in name.lower().replace("_", " ").split()]
-    side = next((SIDES[word] for word in words if word in SIDES), None)
+    side = next((word for word in words if word in SIDES), None)
     plain = " ".join(word for word in words if word not in SIDES)
-    modifier = getattr(codes.SCT, side) if side else None
+    modifier = getattr(codes.SCT, side.title()) if side else None
     if plain in STRUCTURES:
-        return codes.SCT.AnatomicalStructure, getattr(codes.SCT, STRUCTURES[plain]), modifier
+        return codes.SCT.AnatomicalStructure, getattr(codes.SCT, plain.title().replace(" ", "")), modifier
     if words and words[-1] in FINDINGS:  # a liver tumor is a tumor
         return codes.SCT.MorphologicallyAbnormalStructure, getattr(codes.SCT, FINDINGS[words[-1]]), modifier
     own = Code("_".join(words)[:16].upper(), OWN_SCHEME, name[:64])
@@ -219,18 +213,6 @@ def _version() -> str:
         return metadata.version("vdt-bundles")
     except metadata.PackageNotFoundError:  # the code came with a packaged bundle
         return "unknown"
-
-
-def _is_slice(path: Path) -> bool:
-    return path.is_file() and not path.name.endswith((".nii", ".nii.gz", ".npz"))
-
-
-def _only_series(source: Path) -> DicomSeries:
-    if not source.is_dir():
-        raise ValueError(f"{source}: no DICOM folder, whose images a DICOM SEG must refer to; use output_format: nifti")
-    series = find_one_series(source)
-    series.check()
-    return series
 
 
 def _source_header(file: Path) -> Dataset:

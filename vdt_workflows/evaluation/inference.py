@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 from tqdm.auto import tqdm
 
-BLENDING = ("constant", "gaussian")
-INVERSIONS = ("labels", "logits")
+from vdt_workflows.errors import check_choice
+
 Flips = Sequence[Sequence[int]]
 
 
@@ -58,10 +58,8 @@ class SlabInferer(Inferer):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        if mode not in BLENDING:
-            raise ValueError(f"mode must be one of {BLENDING}, got {mode!r}")
-        if inversion not in INVERSIONS:
-            raise ValueError(f"inversion must be one of {INVERSIONS}, got {inversion!r}")
+        check_choice("mode", mode, ("constant", "gaussian"))
+        check_choice("inversion", inversion, ("labels", "logits"))
         if len(roi_size) != 3 or min(roi_size) < 1:
             raise ValueError(f"roi_size must be three positive numbers, got {roi_size!r}")
         self.roi_size = tuple(int(r) for r in roi_size)
@@ -148,8 +146,7 @@ class SlabInferer(Inferer):
         starts = sorted(rows)
         importance = compute_importance_map(roi, mode=self.mode, sigma_scale=0.125, dtype=torch.float32)
         importance = importance.clamp(min=max(float(importance.min()), 1e-3)).permute(2, 1, 0).contiguous()
-        sums: Tensor | None = None
-        weights = torch.zeros(())
+        sums: Tensor | None = None  # of the classes' weighted logits, and behind them the sum of the weights
         bar = tqdm(total=len(starts) * len(rows[starts[0]]), unit="window", disable=not self.progress, leave=False)
         for start, following in zip(starts, [*starts[1:], size[2]], strict=True):
             least = self.skip_below
@@ -159,21 +156,20 @@ class SlabInferer(Inferer):
                 chosen = windows[first : first + self.sw_batch_size]
                 logits = predict(torch.stack([volume[w] for w in chosen])).permute(0, 1, 4, 3, 2)
                 if sums is None:
-                    sums = logits.new_zeros((logits.shape[1], roi[2], size[1], size[0]), dtype=torch.float32)
-                    weights = logits.new_zeros((roi[2], size[1], size[0]), dtype=torch.float32)
+                    sums = logits.new_zeros((logits.shape[1] + 1, roi[2], size[1], size[0]), dtype=torch.float32)
                     importance = importance.to(logits.device)
                 for (_, x, y, _), own in zip(chosen, logits, strict=True):
-                    sums[:, :, y, x].addcmul_(own.to(sums.dtype), importance)
-                    weights[:, y, x] += importance
+                    sums[:-1, :, y, x].addcmul_(own.to(sums.dtype), importance)
+                    sums[-1, :, y, x] += importance
                 bar.update(len(chosen))
             if sums is not None:
                 ready = following - start
-                yield (
-                    start,
-                    sums[:, :ready].div_(weights[:ready].clamp_(min=1e-6)),
-                )  # 0 / 1e-6 where all windows were skipped
-                _shift(sums, ready)
-                _shift(weights[None], ready)
+                # 0 / 1e-6 where all windows were skipped
+                yield start, sums[:-1, :ready].div_(sums[-1, :ready].clamp_(min=1e-6))
+                kept = roi[2] - ready
+                for channel in sums:  # one at a time, since the two places overlap
+                    channel[:kept] = channel[ready:].clone()
+                    channel[kept:] = 0
         bar.close()
 
 
@@ -191,14 +187,6 @@ def _pad(volume: Tensor, roi: Sequence[int]) -> tuple[Tensor, list[int]]:
     if any(missing):
         volume = F.pad(volume, [p for b, m in zip(before[::-1], missing[::-1], strict=True) for p in (b, m - b)])
     return volume, before
-
-
-def _shift(sums: Tensor, slices: int) -> None:
-    """Drop the first slices of (C, slices, Y, X) in place, and make room for as many at the end."""
-    kept = sums.shape[1] - slices
-    for channel in sums:  # one at a time, since the two places overlap
-        channel[:kept] = channel[slices:].clone()
-        channel[kept:] = 0
 
 
 def _interpolate(values: Tensor, positions: np.ndarray, axis: int) -> Tensor:

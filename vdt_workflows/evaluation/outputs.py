@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ MARKUPS = "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadab
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 
+@dataclass(eq=False)
 class SavePredictions:
     """Handler: write the most probable classes of each image as JSON and CSV.
 
@@ -31,11 +33,10 @@ class SavePredictions:
         top: how many classes of each image.
     """
 
-    def __init__(self, folder: str, class_names: list[str] | None = None, top: int = 5) -> None:
-        self.folder = Path(folder)
-        self.class_names = class_names
-        self.top = top
-        self.found: list[dict[str, Any]] = []
+    folder: str
+    class_names: Sequence[str] | None = None
+    top: int = 5
+    found: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluator."""
@@ -51,13 +52,13 @@ class SavePredictions:
             self.found.append({"image": path, "top": top})
 
     def _write(self, engine: Engine) -> None:
-        write_json(self.folder / "predictions.json", self.found)
+        write_json(Path(self.folder, "predictions.json"), self.found)
         rows = [
             {"image": item["image"], "rank": rank, **guess, "probability": f"{guess['probability']:.6f}"}
             for item in self.found
             for rank, guess in enumerate(item["top"], 1)
         ]
-        write_csv(self.folder / "predictions.csv", rows, ["image", "rank", "class", "index", "probability"])
+        write_csv(Path(self.folder, "predictions.csv"), rows, ["image", "rank", "class", "index", "probability"])
         logger.info("%d images: predictions.json and predictions.csv in %s", len(self.found), self.folder)
 
 
@@ -71,6 +72,7 @@ def unbatch_lesions(data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
     return {**data, "image": decollate_batch(data["image"])[0], **data["pred"][0]}
 
 
+@dataclass(eq=False)
 class SaveLesions:
     """Handler: write the 3D boxes of each volume: `<name>_lesions.json`, and `<name>_lesions.mrk.json` for 3D Slicer.
 
@@ -84,9 +86,8 @@ class SaveLesions:
         label_names: by label.
     """
 
-    def __init__(self, output_dir: str, label_names: list[str] | None = None) -> None:
-        self.output_dir = Path(output_dir)
-        self.label_names = label_names or ["lesion"]
+    output_dir: str
+    label_names: Sequence[str] = ("lesion",)
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator whose postprocessing begins with `unbatch_lesions`."""
@@ -119,9 +120,9 @@ class SaveLesions:
             },
             "lesions": lesions,
         }
-        write_json(self.output_dir / f"{name}_lesions.json", content)
+        write_json(Path(self.output_dir, f"{name}_lesions.json"), content)
         markups = {"@schema": MARKUPS, "markups": [_markup(i, lesion) for i, lesion in enumerate(lesions, 1)]}
-        write_json(self.output_dir / f"{name}_lesions.mrk.json", markups)
+        write_json(Path(self.output_dir, f"{name}_lesions.mrk.json"), markups)
         logger.info("%s: %d lesions", source, len(lesions))
 
 

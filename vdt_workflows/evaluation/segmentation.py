@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,16 @@ from monai.metrics.utils import get_edge_surface_distance
 from scipy.ndimage import find_objects
 
 from vdt_transforms import RestoreGrid
-from vdt_workflows.drawing import Plane, cut_planes, draw_planes, draw_sheet, draw_tile, find_centre, to_png
+from vdt_workflows.drawing import (
+    Plane,
+    cut_planes,
+    draw_planes,
+    draw_sheet,
+    draw_tile,
+    find_centre,
+    make_figure,
+    to_png,
+)
 from vdt_workflows.files import write_atomic, write_csv, write_json
 
 logger = logging.getLogger(__name__)
@@ -158,6 +167,7 @@ def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
     return {"mean": mean, "sd": float(known.std(ddof=1)) if len(known) > 1 else math.nan, "n": len(known)}
 
 
+@dataclass(eq=False)
 class CaseScores:
     """Handler: score each case of an evaluation, on the grid of its own label, and write the scores.
 
@@ -172,20 +182,13 @@ class CaseScores:
         surfaces: whether to measure distances between surfaces too.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        label_names: Sequence[str],
-        notes: Mapping[str, Any] | None = None,
-        *,
-        surfaces: bool = True,
-    ) -> None:
-        self.folder = Path(folder)
-        self.label_names = list(label_names)
-        self.notes = dict(notes or {})
-        self.surfaces = surfaces
-        self.scores: list[OrganScore] = []
-        self.shown: dict[str, tuple[Planes, Planes, Planes]] = {}
+    folder: str
+    label_names: Sequence[str]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
+    surfaces: bool = True
+    scores: list[OrganScore] = field(default_factory=list, init=False)
+    shown: dict[str, tuple[Planes, Planes, Planes]] = field(default_factory=dict, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluator."""
@@ -215,15 +218,15 @@ class CaseScores:
         names = {path: Path(path).name for path in shown}
         if len(set(names.values())) < len(names):  # files of one name in several folders
             names = {path: path for path in names}
-        self.scores = [replace(s, case=names[s.case]) for s in scores.values()]
-        self.scores.sort(key=lambda s: (s.case, self.label_names.index(s.organ)))
+        renamed = (replace(s, case=names[s.case]) for s in scores.values())
+        self.scores = sorted(renamed, key=lambda s: (s.case, self.label_names.index(s.organ)))
         self.shown = {names[path]: planes for path, planes in shown.items()}
-        summary = summarise(self.scores, self.label_names)
-        write_csv(self.folder / "cases.csv", [_row(s) for s in self.scores], [f.name for f in fields(OrganScore)])
+        folder, summary = Path(self.folder), summarise(self.scores, self.label_names)
+        write_csv(folder / "cases.csv", [_row(s) for s in self.scores], [f.name for f in fields(OrganScore)])
         metrics = {name: torch.as_tensor(value).tolist() for name, value in engine.state.metrics.items()}
-        write_json(self.folder / "scores.json", _finite({**metrics, **summary, "_run_": self.notes}))
-        write_atomic(self.folder / "scores.png", draw_scores(self.scores, self.label_names))
-        write_atomic(self.folder / "examples.png", draw_examples(self.shown, self.scores, self.label_names))
+        write_json(folder / "scores.json", _finite({**metrics, **summary, "_run_": self.notes}))
+        write_atomic(folder / "scores.png", draw_scores(self.scores, self.label_names))
+        write_atomic(folder / "examples.png", draw_examples(self.shown, self.scores, self.label_names))
         for line in _as_table(summary).splitlines():
             logger.info("%s", line)
         logger.info("cases.csv, scores.json, scores.png and examples.png in %s", self.folder)
@@ -274,28 +277,23 @@ def _central_planes(image: MetaTensor, label: np.ndarray, pred: np.ndarray) -> t
 
 def draw_scores(scores: Sequence[OrganScore], label_names: Sequence[str]) -> bytes:
     """Draw the spread over cases of each organ's Dice and 95th-percentile Hausdorff distance, as a PNG."""
-    from matplotlib.figure import Figure  # half a second that only a run that draws pays
-
     organs = list(label_names[1:])
     panels = [("dice", "Dice")]
     if any(math.isfinite(s.hd95_mm) for s in scores):
         panels.append(("hd95_mm", "95th-percentile Hausdorff distance, mm"))
-    figure = Figure(figsize=(max(6, 1.5 + 0.75 * len(organs)), 3.6 * len(panels)), layout="constrained")
-    for axes, (name, title) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
+    figure, rows = make_figure(max(6, 1.5 + 0.75 * len(organs)), 3.6 * len(panels), len(panels))
+    for axes, (name, title) in zip(np.atleast_1d(rows), panels, strict=True):
         values = [[v for s in scores if s.organ == o and math.isfinite(v := getattr(s, name))] for o in organs]
         axes.boxplot(values, tick_labels=organs, showfliers=False, medianprops={"color": "black"})
         for place, own in enumerate(values, 1):
             spread = np.linspace(-0.15, 0.15, len(own)) if len(own) > 1 else [0.0]
             axes.plot(place + np.asarray(spread[: len(own)]), own, "o", markersize=3, alpha=0.6, color="tab:blue")
         axes.set_ylabel(title)
-        for name_of_organ in axes.get_xticklabels():
-            name_of_organ.set_parse_math(False)
+        for label in axes.get_xticklabels():
+            label.set_parse_math(False)
         axes.tick_params(axis="x", rotation=30 if len(organs) > 3 else 0)
         axes.grid(axis="y", alpha=0.3)
-        if name == "dice":
-            axes.set_ylim(-0.02, 1.02)
-        else:
-            axes.set_ylim(bottom=0)
+        axes.set_ylim((-0.02, 1.02) if name == "dice" else (0, None))
     cases = len({s.case for s in scores})
     figure.suptitle(f"{cases} case{'s' * (cases != 1)}, a point each; boxes are quartiles")
     return to_png(figure, dpi=110)
@@ -313,9 +311,8 @@ def draw_examples(
     """
     means = case_means(scores)
     ranked = sorted(shown, key=lambda case: -1.0 if math.isnan(means[case]) else means[case])
-    ranks = {ranked[-1]: "best", ranked[len(ranked) // 2]: "median", ranked[0]: "worst"}  # of two cases each comes once
-    if len(ranked) == 1:
-        ranks = {ranked[0]: "the only case"}
+    ranks = {ranked[-1]: "best", ranked[len(ranked) // 2]: "median"}
+    ranks[ranked[0]] = "worst" if len(ranked) > 1 else "the only case"  # of two cases each comes once
     tiles = []
     for case, rank in reversed(ranks.items()):
         image, label, pred = shown[case]

@@ -79,7 +79,7 @@ def test_metric_begins_anew_with_each_evaluation():
     for _ in range(2):
         evaluate(ITEMS, BOXES, metric=metric)
         assert [s.patient for s in metric.slices] == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=r"rule must be one of .*, got 'coco'"):
+    with pytest.raises(ValueError, match=r"rule must be 'lenient' or 'strict', got 'coco'"):
         DetectionScores("coco")
 
 

@@ -181,8 +181,8 @@ def test_half_precision_logits_are_summed_in_single_precision(network):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"mode": "linear"}, "mode must be one of"),
-        ({"inversion": "none"}, "inversion must be one of"),
+        ({"mode": "linear"}, "mode must be 'constant' or 'gaussian'"),
+        ({"inversion": "none"}, "inversion must be 'labels' or 'logits'"),
         ({"roi_size": (24, 32)}, "roi_size must be three positive numbers"),
         ({"overlap": 1.0}, "overlap must be at least 0 and below 1"),
         ({"skip_below": "air"}, "skip_below must be a number or 'none'"),
