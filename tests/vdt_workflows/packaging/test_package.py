@@ -366,8 +366,8 @@ def test_the_example_of_a_package_gives_all_that_the_bundles_own_does():
 # What the checks find ----------------------------------------------------------------------------------------------
 
 
-def look(folder: Path, name: str) -> str:
-    return "\n".join(bundle_checks.look(bundle_checks.Bundle(folder), getattr(bundle_checks, f"check_{name}")))
+def faults(folder: Path, name: str) -> str:
+    return "\n".join(bundle_checks.find_faults(bundle_checks.Bundle(folder), getattr(bundle_checks, f"check_{name}")))
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -394,7 +394,7 @@ def test_a_fault_is_found(tmp_path, name, path, old, new, sentence):
     folder = tmp_path / NAME
     shutil.copytree(ROOT / "bundles" / NAME, folder, ignore=shutil.ignore_patterns("models", "eval", "data"))
     edit(folder / path, old, new)
-    assert sentence in look(folder, name)
+    assert sentence in faults(folder, name)
 
 
 def test_a_missing_licence_and_a_heavy_file_are_found(tmp_path):
@@ -403,7 +403,7 @@ def test_a_missing_licence_and_a_heavy_file_are_found(tmp_path):
     (folder / "LICENSE").unlink()
     with (folder / "docs" / "scan.bin").open("wb") as file:
         file.truncate(26_000_000)
-    assert look(folder, "files") == (
+    assert faults(folder, "files") == (
         "LICENSE is missing\ndocs/scan.bin has 26,000,000 bytes; the Model Zoo takes 25,000,000, or large_files.yml"
     )
 
@@ -411,7 +411,7 @@ def test_a_missing_licence_and_a_heavy_file_are_found(tmp_path):
 def test_a_package_that_the_code_needs_and_the_metadata_lack_is_found(unpacked, tmp_path):
     shutil.copytree(unpacked, tmp_path / NAME)
     edit(tmp_path / NAME / "configs" / "metadata.json", '"pydicom"', '"pydicam"')
-    assert look(tmp_path / NAME, "metadata").endswith("lacks pydicom, which the code imports")
+    assert faults(tmp_path / NAME, "metadata").endswith("lacks pydicom, which the code imports")
 
 
 def test_what_is_no_package_is_named(tmp_path):
