@@ -1,8 +1,8 @@
-"""The checks that `vdt check` runs on the folder of one bundle, in a process of its own.
+"""The checks that `vdt check` runs on the folder of one bundle, in a separate process.
 
     python -I vdt_workflows/packaging/bundle_checks.py FOLDER RESULT.json
 
-It needs nothing but MONAI and what the bundle itself finds: a packaged bundle is checked without the repository.
+It needs nothing but MONAI and what the bundle itself imports: a packaged bundle is checked without the repository.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import warnings
@@ -32,28 +33,29 @@ from monai.bundle.utils import merge_kv
 SCHEMA = Path(__file__).parent / "metadata_schema.json"
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
 LIMIT = 25_000_000  # bytes of a file that is not in large_files
-TASKS = ("_segmentation", "_classification", "_detection")  # what MONAI Label takes the kind of a model from
+TASKS = ("_segmentation", "_classification", "_detection")  # endings by which MONAI Label knows the kind of a model
 DISTRIBUTIONS = {"ignite": "pytorch-ignite", "PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml"}
-LOCATOR = ComponentLocator()  # one for all: each of its own looks through all of MONAI
-OPTIONAL = {"highdicom", "ray"}  # imported by what asks for them alone, with a sentence if they are not there
+LOCATOR = ComponentLocator()  # one for all parsers, since each lists the whole of MONAI once
+OPTIONAL = {"highdicom", "ray"}  # imported only by the features that need them
 COMMANDS = {"run", "run_workflow", "ckpt_export", "onnx_export", "trt_export", "verify_metadata", "verify_net_in_out"}
 COMMANDS |= {"download_large_files"}
 
 
 class Bundle:
-    """A bundle's folder: the repository's, with YAML, or an unpacked zip, with JSON and its own code."""
+    """A bundle's folder: of the repository, with YAML configs, or of an unpacked zip, with JSON and its own code."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = folder.name
         self.packaged = (folder / "scripts").is_dir()
+        self.suffix = "json" if self.packaged else "yaml"
         self.loaded: dict[str, dict[str, Any]] = {}
         self.meta_file = folder / "configs" / "metadata.json"
         self.metadata = json.loads(self.meta_file.read_text()) if self.meta_file.is_file() else {}
 
     def config(self, name: str) -> str:
-        """Give the path of a config."""
-        return str(self.folder / "configs" / f"{name}.{'json' if self.packaged else 'yaml'}")
+        """Return the path of a config."""
+        return str(self.folder / "configs" / f"{name}.{self.suffix}")
 
     def load(self, name: str) -> dict[str, Any]:
         """Read a config once."""
@@ -62,31 +64,29 @@ class Bundle:
         return self.loaded[name]
 
     def parser(self, *names: str) -> ConfigParser:
-        """Parse config files, with the code found."""
+        """Merge config files as MONAI does; a package's configs then import their own code."""
         parser = ConfigParser({})
+        parser.locator = LOCATOR
         for name in names:
             for id, value in deepcopy(self.load(name)).items():
-                merge_kv(parser, id, value)  # as MONAI merges files
+                merge_kv(parser, id, value)
         parser["bundle_root"] = str(self.folder)
         if self.packaged:
             parser.get_parsed_content("code")
         return parser
 
     def overlays(self) -> list[str]:
-        """List the configs that others are put over."""
-        found = (path.stem for path in (self.folder / "configs").glob("*.yaml" if not self.packaged else "*.json"))
-        return sorted({*found} - {"metadata", "train", "inference"})
+        """List the configs that are merged over `train` or `inference`."""
+        found = {path.stem for path in (self.folder / "configs").glob(f"*.{self.suffix}")}
+        return sorted(found - {"metadata", "train", "inference"})
 
 
 def check_files(bundle: Bundle) -> Iterator[str]:
-    """Names, sizes, weights, personal paths."""
-    needed = ("LICENSE", "configs/metadata.json", "configs/logging.conf", "docs/README.md", "docs/data_license.txt")
-    for name in needed:
+    """Check required files, sizes, and paths of one machine."""
+    needed = ["LICENSE", "configs/metadata.json", "configs/logging.conf", "docs/README.md", "docs/data_license.txt"]
+    for name in [*needed, bundle.config("train"), bundle.config("inference")]:
         if not (bundle.folder / name).is_file():
             yield f"{name} is missing"
-    for name in ("train", "inference"):
-        if not Path(bundle.config(name)).is_file():
-            yield f"{bundle.config(name)} is missing"
     for path in sorted(bundle.folder.rglob("*")):
         place = path.relative_to(bundle.folder)
         if place.parts[0] in ("eval", "data") or (place.parts[0] == "models" and not bundle.packaged):
@@ -105,11 +105,10 @@ def check_files(bundle: Bundle) -> Iterator[str]:
 
 
 def check_metadata(bundle: Bundle) -> Iterator[str]:
-    """The schema, the version, and what else the Model Zoo and MONAI Label read."""
+    """Check the schema, the version, and what else the Model Zoo and MONAI Label read."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "schema.json"  # a file that is there is not downloaded
-        copy.write_bytes(SCHEMA.read_bytes())
-        monai.bundle.verify_metadata(meta_file=str(bundle.meta_file), filepath=str(copy))
+        copy = shutil.copy(SCHEMA, folder)  # a file that is there is not downloaded
+        monai.bundle.verify_metadata(meta_file=str(bundle.meta_file), filepath=copy)
     meta = bundle.metadata
     if meta["version"] not in meta["changelog"]:
         yield f"metadata.json: the changelog has no entry {meta['version']}"
@@ -133,7 +132,7 @@ def check_metadata(bundle: Bundle) -> Iterator[str]:
 
 
 def third_party(bundle: Bundle) -> set[str]:
-    """Top-level names of what a packaged bundle's code imports, beside the standard library and itself."""
+    """List the distributions' top-level names that a packaged bundle's code imports."""
     found = set()
     for path in bundle.folder.glob("scripts/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -145,7 +144,7 @@ def third_party(bundle: Bundle) -> set[str]:
 
 
 def check_configs(bundle: Bundle) -> Iterator[str]:
-    """Required ids are there, and every target can be imported."""
+    """Check that required ids are there, and that every target can be imported."""
     for name, properties in (("train", TrainProperties), ("inference", InferProperties)):
         parser = bundle.parser(name)
         for fact in properties.values():
@@ -154,32 +153,24 @@ def check_configs(bundle: Bundle) -> Iterator[str]:
     runs = [("train",), ("inference",), *((base(bundle, name), name) for name in bundle.overlays())]
     for names in runs:
         parser = bundle.parser(*names)
-        for id, component in components(parser.config):
-            target = ConfigComponent(component, locator=LOCATOR).resolve_module_name()
+        parser.parse()
+        for component in parser.ref_resolver.items.values():
+            target = component.resolve_module_name() if isinstance(component, ConfigComponent) else None
             if isinstance(target, str) and not target.startswith(("$", "@", "%")) and locate(target) is None:
-                yield f"{' + '.join(names)}: {id} names {target}, which cannot be imported"
+                yield f"{' + '.join(names)}: {component.get_id()} names {target}, which cannot be imported"
     train, inference = (bundle.parser(name) for name in ("train", "inference"))
     if train["network_def"] != inference["network_def"]:
         yield "train and inference define different networks"
 
 
 def base(bundle: Bundle, name: str) -> str:
-    """Tell which complete config an overlay's ids belong to."""
+    """Return the complete config that most of an overlay's ids belong to."""
     ids = {id.lstrip("+").partition("::")[0] for id in bundle.load(name)}
     return max(("train", "inference"), key=lambda base: len(ids & bundle.load(base).keys()))
 
 
-def components(node: Any, id: str = "") -> Iterator[tuple[str, dict]]:
-    """List the components of a config, with their ids."""
-    if isinstance(node, dict) and "_target_" in node:
-        yield id, node
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for name, child in children:
-        yield from components(child, f"{id}{'::' if id else ''}{name}")
-
-
 def check_network(bundle: Bundle) -> Iterator[str]:
-    """The network has the metadata's shapes, and exports; in a package, MONAI loads it by the bundle's name."""
+    """Check that the network has the metadata's shapes and can be exported, and that MONAI loads a package by name."""
     place = {"meta_file": str(bundle.meta_file), "config_file": bundle.config("inference")}
     monai.bundle.verify_net_in_out(net_id="network_def", device="cpu", **place)
     network = bundle.parser("inference").get_parsed_content("network_def").eval()
@@ -211,12 +202,12 @@ def check_network(bundle: Bundle) -> Iterator[str]:
 
 
 def eval_size(size: int | str) -> int:
-    """Give the smallest size that a metadata expression such as `16*n` allows."""
+    """Return the smallest size that a metadata expression such as `16*n` allows."""
     return size if isinstance(size, int) else int(size.replace(" ", "").replace("*n", "").replace("*", "1"))
 
 
 def check_readme(bundle: Bundle) -> Iterator[str]:
-    """Every command of the README names files that are there, and settings that exist."""
+    """Check that the README's commands name files that are there, and settings that exist."""
     text = (bundle.folder / "docs" / "README.md").read_text().replace("\\\n", " ")
     code = bundle.parser("inference").get_parsed_content("vdt_workflows") if bundle.packaged else None
     code = code or __import__("vdt_workflows")
@@ -227,15 +218,16 @@ def check_readme(bundle: Bundle) -> Iterator[str]:
         words = words[words.index("monai.bundle") + 1 :]
         if words[0] not in COMMANDS:
             yield f"README: monai.bundle has no command {words[0]}"
-        elsewhere = f"{bundle.name}/" in line  # a command from the folder above
+        folder = bundle.folder.parent if f"{bundle.name}/" in line else bundle.folder  # where the command is given
         for name in re.findall(r"[\w/]*configs/\w+\.\w+", line):
-            if not ((bundle.folder.parent if elsewhere else bundle.folder) / name).is_file():
+            if not (folder / name).is_file():
                 yield f"README: {name} is not there"
-        if "--args_file" in words and not (bundle.folder / words[words.index("--args_file") + 1]).is_file():
+        if "--args_file" in words:
             at = words.index("--args_file")
-            del words[at : at + 2]
+            if not (bundle.folder / words[at + 1]).is_file():
+                del words[at : at + 2]
         try:
-            with inside(bundle.folder.parent if elsewhere else bundle.folder):
+            with inside(folder):
                 code.check_command_line(words)
         except ValueError as error:
             yield f"README: {error}"
@@ -243,7 +235,7 @@ def check_readme(bundle: Bundle) -> Iterator[str]:
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """Work in a folder for a while (`contextlib.chdir` came with Python 3.11)."""
+    """Change the working directory for a while, as `contextlib.chdir` of Python 3.11."""
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -253,7 +245,7 @@ def inside(folder: Path) -> Iterator[None]:
 
 
 def check_isolation(bundle: Bundle) -> Iterator[str]:
-    """A package used its own code alone."""
+    """Check that a package imported its own code alone."""
     if not bundle.packaged:
         return
     for name in PACKAGES:
@@ -264,26 +256,13 @@ def check_isolation(bundle: Bundle) -> Iterator[str]:
             yield f"scripts.{name} was imported from {place}, not from the package"
 
 
-CHECKS: tuple[Callable[[Bundle], Iterator[str]], ...] = (
-    check_files,
-    check_metadata,
-    check_configs,
-    check_network,
-    check_readme,
-    check_isolation,
-)
+CHECKS = (check_files, check_metadata, check_configs, check_network, check_readme, check_isolation)
 
 
-def check(folder: Path) -> dict[str, list[str]]:
-    """Run every check; for each one, give the sentences about what is wrong."""
-    bundle = Bundle(folder.resolve())
-    return {function.__name__.removeprefix("check_"): look(bundle, function) for function in CHECKS}
-
-
-def look(bundle: Bundle, function: Callable[[Bundle], Iterator[str]]) -> list[str]:
-    """Run one check; an error is what is wrong too."""
+def find_faults(bundle: Bundle, check: Callable[[Bundle], Iterator[str]]) -> list[str]:
+    """Run one check and list what is wrong as sentences; an error of the check is one of them."""
     try:
-        return list(function(bundle))
+        return list(check(bundle))
     except Exception as error:  # MONAI raises anything
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -293,4 +272,6 @@ def look(bundle: Bundle, function: Callable[[Bundle], Iterator[str]]) -> list[st
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    Path(sys.argv[2]).write_text(json.dumps(check(Path(sys.argv[1]))))  # MONAI logs to stdout
+    whole = Bundle(Path(sys.argv[1]).resolve())
+    found = {check.__name__.removeprefix("check_"): find_faults(whole, check) for check in CHECKS}
+    Path(sys.argv[2]).write_text(json.dumps(found))  # not to stdout, where MONAI logs

@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from monai.bundle import ConfigParser
 
 from vdt_workflows.files import hash_file, write_atomic
@@ -28,22 +29,15 @@ from vdt_workflows.locator import find_bundles
 from vdt_workflows.training.checkpoints import load_weights, read_provenance
 
 ROOT = Path(__file__).resolve().parents[2]  # of the packages
-LEFT_OUT = (
-    "preparation",
-    "report",
-    "packaging",
-    "weights",
-    "cli.py",
-    "__main__.py",
-    "locator.py",
-)  # of vdt_workflows: no bundle reaches them
+# what a zip leaves out of vdt_workflows: no bundle reaches it
+LEFT_OUT = ("preparation", "report", "packaging", "weights", "cli.py", "locator.py", "__main__.py")
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
 COMPLETE = ("train", "inference")  # configs that stand alone; the others are overlays
 OURS = ("scratch", "vdt", "i3d", "acs", "2.5d")  # initialisations that can rest on weights of our own
 
-# MONAI does not tell a config where it lies, and only `run` puts the bundle's folder on the search path, after
-# `initialize`. So the config asks its caller: a workflow, or a command that was given the file. Everywhere else the
-# folder is `bundle_root`, which MONAI Label sets. Components wait for it by `_requires_`.
+# MONAI gives a config no path of its own file, and only `run` puts the bundle's folder on the search path, after
+# `initialize`. So the config finds the path in its caller: a workflow, or a command that was given the file. Everywhere
+# else the folder is `bundle_root`, which MONAI Label sets. Components wait for it by `_requires_`.
 FIND_CODE = {
     "code_root": "$next((os.path.dirname(os.path.abspath(folder)) for call in inspect.stack(0) for folder in "
     "[str(workflow.config_root_path) for workflow in [call.frame.f_locals.get('self')] "
@@ -96,25 +90,25 @@ def package_bundle(
     given = [option for option, value in (("run", run), ("scores", scores), ("weights_url", weights_url)) if value]
     if given and not weights:
         raise ValueError(f"--{given[0]} describes weights; give --weights too")
+    defaults = ConfigParser.load_config_file(str(bundle / "configs" / "inference.yaml"))
     settings: dict[str, Any] = {}
     files = dict(collect_code())
     if weights:
         settings, record = read_run(Path(run) if run else Path(weights).parent / "run.json")
         refuse_others(weights, record)
-        refuse_misfit(bundle, settings, weights)
+        load_weights(ConfigParser({**defaults, **settings}).get_parsed_content("network_def"), weights)  # if they fit
         files["models/run.json"] = to_json(settings)
         files.update(describe_weights_file(Path(weights), weights_url))
-    files["LICENSE"] = (bundle / "LICENSE").read_bytes()
-    files["docs/data_license.txt"] = (bundle / "docs" / "data_license.txt").read_bytes()
-    files["configs/logging.conf"] = (bundle / "configs" / "logging.conf").read_bytes()
+    files |= {
+        file: (bundle / file).read_bytes() for file in ("LICENSE", "docs/data_license.txt", "configs/logging.conf")
+    }
     for config, content in convert_configs(bundle, settings).items():
         files[f"configs/{config}.json"] = to_json(content)
-    metadata = describe(json.loads((bundle / "configs" / "metadata.json").read_text()), settings, bundle)
+    metadata = describe(json.loads((bundle / "configs" / "metadata.json").read_text()), settings, defaults)
     if scores:
         metadata["eval_metrics"] = read_scores(Path(scores))
     files["configs/metadata.json"] = to_json(metadata)
-    packages = list_packages(metadata)
-    files["docs/requirements.txt"] = ("\n".join(packages) + "\n").encode()
+    files["docs/requirements.txt"] = list_packages(metadata).encode()
     files["docs/README.md"] = write_readme(bundle, bool(weights), weights_url).encode()
     target = Path(output_dir) / f"{name}_v{metadata['version']}.zip"
     content = make_zip(name, files)
@@ -132,15 +126,14 @@ def collect_code() -> dict[str, bytes]:
     """Copy the packages, as parts of one package `scripts`."""
     files = {"scripts/__init__.py": b'"""The bundle\'s own copy of the packages that its configs name."""\n'}
     for path in sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py")):
-        place = path.relative_to(ROOT).as_posix()
-        if path.relative_to(ROOT).parts[1] in LEFT_OUT:
-            continue
-        files[f"scripts/{place}"] = vendor_source(path.read_text(), place).encode()
+        place = path.relative_to(ROOT)
+        if place.parts[1] not in LEFT_OUT:
+            files[f"scripts/{place.as_posix()}"] = vendor_source(path.read_text(), place.as_posix()).encode()
     return files
 
 
 def vendor_source(source: str, place: str) -> str:
-    """Let a module import its neighbours from `scripts`.
+    """Rewrite a module's imports of the packages to imports from `scripts`.
 
     Raises:
         ValueError: naming the line, if the module imports one of the packages in another way than `from ... import`,
@@ -159,24 +152,19 @@ def vendor_source(source: str, place: str) -> str:
 
 
 def convert_configs(bundle: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the YAML configs, with the settings of a run as their defaults, and let them find the code in `scripts`."""
+    """Read the YAML configs, with a run's settings as their defaults and their code in `scripts`."""
     configs = {path.stem: ConfigParser.load_config_file(str(path)) for path in (bundle / "configs").glob("*.yaml")}
     base, protocol = configs["train"], settings.get("protocol")
     if protocol in configs and protocol != base.get("protocol"):
-        base = configs["train"] = overlay(base, configs[protocol])
+        parser = ConfigParser(base)
+        parser.update({id: value for id, value in configs[protocol].items() if id != "protocol"})
+        base = configs["train"] = parser.get()
     for config in (configs[name] for name in COMPLETE):
         for id, value in settings.items():
             derived = config is base and str(config.get(id)).startswith("$")  # counted from the data in training
             if id in config and not derived:
                 config[id] = value
     return {name: vendor_config(config, complete=name in COMPLETE) for name, config in sorted(configs.items())}
-
-
-def overlay(base: dict, over: Mapping[str, Any]) -> dict:
-    """Merge two config files as MONAI does."""
-    parser = ConfigParser(base)
-    parser.update({id: value for id, value in over.items() if id != "protocol"})
-    return parser.get()
 
 
 def vendor_config(config: Any, *, complete: bool) -> dict[str, Any]:
@@ -212,21 +200,15 @@ def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not what training writes.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; give --run, the run.json that training wrote beside the weights"
-        )
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); give the run.json that training wrote") from error
-    if not isinstance(content, dict) or "_run_" not in content:
+    settings = _read_json(path, "--run, the run.json that training wrote beside the weights")
+    if "_run_" not in settings:
         raise ValueError(f"{path}: not the record of a run; give the run.json that training wrote")
-    return {id: value for id, value in content.items() if id != "_run_"}, content["_run_"]
+    record = settings.pop("_run_")
+    return settings, record
 
 
 def refuse_others(weights: str, record: Mapping[str, Any]) -> None:
-    """Refuse weights that are, or started from, files that other people published: they are not ours to pass on.
+    """Refuse weights that are, or started from, files that other people published: those may not be passed on.
 
     Raises:
         ValueError: naming what they rest on.
@@ -247,32 +229,16 @@ def refuse_others(weights: str, record: Mapping[str, Any]) -> None:
         provenance = pretrained and pretrained["provenance"]
 
 
-def refuse_misfit(bundle: Path, settings: Mapping[str, Any], weights: str) -> None:
-    """Load the weights into the network of the settings.
-
-    Raises:
-        ValueError: if they do not fit.
-    """
-    parser = ConfigParser(ConfigParser.load_config_file(str(bundle / "configs" / "inference.yaml")))
-    parser.update(dict(settings))
-    load_weights(parser.get_parsed_content("network_def"), weights)
-
-
 def describe_weights_file(weights: Path, url: str | None) -> dict[str, bytes]:
-    """Give the file itself, or the `large_files.yml` that says where it is."""
+    """Return the file itself, or the `large_files.yml` with its address and hash."""
     if url is None:
         return {"models/model.pt": weights.read_bytes()}
-    lines = [
-        "large_files:",
-        "- path: models/model.pt",
-        f"  url: {json.dumps(url)}",
-        f"  hash_val: {hash_file(weights)}",
-    ]
-    return {"large_files.yml": "\n".join([*lines, "  hash_type: sha256", ""]).encode()}
+    entry = {"path": "models/model.pt", "url": url, "hash_val": hash_file(weights), "hash_type": "sha256"}
+    return {"large_files.yml": yaml.safe_dump({"large_files": [entry]}, sort_keys=False).encode()}
 
 
-def describe(metadata: dict[str, Any], settings: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
-    """Let the metadata follow a run's settings: labels, channels, and what the network takes."""
+def describe(metadata: dict[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Adapt the metadata to a run's settings: labels, channels, and the network's input."""
     taken = metadata["network_data_format"]["inputs"]["image"]
     given = metadata["network_data_format"]["outputs"]["pred"]
     names = settings.get("label_names") or settings.get("class_names")
@@ -284,7 +250,6 @@ def describe(metadata: dict[str, Any], settings: Mapping[str, Any], bundle: Path
         taken["spatial_shape"] = [3, settings["image_size"], settings["image_size"]]
     if "slices" in settings:
         taken["spatial_shape"] = [settings["slices"], *taken["spatial_shape"][1:]]
-    defaults = ConfigParser.load_config_file(str(bundle / "configs" / "inference.yaml"))
     scaling = [id for id in ("window", "mean", "std", "value_range") if id in settings]
     if any(settings[id] != defaults.get(id) for id in scaling):
         taken["value_range"] = []  # not that of the defaults
@@ -298,20 +263,27 @@ def read_scores(path: Path) -> dict[str, float]:
         FileNotFoundError: if there is no such file.
         ValueError: if it has none.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the scores.json that evaluation wrote")
-    content = json.loads(path.read_text())
-    found = {name: value for name, value in content.items() if isinstance(value, int | float)}
+    meant = "the scores.json that evaluation wrote"
+    found = {name: value for name, value in _read_json(path, meant).items() if isinstance(value, int | float)}
     if not found:
-        raise ValueError(f"{path}: no figures in it; give the scores.json that evaluation wrote")
+        raise ValueError(f"{path}: no figures in it; give {meant}")
     return found
 
 
-def list_packages(metadata: Mapping[str, Any]) -> list[str]:
-    """List what the metadata require, as pip takes it."""
+def _read_json(path: Path, meant: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give {meant}")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error}); give {meant}") from error
+
+
+def list_packages(metadata: Mapping[str, Any]) -> str:
+    """List what the metadata require, one a line, as pip takes it."""
     versions = {"torch": "pytorch_version", "monai": "monai_version", "numpy": "numpy_version"}
-    listed = {name: metadata[key] for name, key in versions.items()}
-    return [f"{name}=={version}" for name, version in {**listed, **metadata["required_packages_version"]}.items()]
+    listed = {name: metadata[key] for name, key in versions.items()} | metadata["required_packages_version"]
+    return "".join(f"{name}=={version}\n" for name, version in listed.items())
 
 
 def write_readme(bundle: Path, has_weights: bool, url: str | None) -> str:

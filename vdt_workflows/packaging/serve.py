@@ -2,8 +2,8 @@
 
     vdt serve STUDIES dist/*.zip --python monailabel/bin/python
 
-STUDIES is a folder of volumes. The zips are those of `package_bundle.py`, with weights; each brings its own code, so
-that MONAI Label's environment needs no package of this repository. `docs/monai_label.md` tells how to make it.
+STUDIES is a folder of volumes. The zips are those of `vdt package`, with weights; each brings its own code, so that
+MONAI Label's environment needs no package of this repository. `docs/monai_label.md` explains how to make it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
-TASKS = ("_segmentation", "_classification", "_detection")  # what MONAI Label takes the kind of a model from
+from vdt_workflows.packaging.check import open_package
+
+TASKS = ("_segmentation", "_classification", "_detection")  # endings by which MONAI Label knows the kind of a model
 logger = logging.getLogger(__name__)
 
 
@@ -35,8 +36,8 @@ def serve_monai_label(
     Args:
         studies: folder of the volumes to label.
         packages: zips of bundles, each with its weights.
-        app: folder for MONAI Label's app and the unpacked bundles. A bundle that is
-            there with the same version is not unpacked again.
+        app: folder for MONAI Label's app and the unpacked bundles; a bundle that is there already, with the same
+            metadata, is not unpacked again.
         python: the interpreter that has MONAI Label.
         host: address to listen at; 0.0.0.0 lets other machines in.
         port: number to listen at.
@@ -59,16 +60,8 @@ def serve_monai_label(
     names = [unpack(Path(package), place / "model") for package in packages]
     # any other source than MONAI's would do: it keeps the server from asking the network for local bundles
     conf = {"models": ",".join(names), "zoo_source": "local", "sam2": "false"}
-    words = [
-        python,
-        "-m",
-        "monailabel.main",
-        "start_server",
-        "--app",
-        str(place),
-        "--studies",
-        str(Path(studies).absolute()),
-    ]
+    words = [python, "-m", "monailabel.main", "start_server", "--app", str(place)]
+    words += ["--studies", str(Path(studies).absolute())]
     words += ["--host", host, "--port", str(port)]
     words += [word for name, value in conf.items() for word in ("--conf", name, value)]
     if not start:
@@ -79,38 +72,25 @@ def serve_monai_label(
 
 
 def unpack(package: Path, folder: Path) -> str:
-    """Unpack a bundle's zip and return its name.
+    """Unpack a bundle's zip, unless its folder is there, and return the bundle's name.
 
     Raises:
         FileNotFoundError: if there is no such zip.
-        ValueError: if it is no zip, has no weights, or is not for MONAI Label.
+        ValueError: if it is no bundle's zip, has no weights, is not for MONAI Label, or another version is there.
     """
-    if not package.is_file():
-        raise FileNotFoundError(f"{package}: no such zip")
-    try:
-        with zipfile.ZipFile(package) as archive:
-            paths = archive.namelist()
-            name = paths[0].partition("/")[0]
-            if any(not path.startswith(f"{name}/") or ".." in path.split("/") for path in paths):
-                raise ValueError(f"{package}: not a bundle's zip, which has one folder of the bundle's name")
-            if not name.endswith(TASKS):
-                raise ValueError(f"{package}: {name} is not meant for MONAI Label")
-            if f"{name}/models/model.pt" not in paths:
-                raise ValueError(f"{package}: has no models/model.pt; package the bundle with --weights")
-            metadata = archive.read(f"{name}/configs/metadata.json")
-            target = folder / name
-            if target.is_dir() and (target / "configs" / "metadata.json").read_bytes() == metadata:
-                return name
-            if target.is_dir():
-                raise ValueError(
-                    f"{target}: there is another version of this bundle; move it away or name another --app"
-                )
+    with open_package(package) as (archive, name):
+        if not name.endswith(TASKS):
+            raise ValueError(f"{package}: {name} is not meant for MONAI Label")
+        if f"{name}/models/model.pt" not in archive.namelist():
+            raise ValueError(f"{package}: has no models/model.pt; package the bundle with --weights")
+        target = folder / name
+        if not target.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as half:
                 archive.extractall(half)
-                shutil.move(str(Path(half) / name), target)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{package}: not a whole zip ({error})") from error
+                shutil.move(Path(half) / name, target)
+        elif (target / "configs" / "metadata.json").read_bytes() != archive.read(f"{name}/configs/metadata.json"):
+            raise ValueError(f"{target}: there is another version of this bundle; move it away or name another --app")
     return name
 
 

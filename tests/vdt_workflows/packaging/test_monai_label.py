@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 from monai.utils import version_geq
 
 from tests.makers.dicom import write_series
-from tests.support.bundle_runs import BUNDLES, ROOT, run
+from tests.support.bundle_runs import BUNDLES, ROOT, infer
 from vdt_workflows.packaging.package import package_bundle
 from vdt_workflows.packaging.serve import serve_monai_label, unpack
 
@@ -87,35 +88,35 @@ def test_a_missing_interpreter_zip_or_folder_is_named(tmp_path):
 # The server --------------------------------------------------------------------------------------------------------
 
 
-class Server(str):
-    """The server's address; `models` is the folder of its bundles."""
+class Server(NamedTuple):
+    """A running server, and the folder of its bundles."""
 
-    def __new__(cls, address: str, models: Path) -> Server:
-        self = super().__new__(cls, address)
-        self.models = models
-        return self
+    address: str
+    models: Path
+
+    def __str__(self) -> str:
+        return self.address
 
 
 @pytest.fixture(scope="module")
 def server(answering, volumes, tmp_path_factory):
-    """The address of a server of the five bundles, with two volumes to label."""
+    """A server of the five bundles, with two volumes to label."""
     if not PYTHON:
         pytest.skip("MONAI_LABEL_PYTHON does not name an interpreter that has MONAI Label")
     folder = tmp_path_factory.mktemp("monai_label")
-    packages = [
-        package_bundle(bundle.name, str(folder), weights=str(answering(bundle) / "model.pt")) for bundle in SERVED
-    ]
+    weights = [str(answering(bundle) / "model.pt") for bundle in SERVED]
+    packages = [package_bundle(b.name, str(folder), weights=path) for b, path in zip(SERVED, weights, strict=True)]
     (folder / "studies").mkdir()
     for case in ("case0", "case1"):
         shutil.copy(volumes / "images" / f"{case}.nii.gz", folder / "studies")
-    given = {"app": str(folder / "app"), "python": PYTHON}
-    serve_monai_label(str(folder / "studies"), *packages, start=False, **given)
+    serve_monai_label(str(folder / "studies"), *packages, start=False, app=str(folder / "app"), python=PYTHON)
+    models = folder / "app" / "monaibundle" / "model"
     for bundle in [*SEGMENTATIONS, ROOT / "bundles" / CLASSIFICATION]:  # steps enough to see that it trains
-        config = folder / "app" / "monaibundle" / "model" / bundle.name / "configs" / "train.json"
+        config = models / bundle.name / "configs" / "train.json"
         content = json.loads(config.read_text())
         few = {"steps_per_epoch": 2, "val_interval": 1, "num_workers": 0, "batch_size": 2}
         config.write_text(json.dumps({**content, **{id: few[id] for id in few if id in content}}))
-    config = folder / "app" / "monaibundle" / "model" / DETECTION / "configs" / "inference.json"
+    config = models / DETECTION / "configs" / "inference.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "least_score": LEAST_SCORE}))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -132,7 +133,7 @@ def server(answering, volumes, tmp_path_factory):
                 break
             assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
             time.sleep(1)
-        yield Server(address, folder / "app" / "monaibundle" / "model")
+        yield Server(address, models)
     finally:
         process.terminate()
         process.wait()
@@ -145,7 +146,8 @@ def ask(*words: str) -> bytes:
     return result.stdout
 
 
-def infer(server: str, name: str, where: str, output: str = "image") -> bytes:
+def predict(server: Server, name: str, where: str, output: str = "image") -> bytes:
+    """Let the server predict: a mask, or JSON."""
     settings = json.dumps({"device": "cpu", "result_dtype": "uint8", "result_extension": ".nii.gz"})
     return ask("-X", "POST", f"{server}/infer/{name}?{where}&output={output}", "-F", f"params={settings}")
 
@@ -164,7 +166,7 @@ def put_label(server: Server, case: str, path: Path) -> None:
 
 
 def train_twice(server: Server, name: str) -> None:
-    """Train, and see that each time the weights are other ones."""
+    """Train twice; each time the weights must change."""
     weights = server.models / name / "models" / "model.pt"
     wanted = {"max_epochs": 1, "val_split": 0.5, "device": "cpu", "multi_gpu": False}
     for _ in range(2):
@@ -198,20 +200,20 @@ print(json.dumps([GENERIC_ANATOMY_COLORS, {name: [int(n) for n in rgb] for name,
 
 
 @pytest.mark.slow
-def test_the_colours_that_the_documents_tell_are_those_of_the_viewers_since_the_server_sends_none(server):
+def test_the_documented_colours_are_those_of_the_viewers_since_the_server_sends_none(server):
     assert "color" not in ask(f"{server}/info/").decode().lower()
     done = subprocess.run([str(PYTHON), "-c", TABLES], capture_output=True, text=True, check=True)
     slicer, ohif = json.loads(done.stdout.splitlines()[-1])
     text = (ROOT / "docs" / "monai_label.md").read_text().partition("## Colours")[2]
     rows = dict(re.findall(r"^\| ([a-z, ]+?) \| ([\w, ]+) \|$", text, re.MULTILINE))
-    told = {name: colour for names, colour in rows.items() if names != "label" for name in names.split(", ")}
-    for name, colour in told.items():
+    documented = {name: colour for names, colour in rows.items() if names != "label" for name in names.split(", ")}
+    for name, colour in documented.items():
         rgb = None if colour == "not in the tables" else [int(n) for n in colour.split(", ")]
         assert (slicer.get(name), ohif.get(name)) == (rgb, rgb), name
     for bundle in SEGMENTATIONS:
         meta = json.loads((bundle / "configs" / "metadata.json").read_text())
         names = meta["network_data_format"]["outputs"]["pred"]["channel_def"].values()
-        assert {*names} - {"background"} <= set(told)
+        assert {*names} - {"background"} <= set(documented)
     assert slicer["mass"] == ohif["mass"] == ohif["liver tumor"]
 
 
@@ -251,35 +253,30 @@ def source(request, session, series, volumes):
 @pytest.mark.slow
 @pytest.mark.parametrize("bundle", SEGMENTATIONS, ids=lambda path: path.name)
 def test_the_served_mask_is_that_of_the_bundle_voxel_for_voxel(server, source, bundle, answering, tmp_path):
-    models = answering(bundle)
     image, where = source
-    given = {"ckpt_path": str(models / "model.pt"), "args_file": str(models / "run.json")}
-    run(bundle, ["inference"], tmp_path, image, **given)
+    infer(bundle, answering(bundle), tmp_path, image)
     written = tmp_path / "eval" / f"{image.name.partition('.')[0]}_seg.nii.gz"
-    compare(infer(server, bundle.name, where), written, tmp_path)
+    compare(predict(server, bundle.name, where), written, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_mask_of_a_series_that_lies_askew_is_that_of_the_bundle(server, answering, tmp_path):
+def test_the_mask_of_an_oblique_series_is_that_of_the_bundle(server, answering, tmp_path):
     bundle, angle = ROOT / "bundles" / NAME, np.deg2rad(12)
     orientation = (np.cos(angle), np.sin(angle), 0, -0.8 * np.sin(angle), 0.8 * np.cos(angle), 0.6)
     series = make_series(tmp_path / "ct", orientation=orientation)
-    given = {"ckpt_path": str(answering(bundle) / "model.pt"), "args_file": str(answering(bundle) / "run.json")}
-    run(bundle, ["inference"], tmp_path, series, **given)
+    infer(bundle, answering(bundle), tmp_path, series)
     with sent(server, series) as where:
-        compare(infer(server, NAME, where), tmp_path / "eval" / "ct_seg.nii.gz", tmp_path)
+        compare(predict(server, NAME, where), tmp_path / "eval" / "ct_seg.nii.gz", tmp_path)
 
 
 @pytest.mark.slow
 def test_the_served_boxes_are_those_of_the_bundle(server, source, answering, tmp_path):
     bundle = ROOT / "bundles" / DETECTION
-    models = answering(bundle)
     image, where = source
-    given = {"ckpt_path": str(models / "model.pt"), "args_file": str(models / "run.json"), "least_score": LEAST_SCORE}
-    run(bundle, ["inference"], tmp_path, image, **given)
+    infer(bundle, answering(bundle), tmp_path, image, least_score=LEAST_SCORE)
     name = image.name.partition(".")[0]
     ours = json.loads((tmp_path / "eval" / f"{name}_lesions.mrk.json").read_text())["markups"]
-    theirs = json.loads(infer(server, DETECTION, where))["markups"]
+    theirs = json.loads(predict(server, DETECTION, where))["markups"]
     assert len(ours) == len(theirs) > 0
     assert {box["coordinateSystem"] for box in theirs} == {"LPS"}
     for key in ("center", "size"):
@@ -288,16 +285,14 @@ def test_the_served_boxes_are_those_of_the_bundle(server, source, answering, tmp
 
 @pytest.mark.slow
 def test_the_served_scores_are_those_of_the_bundle(server, source, answering, tmp_path):
-    bundle = ROOT / "bundles" / CLASSIFICATION
-    models = answering(bundle)
+    bundle, given = ROOT / "bundles" / CLASSIFICATION, {}
     image, where = source
-    given = {"ckpt_path": str(models / "model.pt"), "args_file": str(models / "run.json")}
-    if image.is_dir():  # of which the bundle itself wants to be told the place; the server looks at the middle
+    if image.is_dir():  # the bundle needs the nodule's position; the server takes the middle
         (tmp_path / "middle.csv").write_text("column,row,slice\n9.5,10.5,7\n")
         given["positions"] = str(tmp_path / "middle.csv")
-    run(bundle, ["inference"], tmp_path, image, **given)
+    infer(bundle, answering(bundle), tmp_path, image, **given)
     (nodule,) = json.loads((tmp_path / "eval" / "malignancy.json").read_text())["nodules"]
-    found = json.loads(infer(server, CLASSIFICATION, where, "json"))["prediction"]
+    found = json.loads(predict(server, CLASSIFICATION, where, "json"))["prediction"]
     assert [entry["label"] for entry in found] == ["benign", "malignant"]
     assert found[1]["score"] == pytest.approx(nodule["malignancy"], abs=1e-4)
 
@@ -311,16 +306,15 @@ def test_a_segmentation_trains_twice_in_a_row_and_still_answers_on_the_grid_of_t
     version = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1]
     if not version_geq(version, "1.6.1"):
         pytest.skip(f"training segmentations needs MONAI 1.6.1; there it is {version}")
-    before = infer(server, bundle.name, "image=case0")
+    before = predict(server, bundle.name, "image=case0")
     for case in ("case0", "case1"):
         label = nib.load(volumes / "labels" / f"{case}.nii.gz")
-        nib.save(
-            nib.Nifti1Image((np.asarray(label.dataobj) > 0).astype(np.uint8), label.affine), tmp_path / "label.nii.gz"
-        )
+        mask = (np.asarray(label.dataobj) > 0).astype(np.uint8)
+        nib.save(nib.Nifti1Image(mask, label.affine), tmp_path / "label.nii.gz")
         put_label(server, case, tmp_path / "label.nii.gz")
     train_twice(server, bundle.name)
     (tmp_path / "a.nii.gz").write_bytes(before)
-    (tmp_path / "b.nii.gz").write_bytes(infer(server, bundle.name, "image=case0"))
+    (tmp_path / "b.nii.gz").write_bytes(predict(server, bundle.name, "image=case0"))
     a, b = (nib.load(tmp_path / f"{name}.nii.gz") for name in "ab")
     assert a.shape == b.shape
     np.testing.assert_array_equal(a.affine, b.affine)
@@ -332,5 +326,5 @@ def test_the_classification_trains_twice_in_a_row_from_json_labels(server, tmp_p
         (tmp_path / "label.json").write_text(json.dumps({"label": name}))
         put_label(server, case, tmp_path / "label.json")
     train_twice(server, CLASSIFICATION)
-    found = json.loads(infer(server, CLASSIFICATION, "image=case0", "json"))["prediction"]
+    found = json.loads(predict(server, CLASSIFICATION, "image=case0", "json"))["prediction"]
     assert sum(entry["score"] for entry in found) == pytest.approx(1, abs=1e-5)

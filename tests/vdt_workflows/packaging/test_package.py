@@ -7,7 +7,6 @@ that has nothing but what a zip's docs/requirements.txt lists.
 from __future__ import annotations
 
 import ast
-import hashlib
 import itertools
 import json
 import os
@@ -23,7 +22,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser
 
 import vdt_workflows.packaging.bundle_checks as bundle_checks
 from networks import ResNet2D, ResNet3D
@@ -58,9 +56,18 @@ def package(weights, tmp_path_factory):
 @pytest.fixture(scope="module")
 def unpacked(package, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unpacked")
-    with zipfile.ZipFile(package) as archive:
-        archive.extractall(folder)
+    shutil.unpack_archive(package, folder)
     return folder / NAME
+
+
+def member(zipped: str, config: str) -> dict:
+    """Read one of a zip's configs."""
+    with zipfile.ZipFile(zipped) as archive:
+        return json.loads(archive.read(f"{NAME}/configs/{config}.json"))
+
+
+def encoder() -> ResNet3D:
+    return ResNet3D(18, base_channels=4, depth_stride=True)
 
 
 def reweigh(weights: Path, folder: Path, **provenance) -> Path:
@@ -80,9 +87,8 @@ def test_the_same_files_give_the_same_bytes(package, weights, tmp_path):
     assert again.read_bytes() == package.read_bytes()
     with zipfile.ZipFile(package) as archive:
         entries = archive.infolist()
-    assert {(e.date_time, e.external_attr >> 16, e.compress_type) for e in entries} == {
-        ((1980, 1, 1, 0, 0, 0), 0o100644, 0)
-    }
+    kinds = {(e.date_time, e.external_attr >> 16, e.compress_type) for e in entries}
+    assert kinds == {((1980, 1, 1, 0, 0, 0), 0o100644, 0)}
     names = [e.filename for e in entries]
     assert names == sorted(names)
     assert all(name.startswith(f"{NAME}/") and "__pycache__" not in name for name in names)
@@ -99,10 +105,9 @@ def test_the_code_imports_its_neighbours_from_scripts_alone(unpacked):
 def test_every_module_that_bundles_may_reach_is_in_the_zip(unpacked):
     for package in PACKAGES:
         files = [path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")]
+        copied = (unpacked / "scripts" / package).rglob("*.py")
         ours = {file for file in files if file.parts[1] not in LEFT_OUT}
-        assert {
-            path.relative_to(unpacked / "scripts") for path in (unpacked / "scripts" / package).rglob("*.py")
-        } == ours
+        assert {path.relative_to(unpacked / "scripts") for path in copied} == ours
 
 
 def test_a_whole_import_of_a_copied_package_is_named_with_its_line():
@@ -128,15 +133,10 @@ def test_expressions_and_targets_point_into_scripts():
     }
     out = vendor_config(config, complete=True)
     assert "$import vdt_workflows" not in out["imports"]
-    assert (
-        out["data"]
-        == "$@vdt_workflows.list_volumes(@dataset_dir) + [@networks.DepthFirst, 'vdt_transforms.x', my_networks.y]"
-    )
-    assert out["load"] == {
-        "_target_": "LoadImaged",
-        "reader": "scripts.vdt_transforms.NoduleReader",
-        "_requires_": "@code",
-    }
+    data = "$@vdt_workflows.list_volumes(@dataset_dir) + [@networks.DepthFirst, 'vdt_transforms.x', my_networks.y]"
+    assert out["data"] == data
+    load = {"_target_": "LoadImaged", "reader": "scripts.vdt_transforms.NoduleReader"}
+    assert out["load"] == {**load, "_requires_": "@code"}
     assert out["net"]["_target_"] == "scripts.networks.DepthFirst"
     assert "_requires_" not in out["net"]["network"]
     assert out["text"] == config["text"]
@@ -160,9 +160,7 @@ def test_a_run_by_the_paper_protocol_leaves_its_config_as_the_default(weights, t
     shutil.copytree(weights.parent, tmp_path / "models")
     record = tmp_path / "models" / "run.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "protocol": "paper"}))
-    zipped = package_bundle(NAME, str(tmp_path), weights=str(tmp_path / "models" / "model.pt"))
-    with zipfile.ZipFile(zipped) as archive:
-        train = json.loads(archive.read(f"{NAME}/configs/train.json"))
+    train = member(package_bundle(NAME, str(tmp_path), weights=str(tmp_path / "models" / "model.pt")), "train")
     assert (train["protocol"], train["best_name"], train["base_channels"]) == ("paper", "model_best.pt", 4)
     assert train["train"]["places"][0]["_target_"] == "scripts.vdt_transforms.ForegroundSlicesd"
 
@@ -170,48 +168,39 @@ def test_a_run_by_the_paper_protocol_leaves_its_config_as_the_default(weights, t
 def test_figures_of_an_evaluation_become_those_of_the_metadata(weights, tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps({"val_mean_dice": 0.5, "_run_": {"part": "test"}}))
     zipped = package_bundle(NAME, str(tmp_path), weights=str(weights), scores=str(tmp_path / "scores.json"))
-    with zipfile.ZipFile(zipped) as archive:
-        assert json.loads(archive.read(f"{NAME}/configs/metadata.json"))["eval_metrics"] == {"val_mean_dice": 0.5}
+    assert member(zipped, "metadata")["eval_metrics"] == {"val_mean_dice": 0.5}
 
 
 def test_weights_that_lie_elsewhere_are_fetched_and_checked(weights, tmp_path):
     zipped = package_bundle(NAME, str(tmp_path), weights=str(weights), weights_url=weights.as_uri())
-    with zipfile.ZipFile(zipped) as archive:
-        archive.extractall(tmp_path)
+    shutil.unpack_archive(zipped, tmp_path)
     assert not (tmp_path / NAME / "models" / "model.pt").exists()
     monai.bundle.download_large_files(bundle_path=str(tmp_path / NAME))
-    fetched = (tmp_path / NAME / "models" / "model.pt").read_bytes()
-    assert hashlib.sha256(fetched).digest() == hashlib.sha256(weights.read_bytes()).digest()
+    assert (tmp_path / NAME / "models" / "model.pt").read_bytes() == weights.read_bytes()
 
 
 # What is refused ---------------------------------------------------------------------------------------------------
 
 
 def test_weights_that_started_from_those_of_others_are_refused(weights, tmp_path):
-    torch.save(ResNet3D(18, base_channels=4, depth_stride=True).state_dict(), tmp_path / "published.pth")
+    published, tuned = tmp_path / "published.pth", tmp_path / "encoder.pt"
+    torch.save(encoder().state_dict(), published)
     with pytest.raises(ValueError, match=r"published\.pth: says nothing of its origin"):
-        package_bundle(
-            NAME, str(tmp_path), weights=str(tmp_path / "published.pth"), run=str(weights.parent / "run.json")
-        )
-    encoder = initialise(ResNet3D(18, base_channels=4, depth_stride=True), "vdt", tmp_path / "published.pth")
-    save_weights(encoder, tmp_path / "encoder.pt", {"depth": 18})  # tuned, and saved by us
-    later = initialise(ResNet3D(18, base_channels=4, depth_stride=True), "vdt", tmp_path / "encoder.pt")
-    for number, file in enumerate(("published.pth", "encoder.pt")):
-        pretrained = initialise(ResNet3D(18, base_channels=4, depth_stride=True), "vdt", tmp_path / file).origin
-        path = reweigh(weights, tmp_path / str(number), **pretrained)
-        with pytest.raises(
-            ValueError, match=r"started from published\.pth \(SHA-256 \w{12}\.\.\.\), which these bundles"
-        ):
+        package_bundle(NAME, str(tmp_path), weights=str(published), run=str(weights.parent / "run.json"))
+    save_weights(initialise(encoder(), "vdt", published), tuned, {"depth": 18})  # by us
+    first, later = (initialise(encoder(), "vdt", file).origin for file in (published, tuned))
+    assert later["pretrained"]["provenance"]["pretrained"]["file"] == "published.pth"
+    others = r"started from published\.pth \(SHA-256 \w{12}\.\.\.\), which these bundles"
+    imagenet = ({"init": "imagenet"}, r"published weights of others \(init 'imagenet'\)")
+    for number, (origin, sentence) in enumerate([(first, others), (later, others), imagenet]):
+        path = reweigh(weights, tmp_path / str(number), **origin)
+        with pytest.raises(ValueError, match=sentence):
             package_bundle(NAME, str(tmp_path), weights=str(path))
-    assert later.origin["pretrained"]["provenance"]["pretrained"]["file"] == "published.pth"
-    path = reweigh(weights, tmp_path / "imagenet", init="imagenet")
-    with pytest.raises(ValueError, match="published weights of others \\(init 'imagenet'\\)"):
-        package_bundle(NAME, str(tmp_path), weights=str(path))
 
 
 def test_weights_of_our_own_pre_training_are_packaged(weights, tmp_path):
-    save_weights(ResNet3D(18, base_channels=4, depth_stride=True), tmp_path / "encoder.pt", {"depth": 18})
-    origin = initialise(ResNet3D(18, base_channels=4, depth_stride=True), "vdt", tmp_path / "encoder.pt").origin
+    save_weights(encoder(), tmp_path / "encoder.pt", {"depth": 18})
+    origin = initialise(encoder(), "vdt", tmp_path / "encoder.pt").origin
     assert package_bundle(NAME, str(tmp_path), weights=str(reweigh(weights, tmp_path / "models", **origin)))
 
 
@@ -222,24 +211,27 @@ def test_weights_that_were_converted_are_packaged_if_the_2d_ones_are_ours(weight
     torch.save(twin.state_dict(), tmp_path / "published.pth")
     paths = {}
     for file in ("encoder.pt", "published.pth"):
-        network = initialise(ResNet3D(18, base_channels=4, depth_stride=True), init, tmp_path / file)
-        paths[file] = reweigh(weights, tmp_path / f"from {file}", **network.origin)
+        paths[file] = reweigh(weights, tmp_path / f"from {file}", **initialise(encoder(), init, tmp_path / file).origin)
     assert package_bundle(NAME, str(tmp_path), weights=str(paths["encoder.pt"]))
     with pytest.raises(ValueError, match=r"started from published\.pth .* bundles did not write"):
         package_bundle(NAME, str(tmp_path), weights=str(paths["published.pth"]))
 
 
 def test_weights_need_the_record_of_their_run_and_must_fit_it(weights, tmp_path):
-    shutil.copy(weights, tmp_path / "model.pt")
+    copy = shutil.copy(weights, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"run\.json: no such file; give --run"):
-        package_bundle(NAME, str(tmp_path), weights=str(tmp_path / "model.pt"))
-    record = json.loads((weights.parent / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps({**record, "base_channels": 8}))
-    with pytest.raises(ValueError, match=r"model\.pt: "):
-        package_bundle(NAME, str(tmp_path), weights=str(tmp_path / "model.pt"))
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"run\.json: not the record of a run"):
-        package_bundle(NAME, str(tmp_path), weights=str(tmp_path / "model.pt"))
+        package_bundle(NAME, str(tmp_path), weights=copy)
+    other = json.dumps({**json.loads((weights.parent / "run.json").read_text()), "base_channels": 8})
+    wrong = {
+        other: r"model\.pt: ",
+        "{}": "not the record of a run",
+        "cut": "not a JSON object",
+        "3": "not a JSON object",
+    }
+    for text, sentence in wrong.items():
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            package_bundle(NAME, str(tmp_path), weights=copy)
     with pytest.raises(ValueError, match="--scores describes weights; give --weights too"):
         package_bundle(NAME, str(tmp_path), scores="scores.json")
     assert not list(tmp_path.glob("*.zip"))
@@ -264,13 +256,13 @@ def test_an_unknown_bundle_is_named_with_those_there_are():
 
 @pytest.fixture
 def apart(monkeypatch):
-    """Give the search path and the modules back as they were."""
+    """Restore the search path and the modules of `scripts`."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "scripts"}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
+        monkeypatch.delitem(sys.modules, name)
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
         del sys.modules[name]
-    sys.modules.update(before)
 
 
 @pytest.mark.usefixtures("apart")
@@ -322,8 +314,7 @@ def test_a_package_answers_as_the_bundle_from_anywhere_without_the_repository(an
     if name.endswith("_detection"):  # so that there is something to compare
         record.write_text(json.dumps({**json.loads(record.read_text()), "least_score": 0.01}))
     zipped = package_bundle(name, str(tmp_path), weights=str(tmp_path / "models" / "model.pt"))
-    with zipfile.ZipFile(zipped) as archive:
-        archive.extractall(tmp_path / "elsewhere")
+    shutil.unpack_archive(zipped, tmp_path / "elsewhere")
     text = (tmp_path / "elsewhere" / name / "docs" / "README.md").read_text()
     (command,) = re.findall(r"^python -m (monai\.bundle run .*?)\n```", text, re.DOTALL | re.MULTILINE)[:1]
     words = [str(meant.get(word, word)) for word in command.replace("\\\n", " ").split()]
@@ -366,14 +357,21 @@ def test_the_example_of_a_package_gives_all_that_the_bundles_own_does():
 # What the checks find ----------------------------------------------------------------------------------------------
 
 
-def look(folder: Path, name: str) -> str:
-    return "\n".join(bundle_checks.look(bundle_checks.Bundle(folder), getattr(bundle_checks, f"check_{name}")))
+def faults(folder: Path, name: str) -> str:
+    return "\n".join(bundle_checks.find_faults(bundle_checks.Bundle(folder), getattr(bundle_checks, f"check_{name}")))
 
 
 def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the bundle's folder in the repository."""
+    ignore = shutil.ignore_patterns("models", "eval", "data")
+    return shutil.copytree(ROOT / "bundles" / NAME, tmp_path / NAME, ignore=ignore)
 
 
 @pytest.mark.parametrize(
@@ -390,20 +388,16 @@ def edit(path: Path, old: str, new: str) -> None:
         ("readme", "docs/README.md", "configs/inference.yaml", "configs/infer.yaml", "configs/infer.yaml is not there"),
     ],
 )
-def test_a_fault_is_found(tmp_path, name, path, old, new, sentence):
-    folder = tmp_path / NAME
-    shutil.copytree(ROOT / "bundles" / NAME, folder, ignore=shutil.ignore_patterns("models", "eval", "data"))
-    edit(folder / path, old, new)
-    assert sentence in look(folder, name)
+def test_a_fault_is_found(copied, name, path, old, new, sentence):
+    edit(copied / path, old, new)
+    assert sentence in faults(copied, name)
 
 
-def test_a_missing_licence_and_a_heavy_file_are_found(tmp_path):
-    folder = tmp_path / NAME
-    shutil.copytree(ROOT / "bundles" / NAME, folder, ignore=shutil.ignore_patterns("models", "eval", "data"))
-    (folder / "LICENSE").unlink()
-    with (folder / "docs" / "scan.bin").open("wb") as file:
+def test_a_missing_licence_and_a_heavy_file_are_found(copied):
+    (copied / "LICENSE").unlink()
+    with (copied / "docs" / "scan.bin").open("wb") as file:
         file.truncate(26_000_000)
-    assert look(folder, "files") == (
+    assert faults(copied, "files") == (
         "LICENSE is missing\ndocs/scan.bin has 26,000,000 bytes; the Model Zoo takes 25,000,000, or large_files.yml"
     )
 
@@ -411,22 +405,24 @@ def test_a_missing_licence_and_a_heavy_file_are_found(tmp_path):
 def test_a_package_that_the_code_needs_and_the_metadata_lack_is_found(unpacked, tmp_path):
     shutil.copytree(unpacked, tmp_path / NAME)
     edit(tmp_path / NAME / "configs" / "metadata.json", '"pydicom"', '"pydicam"')
-    assert look(tmp_path / NAME, "metadata").endswith("lacks pydicom, which the code imports")
+    assert faults(tmp_path / NAME, "metadata").endswith("lacks pydicom, which the code imports")
 
 
 def test_what_is_no_package_is_named(tmp_path):
     (tmp_path / "cut.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"1 fault in 1 bundle"):
         check_bundle(str(tmp_path / "cut.zip"))
-    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
-        archive.writestr("a/x", "")
-        archive.writestr("b/x", "")
-    assert "has one folder of the bundle's name" in check(tmp_path / "two.zip")["archive"][0]
+    for number, names in enumerate([("a/x", "b/x"), ("a/../b",), ("/a/x",), ("a",), ()]):
+        zipped = tmp_path / f"{number}.zip"
+        with zipfile.ZipFile(zipped, "w") as archive:
+            for name in names:
+                archive.writestr(name, "")
+        assert "has one folder of the bundle's name" in check(zipped)["archive"][0]
     with pytest.raises(FileNotFoundError, match="nothing: no bundle and no zip; there are all, bcv"):
         check_bundle("nothing")
 
 
-def test_another_interpreter_looks_at_a_zip_and_is_found_from_where_the_command_was_given(
+def test_another_interpreter_checks_a_zip_and_is_found_from_the_working_directory(
     package, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.chdir(tmp_path)
@@ -439,7 +435,6 @@ def test_another_interpreter_looks_at_a_zip_and_is_found_from_where_the_command_
         check_bundle(str(package), python="./none")
 
 
-def test_overlays_of_inference_and_training_are_told_apart():
+def test_the_overlays_of_a_training_are_known_as_such():
     bundle = bundle_checks.Bundle(ROOT / "bundles" / NAME)
     assert {bundle_checks.base(bundle, name) for name in bundle.overlays()} == {"train"}
-    assert isinstance(bundle.parser("inference"), ConfigParser)
