@@ -9,7 +9,6 @@
     python scripts/benchmark.py stack_input --json stacks.json     nine-slice stacks/s, against a plain loop over files
     python scripts/benchmark.py evaluation --json scores.json      FROC curves and surface distances, against MONAI
     python scripts/benchmark.py startup --json startup.json        imports, and inference up to its first batch
-    python scripts/benchmark.py all --json all.json                all but export, with their defaults
 
 What is measured is stated with each number. All implementations run alternately in the same session, after a warm-up,
 with the same number of threads; medians and quartiles are of the repeats; the result says where and with what it was
@@ -56,7 +55,7 @@ def make_command(name: str) -> Callable[..., None]:
     option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None)
 
     def command(*args: Any, json: str | None = None, **settings: Any) -> None:
-        report({name: function(*args, **settings)}, json)
+        report(name, function(*args, **settings), json)
 
     command.__signature__ = signature.replace(  # type: ignore[attr-defined]  # what fire reads
         parameters=[*signature.parameters.values(), option], return_annotation=None
@@ -65,17 +64,8 @@ def make_command(name: str) -> Callable[..., None]:
     return command
 
 
-def run_all(json: str | None = None) -> None:
-    """Run all but export with their default settings.
-
-    Args:
-        json: file for the result.
-    """
-    report({name: function() for name, function in BENCHMARKS.items() if name != "export"}, json)
-
-
-def report(results: dict[str, Any], file: str | None) -> None:
-    """Print results and the machine they are of, and write them as JSON if a file is named."""
+def report(name: str, found: dict[str, Any], file: str | None) -> None:
+    """Print a result and the machine it is of, and write them as JSON if a file is named."""
     packages = ("torch", "torchvision", "monai", "pillow", "simplejpeg", "numpy")
     machine = {
         "cpu": _cpu_name(),
@@ -85,9 +75,9 @@ def report(results: dict[str, Any], file: str | None) -> None:
         **{package: version(package) for package in packages},
         "commit": find_commit(),
     }
-    result = {"machine": machine, **results}
-    for name, part in result.items():
-        print(f"\n{name}")
+    result = {"machine": machine, name: found}
+    for heading, part in result.items():
+        print(f"\n{heading}")
         for key, value in part.items():
             print(f"  {key:34} {_format(value)}")
     if file is not None:
@@ -109,4 +99,4 @@ def _cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire({**{name: make_command(name) for name in BENCHMARKS}, "all": run_all})
+    fire.Fire({name: make_command(name) for name in BENCHMARKS})

@@ -171,21 +171,18 @@ def collect(
         }
         for (protocol, row, share), runs in sorted(groups.items(), key=lambda item: protocols[item[0][0]])
     ]
-    entries = []
-    for (protocol, row, share, seed), cell in cells.items():
-        run, result, error = found.get((protocol, row, share, seed)), cell.result(), cell.error()
+    entries, cases = [], []
+    for key, cell in cells.items():
+        protocol, row, share, seed = key
+        run, result, error = found.get(key), cell.result(), cell.error()
         state = "finished" if result else "failed" if error else "not run"
-        entry = {"protocol": protocol, "row": row, "share": share, "labels": counts[share], "seed": seed}
-        entry |= {"state": state, "score": float(_tabulate([run]).scores()[0, 0]) if run else None}
+        place = {"protocol": protocol, "row": row, "share": share, "labels": counts[share], "seed": seed}
+        entry = {**place, "state": state, "score": float(_tabulate([run]).scores()[0, 0]) if run else None}
         entry |= {"error": error if state == "failed" else None, "curve": run.curve if run else []}
         for name in ("seconds", "cpu_seconds"):
             entry[name] = round(sum(s[name] for s in result["stages"].values()), 1) if result else None
         entries.append({**entry, "folder": cell.folder})
-    cases = [
-        {"protocol": key[0], "row": key[1], "share": key[2], "seed": key[3], "case": case, "value": value}
-        for key, run in found.items()
-        for case, value in sorted(run.cases.items())
-    ]
+        cases += [{**place, "case": case, "value": run.cases[case]} for case in sorted(run.cases)] if run else []
     efficiency = [entry for name in protocols for entry in _find_efficiency(summary, name, reference)]
     return {"reference": reference, "cells": entries, "summary": summary, "efficiency": efficiency, "cases": cases}
 

@@ -39,7 +39,7 @@ MATRIX = {
         ({"settings": {**TINY, "learning_rat": 1}}, "--learning_rat.*did you mean --learning_rate"),
         ({"settings": "none.yaml"}, r"settings none\.yaml: no such file"),
         ({"protocols": "papre"}, "protocols of bcv_.* must be among recommended, paper, short, got 'papre'"),
-        ({"bundle": "bcv"}, "bundle must be one of bcv_multiorgan_segmentation, .*got 'bcv'"),
+        ({"bundle": "bcv"}, "bundle must be 'bcv_multiorgan_segmentation', .*got 'bcv'"),
         ({"steps": 5}, "steps must be a multiple of points"),
         ({"fractions": 0.05}, r"fraction 0\.05 of 4 labelled cases is none"),
     ],

@@ -29,7 +29,7 @@ def test_words_and_a_file_give_the_same_rows(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "error", "sentence"),
     [
-        ("scratch,genesys=x.pt", ValueError, r"row 'genesys': init must be one of scratch, vdt, .*got 'genesys'"),
+        ("scratch,genesys=x.pt", ValueError, r"row 'genesys': init must be 'scratch', 'vdt', .*got 'genesys'"),
         ("scratch,vdt=none.pt", FileNotFoundError, r"row 'vdt': pretrained .*none\.pt: no such file"),
         ("scratch,scratch", ValueError, "'scratch' names two rows"),
         ("none.yaml", FileNotFoundError, r"rows none\.yaml: no such file"),
