@@ -1,14 +1,7 @@
 """Measure input pipelines, networks and whole-volume inference against what people would use instead.
 
-    python scripts/benchmark.py input_pipeline --json input.json   images/s on one core, against torchvision
-    python scripts/benchmark.py network --json network.json        training step and inference, against relatives
-    python scripts/benchmark.py knobs --json knobs.json            channels-last, compile, fused, checkpointing
-    python scripts/benchmark.py export --json export.json          ONNX Runtime, against PyTorch
-    python scripts/benchmark.py inference --json inference.json    whole volumes, against MONAI's default inferer
-    python scripts/benchmark.py volume_input --json volumes.json   training patches, against MONAI's data sets
-    python scripts/benchmark.py stack_input --json stacks.json     nine-slice stacks/s, against a plain loop over files
-    python scripts/benchmark.py evaluation --json scores.json      FROC curves and surface distances, against MONAI
-    python scripts/benchmark.py startup --json startup.json        imports, and inference up to its first batch
+    python scripts/benchmark.py                                    the list of benchmarks
+    python scripts/benchmark.py input_pipeline --json input.json   one of them
 
 What is measured is stated with each number. All implementations run alternately in the same session, after a warm-up,
 with the same number of threads; medians and quartiles are of the repeats; the result says where and with what it was

@@ -1,12 +1,8 @@
 """Compare ways to start a network: a matrix of initialisations, shares of the labels and seeds, on data of your own.
 
-    vdt compare --rows "scratch,vdt=bundles/imagenet_vdt_pretraining/models/encoder.pt" --dataset_dir DIR
-    vdt compare --rows rows.yaml --dataset_dir DIR --fractions 0.1,0.5,1 --seeds 3 --workers 2
-
 Each cell of the matrix is an ordinary run of a bundle. All rows of a share and a seed see the same cases in the same
 order with the same augmentation for the same steps; all cells are scored on the same held-out cases, which select
-nothing. The output folder holds `report.html`, `results.csv` and `results.json`. A matrix that was interrupted goes on
-where it stopped, and may grow by rows, shares and seeds. See docs/compare.md.
+nothing. A matrix that was interrupted goes on where it stopped, and may grow by rows, shares and seeds.
 """
 
 from __future__ import annotations
@@ -178,7 +174,7 @@ def compare(
         lists[chosen] = split.draw(counts[share], seed)
         example = split.example if pictures and task.example and (seed, share) == (0, shares[-1]) else None
         data = {"dataset_dir": data_dir, split.option: str(chosen)}
-        train = {"seed": seed, "epochs": points, task.steps: steps // points, "val_interval": 1}
+        train: dict[str, Any] = {"seed": seed, "epochs": points, task.steps: steps // points, "val_interval": 1}
         train |= {**task.train, **data, **split.train}
         for name, row in product(names, plan):
             prefix = f"{name}-" if known[name] else ""

@@ -196,9 +196,8 @@ def _tabulate(runs: Sequence[Scored]) -> CaseTable:
 def _summarise(runs: Mapping[int, Scored], base: Mapping[int, Scored] | None, samples: int) -> dict[str, Any]:
     """Score a row over its seeds, and against the reference over the seeds that both have finished."""
     scores = _tabulate(list(runs.values())).scores()[0] if runs else np.array([])
-    both = [seed for seed in runs if seed in base] if base else []
     difference = None
-    if base and both:
+    if base and (both := [seed for seed in runs if seed in base]):
         ours, theirs = (_tabulate([group[seed] for seed in both]) for group in (runs, base))
         difference = paired_difference(ours, theirs, samples=samples)
     return {
@@ -222,10 +221,8 @@ def _follow(runs: Mapping[int, Scored], base: Mapping[int, Scored]) -> dict[str,
 
 def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
     """Mean over seeds at the steps that all of them have."""
-    if not curves:
-        return []
     by_step = [dict(curve) for curve in curves]
-    steps = sorted(set(by_step[0]).intersection(*by_step))
+    steps = sorted(set(by_step[0]).intersection(*by_step)) if by_step else []
     return [(step, float(np.mean([curve[step] for curve in by_step]))) for step in steps]
 
 
