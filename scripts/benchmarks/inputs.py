@@ -102,7 +102,7 @@ class PipelinePair:
         differences = []
         for i in range(len(self.chosen)):
             volume = in_rgb_order[0, i]["image"][0]
-            self.theirs.draws.append((crop.crop.box, crop.crop.flip))
+            self.theirs.draws.append((crop.transform.box, crop.transform.flip))
             differences.append((volume - (STD * self.theirs[i][0] + MEAN)).abs().mean().item())
         self.difference = round(float(np.mean(differences)), 3)
 
