@@ -238,13 +238,10 @@ def _find_efficiency(summary: Sequence[Mapping[str, Any]], protocol: str, refere
     found = []
     for row, points in lines.items():
         reached = None if goal is None else first_reach(points, goal)
-        found.append(
-            {
-                **{"protocol": protocol, "row": row, "target": goal, "all": largest, "labels": reached},
-                "upper_bound": reached is not None and reached == points[0][0],
-                "stays": reached is not None and all(mean >= (goal or 0) for n, mean in points if n >= reached),
-            }
-        )
+        entry = {"protocol": protocol, "row": row, "target": goal, "all": largest, "labels": reached}
+        entry["upper_bound"] = reached is not None and reached == points[0][0]
+        entry["stays"] = reached is not None and all(mean >= (goal or 0) for n, mean in points if n >= reached)
+        found.append(entry)
     return found
 
 
