@@ -1,15 +1,7 @@
 """Measure input pipelines, networks and whole-volume inference against what people would use instead.
 
-    python scripts/benchmark.py input_pipeline --json input.json   images/s on one core, against torchvision
-    python scripts/benchmark.py network --json network.json        training step and inference, against relatives
-    python scripts/benchmark.py knobs --json knobs.json            channels-last, compile, fused, checkpointing
-    python scripts/benchmark.py export --json export.json          ONNX Runtime, against PyTorch
-    python scripts/benchmark.py inference --json inference.json    whole volumes, against MONAI's default inferer
-    python scripts/benchmark.py volume_input --json volumes.json   training patches, against MONAI's data sets
-    python scripts/benchmark.py stack_input --json stacks.json     nine-slice stacks/s, against a plain loop over files
-    python scripts/benchmark.py evaluation --json scores.json      FROC curves and surface distances, against MONAI
-    python scripts/benchmark.py startup --json startup.json        imports, and inference up to its first batch
-    python scripts/benchmark.py all --json all.json                all but export, with their defaults
+    python scripts/benchmark.py                                    the list of benchmarks
+    python scripts/benchmark.py input_pipeline --json input.json   one of them
 
 What is measured is stated with each number. All implementations run alternately in the same session, after a warm-up,
 with the same number of threads; medians and quartiles are of the repeats; the result says where and with what it was
@@ -56,7 +48,7 @@ def make_command(name: str) -> Callable[..., None]:
     option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None)
 
     def command(*args: Any, json: str | None = None, **settings: Any) -> None:
-        report({name: function(*args, **settings)}, json)
+        report(name, function(*args, **settings), json)
 
     command.__signature__ = signature.replace(  # type: ignore[attr-defined]  # what fire reads
         parameters=[*signature.parameters.values(), option], return_annotation=None
@@ -65,17 +57,8 @@ def make_command(name: str) -> Callable[..., None]:
     return command
 
 
-def run_all(json: str | None = None) -> None:
-    """Run all but export with their default settings.
-
-    Args:
-        json: file for the result.
-    """
-    report({name: function() for name, function in BENCHMARKS.items() if name != "export"}, json)
-
-
-def report(results: dict[str, Any], file: str | None) -> None:
-    """Print results and the machine they are of, and write them as JSON if a file is named."""
+def report(name: str, found: dict[str, Any], file: str | None) -> None:
+    """Print a result and the machine it is of, and write them as JSON if a file is named."""
     packages = ("torch", "torchvision", "monai", "pillow", "simplejpeg", "numpy")
     machine = {
         "cpu": _cpu_name(),
@@ -85,9 +68,9 @@ def report(results: dict[str, Any], file: str | None) -> None:
         **{package: version(package) for package in packages},
         "commit": find_commit(),
     }
-    result = {"machine": machine, **results}
-    for name, part in result.items():
-        print(f"\n{name}")
+    result = {"machine": machine, name: found}
+    for heading, part in result.items():
+        print(f"\n{heading}")
         for key, value in part.items():
             print(f"  {key:34} {_format(value)}")
     if file is not None:
@@ -109,4 +92,4 @@ def _cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire({**{name: make_command(name) for name in BENCHMARKS}, "all": run_all})
+    fire.Fire({name: make_command(name) for name in BENCHMARKS})

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,6 @@ def demo(
     Raises:
         ValueError: if `output_dir` holds results of other settings.
     """
-    start = time.time()
     root = Path(output_dir).resolve()
     network = {"epochs": epochs, "image_size": image_size, "base_channels": base_channels}
     claim(root, {"images": images, "volumes": volumes, **network})
@@ -87,18 +85,11 @@ def demo(
 
     _say("3/4  VDT pre-training")
     pretraining = root / "pretraining"
-    settings = {
-        "dataset_dir": images,
-        "ckpt_dir": str(pretraining / "models"),
-        "output_dir": str(pretraining / "eval"),
-        **network,
-        "batch_size": 32,
-        "learning_rate": 0.05,
-        "crop_area": [0.35, 1.0],
-    }
+    folders = {"ckpt_dir": str(pretraining / "models"), "output_dir": str(pretraining / "eval")}
     marker = pretraining / "finished"
     if not marker.is_file():
-        run_bundle(PRETRAINING, ["train"], settings)
+        own = {"batch_size": 32, "learning_rate": 0.05, "crop_area": [0.35, 1.0]}
+        run_bundle(PRETRAINING, ["train"], {"dataset_dir": images, **folders, **network, **own})
         write_atomic(marker, b"")
 
     _say("4/4  transfer, and the same from scratch")
@@ -145,7 +136,6 @@ def demo(
         "",
     ]
     write_atomic(root / "summary.md", "\n".join(summary).encode())
-    _say(f"done in {(time.time() - start) / 60:.1f} minutes")
     return {"summary": str(root / "summary.md")}
 
 

@@ -40,11 +40,7 @@ DISTANCE, NEIGHBOURS = 2.5, 4  # mm between the slices of a stack, and how many 
 
 
 def compare_pipelines(
-    images: int = 200,
-    repeats: int = 5,
-    size: int = 224,
-    folder: str | None = None,
-    workers: Sequence[int] = (1, 2),
+    images: int = 200, repeats: int = 5, size: int = 224, workers: Sequence[int] = (1, 2)
 ) -> dict[str, Any]:
     """Compare the images/s of one core, from JPEG files to float32 batches, with torchvision's usual chain.
 
@@ -54,17 +50,15 @@ def compare_pipelines(
     work on the machine hardly changes; those of loader processes are by the clock.
 
     Args:
-        images: pictures to make (500 x 375, and as large as ImageNet's files), or at most to use of `folder`.
+        images: pictures to make (500 x 375, and as large as ImageNet's files).
         repeats: timed passes of each pipeline.
         size: rows and columns of the crop.
-        folder: class folders of your own pictures, in place of made ones.
         workers: numbers of loader processes, whose images/s are measured from either kind of file.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
-        root, cache = Path(folder or f"{made}/raw"), Path(made, "prepared")
-        if folder is None:
-            make_pictures(root, images)
+        root, cache = Path(made, "raw"), Path(made, "prepared")
+        make_pictures(root, images)
         start = time.process_time()
         prepare_images(str(root), str(cache), on_error="skip", workers=1)
         preparing = time.process_time() - start
@@ -108,7 +102,7 @@ class PipelinePair:
         differences = []
         for i in range(len(self.chosen)):
             volume = in_rgb_order[0, i]["image"][0]
-            self.theirs.draws.append((crop.crop.box, crop.crop.flip))
+            self.theirs.draws.append((crop.transform.box, crop.transform.flip))
             differences.append((volume - (STD * self.theirs[i][0] + MEAN)).abs().mean().item())
         self.difference = round(float(np.mean(differences)), 3)
 
@@ -149,21 +143,12 @@ class PipelinePair:
         return stages
 
 
-class VisibleFolder(ImageFolder):
-    """ImageFolder that takes no hidden folder for a class, such as the records of a prepared data set."""
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """Give the class names, and their labels by name."""
-        names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
-        return names, {name: label for label, name in enumerate(names)}
-
-
 class TorchvisionChain(Dataset):
     """ImageFolder with the usual training transforms, which draw as they do and then use the boxes of `draws`."""
 
     def __init__(self, root: Path, files: Sequence[str], size: int) -> None:
         self.draws: list[tuple[tuple[int, int, int, int], bool]] = []
-        self.folder = VisibleFolder(str(root))
+        self.folder = ImageFolder(str(root), allow_empty=True)  # a prepared data set has a folder of records
         labels = dict(self.folder.samples)
         self.folder.samples = [(file, labels[file]) for file in files]
         self.crop = transforms.RandomResizedCrop(size)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from torchvision.models.video import r3d_18
 
 from networks import P3D, LesionDetector, NoduleFCN, ResNet3DClassifier, ResUNet3D
 from networks.resnet3d import StemConv3d
+from vdt_workflows.errors import check_choice
 
 CLASSES = 1000
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 VARIANTS = ("plain", "channels last", "compiled", "fused optimiser", "checkpointing", "3D stem")
 
 
@@ -103,17 +104,10 @@ def compare_networks(
     Raises:
         ValueError: if a group is unknown.
     """
-    _check("group", groups, GROUPS)
-    result: dict[str, Any] = {"settings": _settings(steps, repeats, device)}
     for group in groups:
-        runs = _take_turns([(group, name, "plain") for name in GROUPS[group]], steps, repeats, device)
-        result |= {
-            f"{group}: {name}": _summary(found, GROUPS[group][name].shape) for (_, name, _), found in runs.items()
-        }
-        maps = [found[0]["maps"] for found in runs.values()]
-        if group == "encoder" and not (maps[0] and maps[0] == maps[1]):
-            raise RuntimeError(f"the encoders' maps differ in shape, so their times do not compare: {maps}")
-    return result
+        check_choice("groups", group, tuple(GROUPS))
+    turns = {f"{group}: {name}": (group, name, "plain") for group in groups for name in GROUPS[group]}
+    return _measure(turns, steps, repeats, device)
 
 
 def compare_knobs(
@@ -136,42 +130,30 @@ def compare_knobs(
     Raises:
         ValueError: if a group or a variant is unknown.
     """
-    _check("group", groups, GROUPS)
-    _check("variant", variants, VARIANTS)
-    result: dict[str, Any] = {"settings": _settings(steps, repeats, device)}
-    for group in groups:
-        name, entry = next(iter(GROUPS[group].items()))
-        runs = _take_turns([(group, name, variant) for variant in variants], steps, repeats, device)
-        result |= {": ".join(turn): _summary(found, entry.shape) for turn, found in runs.items()}
-    return result
+    turns = {}
+    for group, variant in product(groups, variants):
+        check_choice("groups", group, tuple(GROUPS))
+        check_choice("variants", variant, VARIANTS)
+        first = next(iter(GROUPS[group]))
+        turns[f"{group}: {first}: {variant}"] = group, first, variant
+    return _measure(turns, steps, repeats, device)
 
 
-def _check(kind: str, given: Sequence[str], known: Iterable[str]) -> None:
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"there is no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
-
-
-def _take_turns(
-    turns: Sequence[tuple[str, str, str]], steps: int, repeats: int, device: str
-) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """Time each (group, network, variant) in turn, as often as `repeats` says."""
-    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {turn: [] for turn in turns}
-    for _ in range(repeats):
-        for turn, found in runs.items():
-            found.append(run_alone(time_network, *turn, steps, device))
-    return runs
-
-
-def _settings(steps: int, repeats: int, device: str) -> dict[str, Any]:
+def _measure(turns: Mapping[str, tuple[str, str, str]], steps: int, repeats: int, device: str) -> dict[str, Any]:
+    """Time each (group, network, variant) in turn, as often as `repeats` says, and sum up by name."""
+    runs: dict[str, list[dict[str, Any]]] = {label: [] for label in turns}
+    for _, (label, turn) in product(range(repeats), turns.items()):
+        runs[label].append(run_alone(time_network, *turn, steps, device))
     kind = "resident memory of the process" if device == "cpu" else "memory of torch's CUDA allocator"
-    return {
+    settings = {
         "steps": steps,
         "repeats": repeats,
         "device": device,
         "peak_MB_is": f"peak {kind} in training, less what it held before the network was built",
         "share_of_matmul_is": "three times the forward's FLOP a step, against a float32 matrix product of 2048 cubed",
     }
+    found = {label: _summary(runs[label], GROUPS[group][name].shape) for label, (group, name, _) in turns.items()}
+    return {"settings": settings, **found}
 
 
 def _summary(runs: Sequence[dict[str, Any]], shape: Sequence[int]) -> dict[str, Any]:
@@ -204,10 +186,6 @@ def time_network(group: str, name: str, variant: str, steps: int, device: str) -
         for layer in network.modules():
             if isinstance(layer, StemConv3d):
                 layer.__class__ = nn.Conv3d  # type: ignore[assignment]  # its parent, with the same fields
-    maps: list[list[int]] = []
-    for path, stage in network.named_modules():
-        if path.split(".")[-1] in STAGES and variant == "plain":  # torch.compile would compile anew for each list
-            stage.register_forward_hook(lambda layer, x, out: maps.append(list(out.shape)))
     network = network.to(device).train()
     if variant == "channels last":
         network = network.to(memory_format=torch.channels_last_3d)
@@ -229,7 +207,6 @@ def time_network(group: str, name: str, variant: str, steps: int, device: str) -
         optimizer.step()
 
     first = timed(step)
-    shapes = maps[: len(STAGES)]
     timed(step)  # a second one, since a compiled network may be compiled anew
     training = [timed(step) for _ in range(steps)]
     peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else (peak_memory() - before) / 1024
@@ -243,7 +220,6 @@ def time_network(group: str, name: str, variant: str, steps: int, device: str) -
         "inference": inference,
         "first_step_s": first,
         "MB": peak,
-        "maps": shapes,
         "parameters_M": round(sum(p.numel() for p in parameters) / 1e6, 2),
         "forward_GFLOP": round(flops / 1e9, 1),
         "share_of_matmul": 3 * flops / float(np.median(training)) / _matmul_rate(device),
@@ -299,7 +275,8 @@ def compare_export(names: Sequence[str] = tuple(EXPORTED), repeats: int = 5) -> 
     Raises:
         ValueError: if a network is unknown.
     """
-    _check("network", names, EXPORTED)
+    for name in names:
+        check_choice("names", name, tuple(EXPORTED))
     import onnxruntime  # of the extra "export"
 
     torch.set_num_threads(1)

@@ -30,18 +30,11 @@ ARMS = {"nine slices": 2.5, "centre slice repeated": 0}  # and mm between the sl
 RATES = ("0.5", "1", "2")
 SIZE, SLICES = 128, 11
 SPACING = (0.8, 0.8, 2.5)
+STEPS = {"batch_size": 4, "micro_batch": 4, "learning_rate": 0.02, "warmup_steps": 50, "num_workers": 0}
 NETWORK = {"depth": "18ba", "conversion": "center", "base_channels": 8, "pyramid_channels": 32, "head_channels": 64}
 
 
-def lesion_context(
-    output_dir: str,
-    seeds: int = 3,
-    volumes: int = 200,
-    epochs: int = 4,
-    batch_size: int = 4,
-    learning_rate: float = 0.02,
-    first_seed: int = 0,
-) -> dict[str, Any]:
+def lesion_context(output_dir: str, seeds: int = 3, volumes: int = 200, epochs: int = 4) -> dict[str, Any]:
     """Train and score both arms for each seed, and write the comparison.
 
     Args:
@@ -49,9 +42,6 @@ def lesion_context(
         seeds: number of seeds; each draws volumes of its own, their split, weights and order.
         volumes: of a seed, each with one key slice: 65 % to learn from, 10 % for validation, 25 % to be scored.
         epochs: of a run.
-        batch_size: key slices of one step.
-        learning_rate: of a run.
-        first_seed: the lowest of the seeds.
 
     Returns:
         For each arm the sensitivities at half a false positive per image, seed by seed, and the table's path.
@@ -60,11 +50,10 @@ def lesion_context(
         ValueError: if `output_dir` holds results of other settings.
     """
     root = Path(str(output_dir)).resolve()
-    claim(root, {"volumes": volumes, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate})
-    steps = {"batch_size": batch_size, "micro_batch": batch_size, "warmup_steps": 50, "num_workers": 0}
-    shared = {**NETWORK, "sizes": [SIZE], "size": SIZE, "epochs": epochs, "val_interval": epochs, **steps}
+    claim(root, {"volumes": volumes, "epochs": epochs, **STEPS})
+    shared = {**NETWORK, **STEPS, "sizes": [SIZE], "size": SIZE, "epochs": epochs, "val_interval": epochs}
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    for seed in range(first_seed, first_seed + seeds):
+    for seed in range(seeds):
         dataset = make_scans(root / f"data{seed}", volumes, seed)
         for arm, distance in ARMS.items():
             folder = root / f"distance{distance:g}-seed{seed}"
@@ -72,13 +61,13 @@ def lesion_context(
             own["output_dir"] = str(folder / "eval")
             if not (folder / "eval" / "scores.json").is_file():
                 logger.info("seed %d, %s", seed, arm)
-                settings = {**shared, **own, "learning_rate": learning_rate, "distance": distance, "seed": seed}
+                settings = {**shared, **own, "distance": distance, "seed": seed}
                 run_bundle(DETECTION, ["train"], settings)
                 own |= {"args_file": str(folder / "models" / "run.json"), "intervals": 0, "num_workers": 0}
                 own["ckpt_path"] = str(folder / "models" / "model_last.pt")
                 run_bundle(DETECTION, ["train", "evaluate"], own)
             found[arm].append(json.loads((folder / "eval" / "scores.json").read_text())["lenient"])
-    _write_table(root, found, first_seed)
+    _write_table(root, found)
     logger.info("%s", (root / "table.md").read_text())
     return {**{arm: [s["sensitivity_at_0.5"] for s in found[arm]] for arm in ARMS}, "table": str(root / "table.md")}
 
@@ -124,13 +113,13 @@ def draw_scan(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return hu.round().astype(np.int16), mask
 
 
-def _write_table(root: Path, found: dict[str, list[dict[str, float]]], first_seed: int) -> None:
+def _write_table(root: Path, found: dict[str, list[dict[str, float]]]) -> None:
     rows: list[dict[str, Any]] = []
     table = [f"| sensitivity at | {' | '.join(RATES)} false positives per image | 0.5, seed by seed |"]
     table.append("|---" * (len(RATES) + 2) + "|")
     for arm, scores in found.items():
         values = np.array([[s[f"sensitivity_at_{rate}"] for rate in RATES] for s in scores])
-        for seed, line in enumerate(values, first_seed):
+        for seed, line in enumerate(values):
             at = {f"at_{rate}": f"{value:.4f}" for rate, value in zip(RATES, line, strict=True)}
             rows.append({"side": arm, "seed": seed, **at})
         means = [f"{v.mean():.3f} ± {v.std(ddof=1) if len(v) > 1 else 0:.3f}" for v in values.T]

@@ -19,15 +19,10 @@ from vdt_workflows.training.checkpoints import save_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "bundles" / "bcv_multiorgan_segmentation"
-NETWORKS = """
-import networks
-for name in set(networks.__all__) - {"LesionDetector", "VolumeLesionDetector"}:
-    getattr(networks, name)
-"""
-WORKFLOWS = """
-import vdt_workflows
-for name in vdt_workflows.__all__:
-    getattr(vdt_workflows, name)
+ALL_NAMES = """
+import {package}
+for name in set({package}.__all__) - {{"LesionDetector", "VolumeLesionDetector"}}:
+    getattr({package}, name)
 """
 FIRST_BATCH = """
 class Reached(BaseException):
@@ -47,10 +42,13 @@ IMPORTS = {
     "torch": ("", "import torch"),
     "monai, after torch": ("import torch", "import monai"),
     "networks, after torch": ("import torch", "import networks"),
-    "networks with all names, after torch": ("import torch", NETWORKS),
-    "networks with all names, after torch and monai": ("import torch, monai", NETWORKS),
+    "networks with all names, after torch": ("import torch", ALL_NAMES.format(package="networks")),
+    "networks with all names, after torch and monai": ("import torch, monai", ALL_NAMES.format(package="networks")),
     "vdt_workflows, after torch and monai": ("import torch, monai", "import vdt_workflows"),
-    "vdt_workflows with all names, after torch and monai": ("import torch, monai", WORKFLOWS),
+    "vdt_workflows with all names, after torch and monai": (
+        "import torch, monai",
+        ALL_NAMES.format(package="vdt_workflows"),
+    ),
     "vdt_transforms, after torch and monai": ("import torch, monai", "import vdt_transforms"),
 }
 

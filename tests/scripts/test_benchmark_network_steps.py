@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import benchmarks.network_steps as network_steps
@@ -26,7 +27,7 @@ def test_a_strided_stem_asks_for_an_eighth_of_the_arithmetic():
 
 
 def test_an_unknown_group_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="there is no group organ; there are encoder, pre-training, organs"):
+    with pytest.raises(ValueError, match=r"groups must be 'encoder', 'pre-training', 'organs', .*, got 'organ'"):
         compare_networks(["organ"], 1, 1, "cpu")
 
 
@@ -35,6 +36,20 @@ def test_the_networks_of_a_group_see_inputs_of_one_size(group):
     entries = list(GROUPS[group].values())
     assert len(entries) > 1
     assert len({(entry.shape[0], entry.shape[-2:]) for entry in entries}) == 1
+
+
+def test_the_encoders_that_are_compared_give_maps_of_equal_shapes():
+    shapes = []
+    for entry in GROUPS["encoder"].values():
+        network = entry.build().to("meta").eval()
+        stages = [module for name, module in network.named_modules() if re.fullmatch(r"(.*\.)?layer\d", name)]
+        found = []
+        for stage in stages:
+            stage.register_forward_hook(lambda stage, x, out, found=found: found.append(out.shape))
+        network(torch.empty(entry.shape, device="meta"))
+        shapes.append(found)
+    assert len(shapes[0]) == 4
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "compiled"])
@@ -46,9 +61,6 @@ def test_a_network_is_timed_with_each_knob(variant, monkeypatch):
     found = time_network("tiny", "ours", variant, 2, "cpu")
     assert len(found["training"]) == len(found["inference"]) == 2
     assert found["parameters_M"] == round(sum(p.numel() for p in network().parameters()) / 1e6, 2)
-    assert found["maps"] == (
-        [[2, 2, 3, 8, 8], [2, 4, 3, 4, 4], [2, 8, 3, 2, 2], [2, 16, 3, 1, 1]] * (variant == "plain")
-    )
 
 
 @pytest.mark.parametrize("mode", ["constant", "gaussian"])
@@ -62,10 +74,8 @@ def test_the_plain_loop_over_windows_gives_what_monais_inferer_gives(mode, monke
 
 
 def test_growth_is_drawn_for_every_implementation(tmp_path):
-    rows = {
-        f"64 x 64 x {slices}": {who: {"seconds": slices / 9, "MB": 20 + slices} for who in INFERERS}
-        for slices in (8, 16, 32)
-    }
+    at = {slices: {"seconds": slices / 9, "MB": 20 + slices} for slices in (8, 16, 32)}
+    rows = {f"64 x 64 x {slices}": dict.fromkeys(INFERERS, found) for slices, found in at.items()}
     draw_growth(rows, tmp_path / "pictures" / "growth.png")
     with Image.open(tmp_path / "pictures" / "growth.png") as picture:
         assert picture.width > picture.height > 300

@@ -37,9 +37,8 @@ def test_balls_and_vessels_have_the_same_areas_and_brightness_in_the_key_slice()
         image, mask = draw_scan(np.random.default_rng(seed))
         for centre, area in discs(image, MIDDLE):
             x, y = centre.round().astype(int)
-            (balls if mask[x, y, MIDDLE] else vessels).append(
-                (area, image[x - 2 : x + 3, y - 2 : y + 3, MIDDLE].mean())
-            )
+            brightness = image[x - 2 : x + 3, y - 2 : y + 3, MIDDLE].mean()
+            (balls if mask[x, y, MIDDLE] else vessels).append((area, brightness))
     assert (len(balls), len(vessels)) == (60, 180)
     for ball, vessel in zip(np.transpose(balls), np.transpose(vessels), strict=True):
         error = np.hypot(ball.std() / 60**0.5, vessel.std() / 180**0.5)
@@ -49,15 +48,8 @@ def test_balls_and_vessels_have_the_same_areas_and_brightness_in_the_key_slice()
 
 @pytest.mark.slow
 def test_nine_slices_find_what_the_centre_slice_alone_cannot(tmp_path):
-    words = [
-        sys.executable,
-        "-W",
-        "ignore",
-        ROOT / "scripts" / "benchmarks" / "slice_context.py",
-        tmp_path,
-        "--seeds",
-        "1",
-    ]
+    script = ROOT / "scripts" / "benchmarks" / "slice_context.py"
+    words = [sys.executable, "-W", "ignore", script, tmp_path, "--seeds", "1"]
     subprocess.run([str(word) for word in words], check=True, timeout=3600)  # about three minutes of one core
     with (tmp_path / "table.csv").open() as file:
         at = {row["side"]: float(row["at_0.5"]) for row in csv.DictReader(file)}

@@ -1,8 +1,4 @@
-"""Runs of bundles in processes of their own: none is done twice, and one that fails does not stop the others.
-
-A cell is a folder and the stages that fill it, such as training and scoring. Each stage is an ordinary run of a bundle;
-`commands.txt` in the folder gives the same as words for a shell.
-"""
+"""Runs of bundles in processes of their own: none is done twice, and one that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -21,6 +17,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import monai.bundle
+import torch
+
 from networks import read_checkpoint
 from vdt_workflows.errors import root_cause
 from vdt_workflows.files import write_atomic, write_json
@@ -28,6 +27,7 @@ from vdt_workflows.locator import find_bundles
 from vdt_workflows.parallel import follow_parent
 
 SHORT_SPIN = ("GOMP_SPINCOUNT", "100000")  # threads that spin for ever while they wait take the cores of others
+COMMAND = ("python", "-W", "ignore", "-m", "monai.bundle")
 PRELOADED = ["vdt_workflows", "vdt_transforms", "networks", "monai.bundle", "monai.networks.nets", "monai.engines"]
 
 
@@ -91,9 +91,9 @@ def run_bundle(bundle: str, configs: Sequence[str], settings: Mapping[str, Any])
         ChildProcessError: if the run fails.
     """
     stage = Stage("", tuple(f"configs/{name}.yaml" for name in configs), settings)
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", *stage.words()]
-    environment = {**dict([SHORT_SPIN]), **os.environ}
-    if subprocess.run(command, cwd=find_bundles() / bundle, env=environment, check=False).returncode:
+    command = [sys.executable, *COMMAND[1:], *stage.words()]
+    os.environ.setdefault(*SHORT_SPIN)
+    if subprocess.run(command, cwd=find_bundles() / bundle, check=False).returncode:
         raise ChildProcessError(f"the run of bundles/{bundle} failed; its own message is above")
 
 
@@ -159,8 +159,8 @@ def _run_on_ray(cells: Sequence[Cell], address: str, resources: Mapping[str, flo
             try:
                 ray.get(reference)
             except ray.exceptions.RayError as error:  # the machine or its worker is gone
-                lines = str(error).strip().splitlines()
-                write_atomic(Path(cell.folder) / "error.txt", f"Ray: {lines[0]}".encode())
+                line = str(error).strip().partition("\n")[0]
+                write_atomic(Path(cell.folder) / "error.txt", f"Ray: {line}".encode())
             yield cell
     finally:
         if started:
@@ -174,12 +174,9 @@ def _run_apart(cell: Cell) -> None:
 
 def _start(cell: Cell, device: str | None) -> Any:
     os.environ.setdefault(*SHORT_SPIN)
-    context: Any
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)  # imports cost seconds: once, not for each cell
-    else:
-        context = multiprocessing.get_context("spawn")
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(kind)
+    context.set_forkserver_preload(PRELOADED)  # imports cost seconds: once, not for each cell
     process = context.Process(target=run_cell, args=(cell, device), name=cell.name)
     process.start()
     return process
@@ -209,17 +206,17 @@ def run_cell(cell: Cell, device: str | None = None) -> None:
             os.dup2(log.fileno(), stream)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    commands = [
-        shlex.join(["python", "-W", "ignore", "-m", "monai.bundle", *stage.words()]) + "\n" for stage in cell.stages
-    ]
-    write_atomic(folder / "commands.txt", f"cd {shlex.quote(cell.bundle)}\n{''.join(commands)}".encode())
+    commands = [shlex.join([*COMMAND, *stage.words()]) for stage in cell.stages]
+    write_atomic(folder / "commands.txt", "\n".join([f"cd {shlex.quote(cell.bundle)}", *commands, ""]).encode())
     try:
         for stage in cell.stages:
             _run_stage(cell, stage)
         write_json(folder / "result.json", _describe(cell))
     except BaseException as error:
         traceback.print_exc()
-        write_atomic(folder / "error.txt", _sentence(error).encode())
+        cause = root_cause(error)  # MONAI wraps errors in others that say less
+        line = (str(cause).strip().splitlines() or [""])[-1].strip()
+        write_atomic(folder / "error.txt", f"{type(cause).__name__}: {line}".encode())
         sys.stderr.flush()
         sys.exit(1)
 
@@ -228,9 +225,6 @@ def _run_stage(cell: Cell, stage: Stage) -> None:
     record = Path(cell.folder) / "stages" / f"{stage.name}.json"
     if record.is_file():
         return
-    import monai.bundle
-    import torch
-
     if cell.threads:
         torch.set_num_threads(cell.threads)
     os.chdir(cell.bundle)
@@ -248,9 +242,6 @@ def find_commit() -> str | None:
 
 
 def _describe(cell: Cell) -> dict[str, Any]:
-    import monai
-    import torch
-
     stages = Path(cell.folder) / "stages"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     state = read_checkpoint(cell.weights) if cell.weights else {}
@@ -262,10 +253,3 @@ def _describe(cell: Cell) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "monai": monai.__version__},
         "threads": cell.threads,
     }
-
-
-def _sentence(error: BaseException) -> str:
-    """Take the last line of the innermost cause: MONAI wraps errors in others that say less."""
-    error = root_cause(error)
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1].strip()}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,86 @@ import numpy as np
 
 from vdt_workflows.data.nodules import find_nodules
 from vdt_workflows.data.volumes import find_volumes
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cases to learn from and cases to score.
+
+    Attributes:
+        pool, scored: the labelled cases to learn from, and the held-out ones.
+        size: how many are learned from with all labels.
+        draw: gives the list of a cell from its number of labelled cases and its seed.
+        option: the bundle's setting that takes the list.
+        train: more settings of the training.
+        example: a held-out volume for a picture, or None.
+    """
+
+    pool: Sequence[Mapping[str, Any]]
+    scored: Sequence[Mapping[str, Any]]
+    size: int
+    draw: Callable[[int, int], dict[str, Any]]
+    option: str
+    train: Mapping[str, Any] = field(default_factory=dict)
+    example: Mapping[str, str] | None = None
+
+
+def split_volumes(
+    dataset_dir: str, datalist: str | None, held_out: int, curve_cases: int, training_cases: int | None
+) -> Split:
+    """Separate the volumes; test cases with labels are held out, or else a draw of the labelled ones."""
+    cases = find_volumes(dataset_dir, datalist=datalist)
+    tests = [case for case in cases["test"] if "label" in case]
+    labelled = [*cases["training"], *cases["validation"]]
+    if not tests:
+        order = np.random.default_rng(0).permutation(len(labelled))
+        number = min(held_out, max(1, len(labelled) // 2))
+        tests, labelled = ([labelled[i] for i in sorted(part)] for part in (order[:number], order[number:]))
+    order = np.random.default_rng(0).permutation(len(labelled))[:training_cases]
+    pool = [_absolute(labelled[i]) for i in sorted(order)]
+    scored = [_absolute(case) for case in tests[:held_out]]
+
+    def draw(count: int, seed: int) -> dict[str, Any]:
+        return {
+            "training": [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))[:count]],
+            "validation": scored[:curve_cases],
+            "test": scored,
+            "shared_cases": "the curve is drawn from some of the held-out cases, and nothing is selected on them",
+        }
+
+    return Split(pool, scored, len(pool), draw, "datalist", example=scored[0])
+
+
+def split_nodules(
+    bundle: str,
+    dataset_dir: str,
+    settings: Mapping[str, Any],
+    held_out: int,
+    curve_cases: int,
+    training_cases: int | None,
+) -> Split:
+    """Separate the nodules; all nodules of a patient are learned from, or all are scored."""
+    options = {name: settings[name] for name in ("table", "label_rule") if name in settings}
+    options["task"] = bundle.rpartition("_")[2]
+    every = find_nodules(dataset_dir, split="all", **options)["test"]
+    test_fraction = min(0.5, held_out / len(every))
+    parts = find_nodules(dataset_dir, val_fraction=0.0, test_fraction=test_fraction, **options)
+    pool, scored = parts["training"], parts["test"]
+    patients: dict[str, list[str]] = {}
+    for nodule in pool:
+        patients.setdefault(nodule["patient_id"], []).append(nodule["nodule_id"])
+
+    def draw(count: int, seed: int) -> dict[str, Any]:
+        chosen: list[str] = []
+        for patient in np.random.default_rng(seed).permutation(sorted(patients)).tolist():
+            if len(chosen) < count:
+                chosen += patients[patient]
+        test = [nodule["nodule_id"] for nodule in scored]
+        return {"split": "comparison", "training": chosen, "validation": [], "test": test}
+
+    size = min(len(pool), training_cases or len(pool))
+    followed = f"$vdt_workflows.take_part(@nodules, 'test')[:{curve_cases}]"
+    return Split(pool, scored, size, draw, "split", {"validate::dataset::data": followed})
 
 
 def count_cases(share: float, available: int) -> int:
@@ -30,116 +111,22 @@ def count_cases(share: float, available: int) -> int:
     return count
 
 
-class VolumeSplit:
-    """Volumes to learn from and volumes to score.
-
-    Attributes:
-        size: number of labelled cases to learn from.
-        scored: the held-out cases.
-        pool, held_out: how many cases there are to learn from and to score, with the hash of their names.
-        example: a held-out case for a picture, or None.
-    """
-
-    def __init__(
-        self, dataset_dir: str, datalist: str | None, held_out: int, curve_cases: int, training_cases: int | None
-    ) -> None:
-        self.source = (Path(dataset_dir), datalist)
-        pool, scored = hold_out(find_volumes(dataset_dir, datalist=datalist), held_out)
-        order = np.random.default_rng(0).permutation(len(pool))[:training_cases]
-        self._pool, self.scored = [_absolute(pool[i]) for i in sorted(order.tolist())], [_absolute(c) for c in scored]
-        self._curve = self.scored[:curve_cases]
-        self.size = len(self._pool)
-        self.pool, self.held_out = _describe_cases(self._pool), _describe_cases(self.scored)
-        self.example: dict[str, str] | None = self.scored[0]
-
-    def draw(self, count: int, seed: int) -> dict[str, Any]:
-        """Give the datalist of a cell: the labelled cases, those of the curve, and the held-out ones."""
-        order = np.random.default_rng(seed).permutation(self.size)[:count]
-        return {
-            "training": [self._pool[i] for i in order.tolist()],
-            "validation": self._curve,
-            "test": self.scored,
-            "shared_cases": "the curve is drawn from some of the held-out cases, and nothing is selected on them",
-        }
-
-    def settings(self, path: str) -> dict[str, dict[str, Any]]:
-        """Give the settings of training and scoring that take the datalist."""
-        common = {"dataset_dir": str(self.source[0].resolve()), "datalist": path}
-        return {"train": common, "score": common}
-
-    def label_names(self) -> list[str]:
-        """Take the names from dataset.json, or number the values that the labels hold."""
-        folder, datalist = self.source
-        listing = Path(datalist) if datalist else folder / "dataset.json"
-        found = json.loads(listing.read_text()).get("labels", {}) if listing.is_file() else {}
-        if found:
-            named = {int(k): v for k, v in found.items()} if "0" in found else {int(v): k for k, v in found.items()}
-            return [named[value] for value in sorted(named)]
-        highest = max(int(np.asarray(nib.load(case["label"]).dataobj).max()) for case in self._pool)
-        return ["background", *(f"label {value}" for value in range(1, highest + 1))]
+def find_label_names(dataset_dir: str, datalist: str | None, cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Take the names from dataset.json, or number the values that the labels of the cases hold."""
+    listing = Path(datalist or Path(dataset_dir, "dataset.json"))
+    found = json.loads(listing.read_text()).get("labels", {}) if listing.is_file() else {}
+    if found:
+        named = {int(k): v for k, v in found.items()} if "0" in found else {int(v): k for k, v in found.items()}
+        return [named[value] for value in sorted(named)]
+    highest = max(int(np.asarray(nib.load(case["label"]).dataobj).max()) for case in cases)
+    return ["background", *(f"label {value}" for value in range(1, highest + 1))]
 
 
-class NoduleSplit:
-    """Nodules to learn from and nodules to score; all nodules of a patient are learned from, or all scored.
-
-    Attributes: as those of `VolumeSplit`.
-    """
-
-    def __init__(
-        self,
-        bundle: str,
-        dataset_dir: str,
-        settings: Mapping[str, Any],
-        held_out: int,
-        curve_cases: int,
-        training_cases: int | None,
-    ) -> None:
-        self.dataset_dir, self.curve_cases = str(Path(dataset_dir).resolve()), curve_cases
-        options = {name: settings[name] for name in ("table", "label_rule") if name in settings}
-        options["task"] = bundle.rpartition("_")[2]
-        every = find_nodules(dataset_dir, split="all", **options)["test"]
-        test_fraction = min(0.5, held_out / len(every))
-        parts = find_nodules(dataset_dir, val_fraction=0.0, test_fraction=test_fraction, **options)
-        self.patients: dict[str, list[str]] = {}
-        for nodule in parts["training"]:
-            self.patients.setdefault(nodule["patient_id"], []).append(nodule["nodule_id"])
-        self.scored = [nodule["nodule_id"] for nodule in parts["test"]]
-        self.size = min(len(parts["training"]), training_cases or len(parts["training"]))
-        self.pool, self.held_out = _describe_cases(parts["training"]), _describe_cases(parts["test"])
-        self.example: dict[str, str] | None = None
-
-    def draw(self, count: int, seed: int) -> dict[str, Any]:
-        """Give the split of a cell: whole patients, until there are enough nodules."""
-        chosen: list[str] = []
-        for patient in np.random.default_rng(seed).permutation(sorted(self.patients)).tolist():
-            if len(chosen) >= count:
-                break
-            chosen += self.patients[patient]
-        return {"split": "comparison", "training": chosen, "validation": [], "test": self.scored}
-
-    def settings(self, path: str) -> dict[str, dict[str, Any]]:
-        """Give the settings of training and scoring that take the split."""
-        common = {"dataset_dir": self.dataset_dir, "split": path}
-        followed = f"$vdt_workflows.take_part(@nodules, 'test')[:{self.curve_cases}]"
-        return {"train": {**common, "validate::dataset::data": followed}, "score": common}
-
-
-def hold_out(cases: Mapping[str, list[dict[str, str]]], number: int) -> tuple[list[dict], list[dict]]:
-    """Separate the cases to learn from and the cases to score; test cases with labels are the first to be scored."""
-    tests = [case for case in cases["test"] if "label" in case]
-    labelled = [*cases["training"], *cases["validation"]]
-    if tests:
-        return labelled, tests[:number]
-    order = np.random.default_rng(0).permutation(len(labelled))
-    number = min(number, max(1, len(labelled) // 2))
-    return [labelled[i] for i in sorted(order[number:])], [labelled[i] for i in sorted(order[:number])]
+def describe_cases(cases: Sequence[Mapping[str, Any]]) -> str:
+    """Say how many cases there are, and give the hash of their names."""
+    names = sorted(str(case.get("nodule_id", Path(str(case["image"])).name)) for case in cases)
+    return f"{len(names)} cases, sha256 of names {hashlib.sha256(chr(10).join(names).encode()).hexdigest()}"
 
 
 def _absolute(case: Mapping[str, str]) -> dict[str, str]:
     return {key: str(Path(path).resolve()) for key, path in case.items()}
-
-
-def _describe_cases(cases: Sequence[Mapping[str, Any]]) -> str:
-    """Say how many cases there are, and give the hash of their names."""
-    names = sorted(str(case.get("nodule_id", Path(str(case["image"])).name)) for case in cases)
-    return f"{len(names)} cases, sha256 of names {hashlib.sha256(chr(10).join(names).encode()).hexdigest()}"

@@ -1,12 +1,8 @@
 """Compare ways to start a network: a matrix of initialisations, shares of the labels and seeds, on data of your own.
 
-    vdt compare --rows "scratch,vdt=bundles/imagenet_vdt_pretraining/models/encoder.pt" --dataset_dir DIR
-    vdt compare --rows rows.yaml --dataset_dir DIR --fractions 0.1,0.5,1 --seeds 3 --workers 2
-
 Each cell of the matrix is an ordinary run of a bundle. All rows of a share and a seed see the same cases in the same
 order with the same augmentation for the same steps; all cells are scored on the same held-out cases, which select
-nothing. The output folder holds `report.html`, `results.csv` and `results.json`. A matrix that was interrupted goes on
-where it stopped, and may grow by rows, shares and seeds. See docs/compare.md.
+nothing. A matrix that was interrupted goes on where it stopped, and may grow by rows, shares and seeds.
 """
 
 from __future__ import annotations
@@ -18,18 +14,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, hash_file, write_atomic, write_json
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.overrides import check_command_line
+from vdt_workflows.parallel import track
 from vdt_workflows.report.cells import Cell, Stage, run_cells
 from vdt_workflows.report.comparison_page import write_page
-from vdt_workflows.report.held_out import NoduleSplit, VolumeSplit, count_cases
+from vdt_workflows.report.held_out import count_cases, describe_cases, find_label_names, split_nodules, split_volumes
 from vdt_workflows.report.rows import (
     Row,
     as_list,
@@ -141,9 +140,8 @@ def compare(
         ValueError: if a row, an initialisation, a setting or a protocol is unknown, a fraction is no case at all, or
             `output_dir` holds results of other settings.
     """
-    task = TASKS.get(bundle)
-    if task is None:
-        raise ValueError(f"bundle must be one of {', '.join(TASKS)}, got {bundle!r}")
+    check_choice("bundle", bundle, tuple(TASKS))
+    task = TASKS[bundle]
     root = Path(output_dir).resolve()
     shared = read_mapping(settings, "settings")
     plan = read_rows(rows)
@@ -157,31 +155,35 @@ def compare(
         raise ValueError(f"steps must be a multiple of points, and seeds at least 1; got {steps=}, {points=}, {seeds=}")
     base = choose_reference(plan, reference)
 
-    split: NoduleSplit | VolumeSplit
     if bundle.startswith("lidc"):
-        split = NoduleSplit(bundle, dataset_dir, shared, held_out, curve_cases, training_cases)
+        split = split_nodules(bundle, dataset_dir, shared, held_out, curve_cases, training_cases)
     else:
-        split = VolumeSplit(dataset_dir, datalist, held_out, curve_cases, training_cases)
+        split = split_volumes(dataset_dir, datalist, held_out, curve_cases, training_cases)
         if bundle.startswith("bcv") and "label_names" not in shared:
-            shared = {**shared, "label_names": split.label_names()}
+            shared["label_names"] = find_label_names(dataset_dir, datalist, split.pool)
     counts = {share: count_cases(share, split.size) for share in shares}
+    described, data_dir = describe_cases(split.scored), str(Path(dataset_dir).resolve())
     common = {
-        **{"bundle": bundle, "dataset_dir": str(Path(dataset_dir).resolve()), "settings": shared, "steps": steps},
-        **{"points": points, "curve_cases": curve_cases, "held_out": split.held_out, "pool": split.pool},
+        **{"bundle": bundle, "dataset_dir": data_dir, "settings": shared, "steps": steps, "points": points},
+        **{"curve_cases": curve_cases, "held_out": described, "pool": describe_cases(split.pool)},
     }
     lists: dict[Path, dict[str, Any]] = {}
     cells: dict[Key, Cell] = {}
-    for seed in range(seeds):
-        for share in shares:
-            chosen = root / "data" / f"share{share:g}-seed{seed}.json"
-            lists[chosen] = split.draw(counts[share], seed)
-            drawn = pictures and task.example and (seed, share) == (0, shares[-1])
-            maker = _Maker(root, bundle, (steps, points), threads, split.settings(str(chosen)))
-            for name in names:
-                for row in plan:
-                    own = merge_settings(shared, row)
-                    example = split.example if drawn else None
-                    cells[name, row.name, share, seed] = maker.make(row, (name, share, seed), known[name], own, example)
+    for seed, share in product(range(seeds), shares):
+        chosen = root / "data" / f"share{share:g}-seed{seed}.json"
+        lists[chosen] = split.draw(counts[share], seed)
+        example = split.example if pictures and task.example and (seed, share) == (0, shares[-1]) else None
+        data = {"dataset_dir": data_dir, split.option: str(chosen)}
+        train: dict[str, Any] = {"seed": seed, "epochs": points, task.steps: steps // points, "val_interval": 1}
+        train |= {**task.train, **data, **split.train}
+        for name, row in product(names, plan):
+            prefix = f"{name}-" if known[name] else ""
+            folder = root / "cells" / row.folder / f"{prefix}share{share:g}-seed{seed}"
+            weights = folder / "models" / task.weights
+            stages = _plan_stages(row, known[name], weights, shared, train, {**task.score, **data}, example)
+            title = f"{prefix}{row.name}, {share:.0%} of the labels, seed {seed}"
+            cell = Cell(title, str(folder), str(find_bundles() / bundle), stages, str(weights), threads)
+            cells[name, row.name, share, seed] = cell
     for cell in {key[:2]: cell for key, cell in cells.items()}.values():
         _check_settings(cell)
     claim(root, common)
@@ -196,7 +198,7 @@ def compare(
         results = collect(cells, counts, task.metric, base)
         results |= {
             "title": f"{bundle.replace('_', ' ')}: {len(plan)} ways to start, against {base}",
-            **{"metric": task.title, "held_out": split.held_out.partition(",")[0], "steps": steps},
+            **{"metric": task.title, "held_out": described.partition(",")[0], "steps": steps},
             **{"curve_cases": min(curve_cases, len(split.scored)), "example": split.example},
             "provenance": _trace(root, common, plan, cells.values()),
         }
@@ -206,47 +208,30 @@ def compare(
     return {"report": str(root / "report.html"), "cells": len(cells), **states}
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """What all cells of a share and a seed have in common."""
-
-    root: Path
-    bundle: str
-    schedule: tuple[int, int]  # optimiser steps, and how many times the score is followed
-    threads: int
-    data: Mapping[str, Mapping[str, Any]]  # settings of training and of scoring that take the cases
-
-    def make(
-        self,
-        row: Row,
-        place: tuple[str, float, int],
-        overlay: str,
-        settings: Mapping[str, Any],
-        example: Mapping[str, str] | None,
-    ) -> Cell:
-        """Plan the runs of a cell, which is placed by its protocol, share of the labels and seed."""
-        protocol, share, seed = place
-        task = TASKS[self.bundle]
-        prefix = f"{protocol}-" if overlay else ""
-        folder = self.root / "cells" / row.folder / f"{prefix}share{share:g}-seed{seed}"
-        models = folder / "models"
-        configs = ("configs/train.yaml", *([overlay] if overlay else []), *row.configs)
-        steps, points = self.schedule
-        start = {"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained})
-        train: dict[str, Any] = {"num_workers": 0, **settings, **start, "seed": seed}
-        train |= {"epochs": points, task.steps: steps // points, "val_interval": 1, **task.train, **self.data["train"]}
-        train |= {"ckpt_dir": str(models), "output_dir": str(folder / "eval")}
-        weights = {"ckpt_path": str(models / task.weights), "args_file": str(models / "run.json")}
-        score = {"num_workers": 0, **settings, **task.score, **self.data["score"], **weights}
-        score |= {"output_dir": str(folder / "scores")}
-        stages = [Stage("training", configs, train), Stage("scoring", (*configs, "configs/evaluate.yaml"), score)]
-        if example is not None:
-            own = {name: value for name, value in settings.items() if name.startswith("network_def")}
-            shown = {"dataset_dir": example["image"], **own, **weights, "output_dir": str(folder / "example")}
-            stages.append(Stage("example", ("configs/inference.yaml", *row.configs), shown))
-        name = f"{prefix}{row.name}, {share:.0%} of the labels, seed {seed}"
-        bundle = str(find_bundles() / self.bundle)
-        return Cell(name, str(folder), bundle, tuple(stages), str(models / task.weights), self.threads)
+def _plan_stages(
+    row: Row,
+    overlay: str,
+    weights: Path,
+    shared: Mapping[str, Any],
+    train: Mapping[str, Any],
+    score: Mapping[str, Any],
+    example: Mapping[str, str] | None,
+) -> tuple[Stage, ...]:
+    """Plan the runs of a cell, which leave `weights` in the folder models/ of the cell's."""
+    models, folder = weights.parent, weights.parents[1]
+    configs = ("configs/train.yaml", *([overlay] if overlay else []), *row.configs)
+    settings = merge_settings(shared, row)
+    start = {"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained})
+    folders = {"ckpt_dir": str(models), "output_dir": str(folder / "eval")}
+    train = {"num_workers": 0, **settings, **start, **train, **folders}
+    left = {"ckpt_path": str(weights), "args_file": str(models / "run.json")}
+    score = {"num_workers": 0, **settings, **score, **left, "output_dir": str(folder / "scores")}
+    stages = (Stage("training", configs, train), Stage("scoring", (*configs, "configs/evaluate.yaml"), score))
+    if example is None:
+        return stages
+    own = {name: value for name, value in settings.items() if name.startswith("network_def")}
+    shown = {"dataset_dir": example["image"], **own, **left, "output_dir": str(folder / "example")}
+    return (*stages, Stage("example", ("configs/inference.yaml", *row.configs), shown))
 
 
 def _check_settings(cell: Cell) -> None:
@@ -267,12 +252,11 @@ def _run(cells: Sequence[Cell], workers: int, ray: str | None, resources: Mappin
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     devices = (visible.split(",") if visible else [str(i) for i in range(count)])[:count]
-    finished = sum(cell.result() is not None for cell in cells)
-    with tqdm(total=len(cells), initial=finished, desc="cells", dynamic_ncols=True, disable=not cells) as bar:
-        for cell in run_cells(cells, workers=workers, devices=devices, ray=ray, ray_resources=resources):
-            if cell.result() is None:
-                bar.write(f"failed: {cell.name}: {cell.error()}", file=sys.stderr)
-            bar.update()
+    waiting = sum(cell.result() is None for cell in cells)
+    ended = run_cells(cells, workers=workers, devices=devices, ray=ray, ray_resources=resources)
+    for cell in track(ended, waiting, "cells"):
+        if cell.result() is None:
+            tqdm.write(f"failed: {cell.name}: {cell.error()}", file=sys.stderr)
 
 
 def _trace(root: Path, common: Mapping[str, Any], rows: Sequence[Row], cells: Iterable[Cell]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from vdt_workflows.errors import check_choice
 from vdt_workflows.files import hash_file
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.training.initialisation import INITIALISATIONS
@@ -88,8 +89,7 @@ def _read_row(entry: Any, folder: Path) -> Row:
             near = get_close_matches(str(key), known, n=1) or known
             raise ValueError(f"row {entry['name']!r}: {key!r} is unknown; did you mean {' or '.join(near)}?")
     name, init = str(entry["name"]), str(entry.get("init") or entry["name"])
-    if init not in INITIALISATIONS:
-        raise ValueError(f"row {name!r}: init must be one of {', '.join(INITIALISATIONS)}, got {init!r}")
+    check_choice(f"row {name!r}: init", init, tuple(INITIALISATIONS))
 
     def place(path: Any, what: str) -> str:
         found = folder / Path(os.path.expandvars(str(path))).expanduser()

@@ -1,9 +1,7 @@
 """Put what a run left into one HTML page that opens without a network.
 
-    vdt report bundles/bcv_multiorgan_segmentation
-
-writes bundles/bcv_multiorgan_segmentation/report.html: curves, scores, pictures, settings, the environment, where the
-weights come from, and a viewer of the volumes with their masks or boxes.
+The page has curves, scores, pictures, settings, the environment, where the weights come from, and a viewer of the
+volumes with their masks or boxes.
 """
 
 from __future__ import annotations
@@ -71,13 +69,16 @@ def report_run(run: str, output: str | None = None, volumes: int = 3) -> dict[st
         _section("Settings", _make_tables({"": run_record or inference})),
         _section("How it was made", _make_tables({name: record.get("_run_", {}) for name, record in records.items()})),
     ]
-    sections = [part for part in sections if part["tables"] or part["pictures"] or part["viewer"]]
+    sections = [part for part in sections if any(part[kind] for kind in ("tables", "pictures", "viewer"))]
     if not sections:
         raise ValueError(
             f"{root}: nothing of a run in it; expected history.csv, scores.json, run.json or inference.json in it,"
             " in eval/ or in models/"
         )
-    sections.append(_section("This page", _make_tables({"": _describe_environment()})))
+    versions = {name: metadata.version(name) for name in ("vdt-bundles", "torch", "monai", "numpy", "nibabel")}
+    written = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    here = {"written": written, "machine": platform.platform(), **versions}
+    sections.append(_section("This page", _make_tables({"": here})))
     target = Path(output) if output else root / "report.html"
     page = render("run.html", title=f"Run {root.resolve().name}", sections=sections)
     write_atomic(target, page.encode())
@@ -128,12 +129,6 @@ def _read_tables(files: Mapping[str, Path]) -> list[Table]:
     return [(heading, head, [list(map(_shorten, row)) for row in rows]) for heading, head, rows in tables if rows]
 
 
-def _describe_environment() -> dict[str, str]:
-    versions = {name: metadata.version(name) for name in ("vdt-bundles", "torch", "monai", "numpy", "nibabel")}
-    written = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"written": written, "machine": platform.platform(), **versions}
-
-
 def _read_json(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
@@ -154,12 +149,10 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
 
 def _shorten(value: Any) -> str:
     """Write a number, or the text of one, with six digits, and everything else as it is."""
-    if isinstance(value, str | float):
-        try:
-            return f"{float(value):.6g}"
-        except ValueError:
-            pass
-    return str(value)
+    try:
+        return f"{float(value):.6g}" if isinstance(value, str | float) else str(value)
+    except ValueError:
+        return str(value)
 
 
 def _bare(path: str) -> str:

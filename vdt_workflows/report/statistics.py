@@ -171,21 +171,18 @@ def collect(
         }
         for (protocol, row, share), runs in sorted(groups.items(), key=lambda item: protocols[item[0][0]])
     ]
-    entries = []
-    for (protocol, row, share, seed), cell in cells.items():
-        run, result, error = found.get((protocol, row, share, seed)), cell.result(), cell.error()
+    entries, cases = [], []
+    for key, cell in cells.items():
+        protocol, row, share, seed = key
+        run, result, error = found.get(key), cell.result(), cell.error()
         state = "finished" if result else "failed" if error else "not run"
-        entry = {"protocol": protocol, "row": row, "share": share, "labels": counts[share], "seed": seed}
-        entry |= {"state": state, "score": float(_tabulate([run]).scores()[0, 0]) if run else None}
+        place = {"protocol": protocol, "row": row, "share": share, "labels": counts[share], "seed": seed}
+        entry = {**place, "state": state, "score": float(_tabulate([run]).scores()[0, 0]) if run else None}
         entry |= {"error": error if state == "failed" else None, "curve": run.curve if run else []}
         for name in ("seconds", "cpu_seconds"):
             entry[name] = round(sum(s[name] for s in result["stages"].values()), 1) if result else None
         entries.append({**entry, "folder": cell.folder})
-    cases = [
-        {"protocol": key[0], "row": key[1], "share": key[2], "seed": key[3], "case": case, "value": value}
-        for key, run in found.items()
-        for case, value in sorted(run.cases.items())
-    ]
+        cases += [{**place, "case": case, "value": run.cases[case]} for case in sorted(run.cases)] if run else []
     efficiency = [entry for name in protocols for entry in _find_efficiency(summary, name, reference)]
     return {"reference": reference, "cells": entries, "summary": summary, "efficiency": efficiency, "cases": cases}
 
@@ -199,9 +196,8 @@ def _tabulate(runs: Sequence[Scored]) -> CaseTable:
 def _summarise(runs: Mapping[int, Scored], base: Mapping[int, Scored] | None, samples: int) -> dict[str, Any]:
     """Score a row over its seeds, and against the reference over the seeds that both have finished."""
     scores = _tabulate(list(runs.values())).scores()[0] if runs else np.array([])
-    both = [seed for seed in runs if seed in base] if base else []
     difference = None
-    if base and both:
+    if base and (both := [seed for seed in runs if seed in base]):
         ours, theirs = (_tabulate([group[seed] for seed in both]) for group in (runs, base))
         difference = paired_difference(ours, theirs, samples=samples)
     return {
@@ -225,10 +221,8 @@ def _follow(runs: Mapping[int, Scored], base: Mapping[int, Scored]) -> dict[str,
 
 def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
     """Mean over seeds at the steps that all of them have."""
-    if not curves:
-        return []
     by_step = [dict(curve) for curve in curves]
-    steps = sorted(set(by_step[0]).intersection(*by_step))
+    steps = sorted(set(by_step[0]).intersection(*by_step)) if by_step else []
     return [(step, float(np.mean([curve[step] for curve in by_step]))) for step in steps]
 
 
@@ -244,13 +238,10 @@ def _find_efficiency(summary: Sequence[Mapping[str, Any]], protocol: str, refere
     found = []
     for row, points in lines.items():
         reached = None if goal is None else first_reach(points, goal)
-        found.append(
-            {
-                **{"protocol": protocol, "row": row, "target": goal, "all": largest, "labels": reached},
-                "upper_bound": reached is not None and reached == points[0][0],
-                "stays": reached is not None and all(mean >= (goal or 0) for n, mean in points if n >= reached),
-            }
-        )
+        entry = {"protocol": protocol, "row": row, "target": goal, "all": largest, "labels": reached}
+        entry["upper_bound"] = reached is not None and reached == points[0][0]
+        entry["stays"] = reached is not None and all(mean >= (goal or 0) for n, mean in points if n >= reached)
+        found.append(entry)
     return found
 
 

@@ -39,7 +39,7 @@ MATRIX = {
         ({"settings": {**TINY, "learning_rat": 1}}, "--learning_rat.*did you mean --learning_rate"),
         ({"settings": "none.yaml"}, r"settings none\.yaml: no such file"),
         ({"protocols": "papre"}, "protocols of bcv_.* must be among recommended, paper, short, got 'papre'"),
-        ({"bundle": "bcv"}, "bundle must be one of bcv_multiorgan_segmentation, .*got 'bcv'"),
+        ({"bundle": "bcv"}, "bundle must be 'bcv_multiorgan_segmentation', .*got 'bcv'"),
         ({"steps": 5}, "steps must be a multiple of points"),
         ({"fractions": 0.05}, r"fraction 0\.05 of 4 labelled cases is none"),
     ],
@@ -212,18 +212,8 @@ def test_other_networks_are_rows_and_a_failing_cell_stops_no_other(volumes, tmp_
 @slow
 def test_nodules_are_compared_by_the_area_under_the_curve(nodules, tmp_path):
     settings = {"base_channels": 4, "crop_size": 16, "jitter": 2, "batch_size": 4}
-    compare(
-        "scratch",
-        str(nodules),
-        str(tmp_path),
-        "lidc_nodule_classification",
-        settings,
-        1,
-        1,
-        steps=2,
-        points=1,
-        held_out=8,
-    )
+    schedule = {"steps": 2, "points": 1, "held_out": 8}
+    compare("scratch", str(nodules), str(tmp_path), "lidc_nodule_classification", settings, 1, 1, **schedule)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [cell["state"] for cell in results["cells"]] == ["finished"], results["cells"]
     assert 0 <= results["summary"][0]["mean"] <= 1

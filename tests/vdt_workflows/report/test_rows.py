@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.support.bundle_runs import ROOT
-from vdt_workflows.report.rows import choose_reference, merge_settings, read_rows
+from vdt_workflows.report.rows import Row, choose_reference, merge_settings, read_rows
 
 
 def test_words_and_a_file_give_the_same_rows(tmp_path, monkeypatch):
@@ -18,10 +18,7 @@ def test_words_and_a_file_give_the_same_rows(tmp_path, monkeypatch):
     file.write_text("- name: scratch\n- {name: vdt, pretrained: '${WEIGHTS}/encoder.pt'}\n")
     words, listed = read_rows(f"scratch,vdt={encoder}"), read_rows(str(file))
     assert words == listed
-    assert [(row.name, row.init, row.pretrained) for row in words] == [
-        ("scratch", "scratch", None),
-        ("vdt", "vdt", str(encoder)),
-    ]
+    assert words == [Row("scratch", "scratch"), Row("vdt", "vdt", str(encoder))]
     file.write_text(json.dumps({"rows": [{"name": "scratch"}, {"name": "vdt", "pretrained": str(encoder)}]}))
     assert read_rows(str(file)) == words
 
@@ -29,15 +26,11 @@ def test_words_and_a_file_give_the_same_rows(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "error", "sentence"),
     [
-        ("scratch,genesys=x.pt", ValueError, r"row 'genesys': init must be one of scratch, vdt, .*got 'genesys'"),
+        ("scratch,genesys=x.pt", ValueError, r"row 'genesys': init must be 'scratch', 'vdt', .*got 'genesys'"),
         ("scratch,vdt=none.pt", FileNotFoundError, r"row 'vdt': pretrained .*none\.pt: no such file"),
         ("scratch,scratch", ValueError, "'scratch' names two rows"),
         ("none.yaml", FileNotFoundError, r"rows none\.yaml: no such file"),
-        (
-            [{"name": "a", "init": "scratch", "pretraind": "x"}],
-            ValueError,
-            "'pretraind' is unknown; did you mean pretr",
-        ),
+        ([{"name": "a", "pretraind": "x"}], ValueError, "'pretraind' is unknown; did you mean pretrained"),
         ([{"name": "a", "init": "scratch", "configs": "x.yaml"}], FileNotFoundError, r"config .*x\.yaml: no such file"),
         ([{"init": "scratch"}], ValueError, "is no row; expected a mapping with name, init"),
         ("", ValueError, "is no row"),
