@@ -13,7 +13,6 @@ import torch
 from tests.makers.pictures import make_classes, make_files
 from vdt_workflows.data import folder_index
 from vdt_workflows.data.images import (
-    ImageList,
     collate_images,
     find_images,
     list_images,
@@ -112,11 +111,6 @@ def test_a_subset_keeps_the_classes_and_the_given_order(animals):
 def test_an_image_list_survives_pickling(animals):
     images = scan_class_folders(animals).subset([0, 3])
     assert list(pickle.loads(pickle.dumps(images))) == list(images)
-
-
-def test_paths_and_labels_must_be_as_many():
-    with pytest.raises(ValueError, match="got 2 paths and 1 labels"):
-        ImageList(np.array([b"/a.jpg", b"/b.jpg"]), np.zeros(1), ["a", "b"])
 
 
 def test_given_classes_set_the_order_of_the_labels(animals):
