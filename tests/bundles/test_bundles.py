@@ -27,6 +27,7 @@ from networks import GenesisUNet3D, ResNet2D, ResNet3D, load_pretrained
 from networks.conversion import to_2d, to_3d
 from tests.makers.dicom import write_series
 from tests.makers.nodules import write_published, write_published_split
+from tests.makers.volumes import write_volume
 from tests.support.bundle_runs import (
     BASE,
     BUNDLES,
@@ -46,6 +47,7 @@ from tests.support.bundle_runs import (
     sentence,
     weights,
 )
+from tests.support.documents import blocks
 from vdt_transforms.dicom_series import find_series
 from vdt_workflows.training.initialisation import initialise
 
@@ -282,7 +284,7 @@ def test_inference_goes_on_without_a_bad_volume_when_asked(volumes, trained, tmp
     shutil.copytree(volumes / "images", tmp_path / "images")
     bad = nib.load(tmp_path / "images" / "case1.nii.gz")
     spoilt = np.where(np.arange(bad.shape[0])[:, None, None] == 3, np.nan, bad.get_fdata()).astype(np.float32)
-    nib.save(nib.Nifti1Image(spoilt, bad.affine), tmp_path / "images" / "case1.nii.gz")
+    write_volume(tmp_path / "images" / "case1.nii.gz", spoilt, affine=bad.affine)
     infer(BCV, trained(BCV) / "models", tmp_path, tmp_path / "images", on_error="skip")
     written = sorted(path.name for path in (tmp_path / "eval").glob("*_seg.nii.gz"))
     assert written == [f"case{i}_seg.nii.gz" for i in (0, 2, 3, 4, 5)]
@@ -306,9 +308,8 @@ def test_the_2d_twin_is_pretrained_on_the_same_images_and_starts_other_bundles(i
     pair, models = ["train", "two_dimensional"], tmp_path / "models"
     run(PRETRAINING, pair, tmp_path, images, epochs=1, channels_last=True)
     tensors = weights(models / "encoder.pt")
-    assert {name: tuple(tensors[name].shape) for name in ("conv1.weight", "layer2.0.downsample.0.weight")} == {
-        "conv1.weight": (4, 3, 7, 7), "layer2.0.downsample.0.weight": (8, 4, 1, 1),
-    }  # fmt: skip
+    assert tensors["conv1.weight"].shape == (4, 3, 7, 7)
+    assert tensors["layer2.0.downsample.0.weight"].shape == (8, 4, 1, 1)
     assert set(tensors) == {name for name in torchvision.models.resnet18().state_dict() if not name.startswith("fc.")}
     more = {"args_file": str(models / "run.json"), "ckpt_path": str(models / "model.pt")}
     run(PRETRAINING, [*pair, "evaluate"], tmp_path, images, **more)
@@ -431,20 +432,20 @@ def test_the_exported_network_answers_as_the_trained_one(bundle, trained, tmp_pa
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        pytest.param(lambda image, label: (image[:-1], label, None), "has shape", id="shape"),
-        pytest.param(lambda image, label: (image, label, np.diag([-1.0, 1, 3, 1])), "affine differs", id="affine"),
-        pytest.param(lambda image, label: (image, label + 7, None), "label values", id="label value"),
-        pytest.param(lambda image, label: (np.where(label == 1, np.nan, image), label, None), "NaN", id="NaN voxels"),
+        (lambda image, label: (image[:-1], label), "has shape"),
+        (lambda image, label: (image, label, np.diag([-1.0, 1, 3, 1])), "affine differs"),
+        (lambda image, label: (image, label + 7), "label values"),
+        (lambda image, label: (np.where(label == 1, np.nan, image), label), "NaN"),
     ],
+    ids=["shape", "affine", "label value", "NaN voxels"],
 )
 def test_a_spoilt_volume_is_named_in_one_sentence(volumes, tmp_path, spoil, reason):
     data = tmp_path / "data"
     shutil.copytree(volumes, data)
     image, label = (nib.load(data / name / "case2.nii.gz") for name in ("images", "labels"))
-    new_image, new_label, affine = spoil(image.get_fdata(), np.asarray(label.dataobj))
-    nib.save(nib.Nifti1Image(new_image.astype(np.float32), image.affine), data / "images" / "case2.nii.gz")
-    affine = label.affine if affine is None else affine
-    nib.save(nib.Nifti1Image(new_label.astype(np.uint8), affine), data / "labels" / "case2.nii.gz")
+    new_image, new_label, *affine = spoil(image.get_fdata(), np.asarray(label.dataobj))
+    write_volume(data / "images" / "case2.nii.gz", new_image, affine=image.affine)
+    write_volume(data / "labels" / "case2.nii.gz", new_label, affine=[label.affine, *affine][-1], dtype=np.uint8)
     with pytest.raises(RuntimeError) as caught:
         run(BCV, BASE, tmp_path, data)
     assert "case2.nii.gz" in sentence(caught.value)
@@ -454,17 +455,15 @@ def test_a_spoilt_volume_is_named_in_one_sentence(volumes, tmp_path, spoil, reas
 # What the documents promise ----------------------------------------------------------------------------------------
 
 
-def documented_commands() -> list:
-    found = []
-    for bundle in BUNDLES:
-        text = (bundle / "docs" / "README.md").read_text()
-        for number, block in enumerate(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)):
-            found.append(pytest.param(bundle, block.replace("\\\n", " "), id=f"{bundle.name}-{number}"))
-    return found
+DOCUMENTED = [
+    pytest.param(bundle, block.replace("\\\n", " "), id=f"{bundle.name}-{number}")
+    for bundle in BUNDLES
+    for number, block in enumerate(blocks(bundle / "docs" / "README.md", "bash"))
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bundle", "documented"), documented_commands())
+@pytest.mark.parametrize(("bundle", "documented"), DOCUMENTED)
 def test_every_command_of_the_documents_runs(
     bundle, documented, images, volumes, nodules, key_slices, trained, preloaded, tmp_path
 ):

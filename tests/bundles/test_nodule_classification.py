@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -17,7 +14,7 @@ from PIL import Image
 from networks import DepthFirst, ResNet3DClassifier, load_pretrained
 from tests.makers.nodules import make_list, own_row, write_nodules, write_published, write_published_split, write_table
 from tests.makers.volumes import make_affine
-from tests.support.bundle_runs import BASE, ROOT, command, infer, parse, read, remembered, rows, run, sentence, weights
+from tests.support.bundle_runs import BASE, ROOT, infer, parse, read, remembered, rows, run, sentence, weights
 from tests.support.golden import TOLERANCE, deviation, published_input, published_weights, read_vector
 from vdt_workflows.data.nodule_tables import list_nodules
 from vdt_workflows.data.nodules import find_nodules
@@ -301,25 +298,6 @@ def test_a_spoilt_cube_is_named_in_one_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluation_by_two_processes_equals_evaluation_by_one(nodules, trained, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    path = str(trained(BUNDLE) / "models" / "model.pt")
-    two = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    for name, start, overlay in (("one", [], []), ("two", two, ["multi_gpu_train"])):
-        words = command(
-            BUNDLE, ["train", *overlay, "evaluate"], tmp_path / name, nodules, ckpt_path=path, part="training"
-        )
-        subprocess.run([sys.executable, "-m", *start, *words], check=True, capture_output=True, env=environment)
-    assert len(find_nodules(nodules)["training"]) % 2  # not a number that two processes can share evenly
-    one, two = (read(tmp_path / name / "eval" / "scores.json") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name in set(one) - {"_run_", "confusion_matrix"}:
-        assert two[name] == pytest.approx(one[name], abs=1e-5), name
-    a, b = (rows(tmp_path / name / "eval" / "predictions.csv") for name in ("one", "two"))
-    assert [row["nodule_id"] for row in a] == [row["nodule_id"] for row in b]
-
-
-@pytest.mark.slow
 def test_shapes_are_learnt_and_shuffled_labels_are_not(tmp_path):
     nodules = make_list(60, 2, indeterminate=0.0)
     write_nodules(tmp_path / "data", nodules, size=40)
@@ -327,9 +305,8 @@ def test_shapes_are_learnt_and_shuffled_labels_are_not(tmp_path):
     (tmp_path / "shuffled").mkdir()
     for folder in ("images", "labels"):
         (tmp_path / "shuffled" / folder).symlink_to(tmp_path / "data" / folder)
-    write_table(
-        tmp_path / "shuffled" / "nodules.csv", [own_row(n | {"votes": v}) for n, v in zip(nodules, votes, strict=True)]
-    )
+    shuffled = [own_row(n | {"votes": v}) for n, v in zip(nodules, votes, strict=True)]
+    write_table(tmp_path / "shuffled" / "nodules.csv", shuffled)
     settings = {"epochs": 24, "base_channels": 8, "batch_size": 8, "crop_size": 32, "jitter": 4, "selection": "last"}
     settings["learning_rate"] = 1e-3
     scores = {}

@@ -54,7 +54,7 @@ def test_perfect_prediction_has_no_loss(bundle):
     assert paper(bundle).get_parsed_content("loss")(logits, labels).item() < 1e-4
 
 
-@pytest.mark.parametrize(("bundle", "rate", "steps"), [(BCV, 0.02, 39_000), (LITS, 1e-4, 3_281)], ids=["bcv", "lits"])
+@pytest.mark.parametrize(("bundle", "rate", "steps"), [(BCV, 0.02, 39_000), (LITS, 1e-4, 3_281)])
 def test_rate_falls_as_published_step_by_step(bundle, rate, steps):
     parser = paper(bundle, micro_batch=100)  # no accumulation
     factor = parser.get_parsed_content("scheduler::lr_lambda")
@@ -70,7 +70,6 @@ def test_rate_falls_as_published_step_by_step(bundle, rate, steps):
         (BCV, torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}),
         (LITS, torch.optim.Adam, {"lr": 1e-4, "weight_decay": 1e-4}),
     ],
-    ids=["bcv", "lits"],
 )
 def test_optimizer_is_the_published_one(bundle, kind, constants):
     optimizer = paper(bundle, base_channels=4, device="cpu").get_parsed_content("optimizer")

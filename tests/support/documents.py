@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from tests.support.bundle_runs import ROOT
+from vdt_workflows.cli import COMMANDS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -15,9 +16,10 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def inline(path: Path) -> list[str]:
-    """The calls of scripts within sentences."""
+    """The calls of scripts within sentences, without commands that are only named."""
     found = re.findall(r"`((?:python\s+(?:scripts/|-m\s+tests)|vdt\s+\w)[^`]+)`", path.read_text())
-    return [" ".join(line.split()) for line in found]
+    calls = [" ".join(line.split()) for line in found]
+    return [call for call in calls if call.removeprefix("vdt ") not in COMMANDS]
 
 
 def commands(text: str) -> list[str]:

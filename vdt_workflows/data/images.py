@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +23,22 @@ VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
 VALIDATION_LISTS = ("meta/val.txt", "val.txt")  # of images that lie flat in one of these
 
 
+@dataclass(eq=False)
 class ImageList(Sequence[dict[str, Any]]):
     """Image files and their classes: `images[i]` is `{"image": absolute path, "label": class index}`.
 
     A million paths are one array of bytes. With an object for each path, every loader process would end up with its own
     copy of them all, because reading an object changes its reference count.
 
-    Args:
+    Attributes:
         paths: absolute paths, as `to_paths` makes them.
         labels: class index of each image.
         classes: class names, by index.
-
-    Attributes:
-        paths: the paths.
-        labels: int32 class index of each image.
-        classes: class names, by index.
     """
 
-    def __init__(self, paths: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
-        if len(paths) != len(labels):
-            raise ValueError(f"each path needs one label, got {len(paths)} paths and {len(labels)} labels")
-        self.paths = paths
-        self.labels = np.asarray(labels, np.int32)
-        self.classes = list(classes)
+    paths: np.ndarray
+    labels: np.ndarray
+    classes: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,7 +86,7 @@ def scan_class_folders(
     files = index_files(root, index_dir)
     indexed = next((found for file in files if (found := read_index(file, root, names)) is not None), None)
     listing = indexed or scan(root, names)
-    labels = listing["labels"]
+    paths, labels = np.char.add(os.fsencode(root) + b"/", listing["paths"]), listing["labels"]
     empty = [names[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)]
     if empty:
         raise ValueError(f"{root} has class folders without any image ({', '.join(EXTENSIONS)}): {few(empty, 3)}")
@@ -100,12 +94,8 @@ def scan_class_folders(
         write_index(files, listing)
     how = "by listing its folders" if indexed is None else "from the index"
     logger.info("%s: %d images of %d classes, %s", root, len(labels), len(names), how)
-
-    paths = np.char.add(os.fsencode(root) + b"/", listing["paths"])
-    if classes is None:
-        return ImageList(paths, labels, names)
-    wanted = {name: label for label, name in enumerate(classes)}
-    return ImageList(paths, np.array([wanted[name] for name in names])[labels], classes)
+    label_of = {name: label for label, name in enumerate(classes or names)}
+    return ImageList(paths, np.array([label_of[name] for name in names], np.int32)[labels], list(label_of))
 
 
 def _class_names(root: Path) -> list[str]:
@@ -152,7 +142,7 @@ def read_image_list(folder: str | Path, list_file: str | Path, classes: Sequence
             labels.append(int(index))
     if not paths:
         raise ValueError(f"{list_file} names no image")
-    return ImageList(to_paths(paths), np.array(labels), classes)
+    return ImageList(to_paths(paths), np.array(labels, np.int32), classes)
 
 
 def find_images(
@@ -188,8 +178,8 @@ def find_images(
     """
     root = Path(dataset_dir)
     has_parts = train_dir is not None or (root / "train").is_dir()
-    train_dirs = _folders(train_dir) or [root / "train" if has_parts else root]
-    val_dirs = _folders(val_dir)
+    train_dirs, val_dirs = ([Path(folder) for folder in ensure_tuple(given or ())] for given in (train_dir, val_dir))
+    train_dirs = train_dirs or [root / "train" if has_parts else root]
     if has_parts and not val_dirs:
         val_dirs = [root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()][:1]
 
@@ -201,15 +191,10 @@ def find_images(
         train, val = _split(train, val_fraction, seed)
         logger.info("no validation folder in %s: a part of %g of each class is kept for it", root, val_fraction)
     if shuffle_labels:
-        shuffled = np.random.default_rng([seed, 1]).permutation(train.labels)
-        train = ImageList(train.paths, shuffled, train.classes)
+        train.labels = np.random.default_rng([seed, 1]).permutation(train.labels)
         logger.info("the training labels are shuffled")
     logger.info("%d training and %d validation images of %d classes", len(train), len(val), len(train.classes))
     return {"train": train, "val": val}
-
-
-def _folders(given: str | Path | Sequence[str | Path] | None) -> list[Path]:
-    return [Path(folder) for folder in ensure_tuple(given or ())]
 
 
 def _validation_list(folder: Path, root: Path, classes: Sequence[str]) -> ImageList:
@@ -226,8 +211,6 @@ def _validation_list(folder: Path, root: Path, classes: Sequence[str]) -> ImageL
 
 
 def _join(lists: Sequence[ImageList]) -> ImageList:
-    if len(lists) == 1:
-        return lists[0]
     paths, labels = (np.concatenate([getattr(images, part) for images in lists]) for part in ("paths", "labels"))
     return ImageList(paths, labels, lists[0].classes)
 

@@ -87,7 +87,7 @@ def collate_key_slices(items: Sequence[Item]) -> dict[str, Any]:
         `image`, the stacks; `label`, for each a dictionary of `boxes` and `labels` to train on, `scale` and `truth`.
     """
     stacks = [torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items]
-    same = all(stack.shape == stacks[0].shape for stack in stacks)
+    same = len({stack.shape for stack in stacks}) == 1
     return {
         "image": torch.stack(stacks) if same else stacks,
         "label": [

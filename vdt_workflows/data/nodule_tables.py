@@ -13,13 +13,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
-from nibabel.filebasedimages import ImageFileError
 from scipy import ndimage
 
-from vdt_workflows.data.headers import read_header, voxel_size
+from vdt_workflows.data.headers import check_checksum, read_header, voxel_size
 from vdt_workflows.files import few, read_csv
 
 Nodule = dict[str, Any]
@@ -102,13 +100,11 @@ def _read_own_table(path: Path) -> list[Nodule]:
 
 
 def _find_published_table(root: Path, table: Path | None) -> Path:
+    places = [root / PUBLISHED_TABLE, root / "info" / PUBLISHED_TABLE] if table is None else [table]
+    if found := next((place for place in places if place.is_file()), None):
+        return found
     if table is not None:
-        if not table.is_file():
-            raise FileNotFoundError(f"table {table}: no such file")
-        return table
-    for place in (root / PUBLISHED_TABLE, root / "info" / PUBLISHED_TABLE):
-        if place.is_file():
-            return place
+        raise FileNotFoundError(f"table {table}: no such file")
     raise FileNotFoundError(
         f"{root}: no nodules.csv in it, and no {PUBLISHED_TABLE} in it or in its info folder; prepare the data with"
         " vdt prepare lidc, or give the published table as table"
@@ -237,15 +233,12 @@ def _read_positions(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_mask(path: Path) -> list[dict[str, Any]]:
-    try:
-        image = nib.load(path)
-        mask = np.asarray(image.dataobj) > 0
-    except (ImageFileError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"positions {path}: not a readable NIfTI mask ({error})") from error
-    if mask.ndim != 3 or not mask.any():
-        raise ValueError(
-            f"positions {path}: a mask of shape {mask.shape} with {mask.sum()} voxels; expected nodules in 3D"
-        )
+    image = read_header(path)
+    if path.suffix == ".gz":
+        check_checksum(path)
+    mask = np.asarray(image.dataobj).reshape(image.shape[:3]) > 0
+    if not mask.any():
+        raise ValueError(f"positions {path}: a mask without any voxel above 0; expected nodules in it")
     parts, count = ndimage.label(mask, np.ones((3, 3, 3)))
     middles = apply_affine(image.affine, ndimage.center_of_mass(mask, parts, range(1, count + 1)))
     return [{"nodule_id": str(i), "position": middle.tolist()} for i, middle in enumerate(middles, 1)]

@@ -96,10 +96,7 @@ def find_nodules(
     else:
         raise ValueError(f"split must be 'patient', 'all', or the path of a .csv or .json file, got {str(split)!r}")
     _check_apart(parts, split)
-    if task == "classification":
-        parts = {name: _with_classes(name, part, label_rule) for name, part in parts.items()}
-    else:
-        parts = {name: [_item(n, n["mask"]) for n in part] for name, part in parts.items()}
+    parts = {name: _label(name, part, task, label_rule) for name, part in parts.items()}
     used = sum(map(len, parts.values()))
     logger.info("%s: %d of %d nodules; %s", dataset_dir, used, len(nodules), "; ".join(describe_split(parts).values()))
     return parts
@@ -313,20 +310,19 @@ def _pick(names: Iterable[str], nodules: Sequence[Nodule], path: Path) -> list[N
 # Labels ------------------------------------------------------------------------------------------------------------
 
 
-def _with_classes(name: str, part: Sequence[Nodule], label_rule: str) -> list[Nodule]:
-    """Give each nodule its class, without the nodules that the rule leaves out; either class must be there."""
-    if label_rule == "mean":
-        items = [_item(n, int(n["malignancy_mean"] >= 3)) for n in part]
-    else:
-        items = [_item(n, int(n["malignancy_mode"] > 3)) for n in part if n["malignancy_mode"] != 3]
-    for label, kind in enumerate(CLASSES):
-        if part and not any(item["label"] == label for item in items):
+def _label(name: str, part: Sequence[Nodule], task: str, rule: str) -> list[Nodule]:
+    """Give each nodule its mask or its class, of which a part needs both, without those that the rule leaves out."""
+    items = []
+    for nodule in part:
+        mode, label = nodule["malignancy_mode"], nodule["mask"]
+        if task == "classification":
+            label = int(nodule["malignancy_mean"] >= 3 if rule == "mean" else mode > 3)
+        if task == "segmentation" or rule == "mean" or mode != 3:
+            items.append({"image": nodule["image"], "label": label, **{key: nodule[key] for key in KEPT}})
+    for label, kind in enumerate(CLASSES if part and task == "classification" else ()):
+        if not any(item["label"] == label for item in items):
             raise ValueError(
                 f"{name}: none of its {len(items)} nodules with a label is {kind}, and both classes are needed; use"
                 " more patients, another seed, or other fractions"
             )
     return items
-
-
-def _item(nodule: Nodule, label: int | str) -> Nodule:
-    return {"image": nodule["image"], "label": label, **{name: nodule[name] for name in KEPT}}

@@ -32,7 +32,8 @@ class SeededSampler(Sampler[Key]):
     """Yield (pass, index) keys of one epoch, in an order that depends on the seed and the epoch alone.
 
     Consecutive epochs continue one endless shuffled stream, so that no sample comes twice before all came once. Each
-    process takes every `num_replicas`-th key of it: the processes' batches together are those of one process.
+    process takes every `num_replicas`-th key of it: the processes' batches together are those of one process. At the
+    end of an epoch the first keys of the next are added where needed for all processes to get the same number.
 
     With `classes`, each class is drawn equally often: each has an endless shuffled stream of its own, and a pass over
     the data mixes equal parts of the streams. The keys then carry the passes over the class, so that a sample that
@@ -40,14 +41,10 @@ class SeededSampler(Sampler[Key]):
 
     Args:
         data: what is sampled; only its length is used.
-        shuffle: False keeps the order of `data`.
         samples: keys of one epoch over all processes; the length of `data` by default.
         seed: seed of the order.
         rank: number of this process.
         num_replicas: number of processes.
-        even: repeat keys at the end of an epoch so that all processes get the same number (training). False never
-            repeats one (evaluation); but if there are fewer than processes, each process takes all of them, since a
-            process without any would leave the others waiting for its metrics, and no mean changes.
         classes: class of each sample, to draw all classes equally often.
 
     Raises:
@@ -58,12 +55,10 @@ class SeededSampler(Sampler[Key]):
         self,
         data: Sized,
         *,
-        shuffle: bool = True,
         samples: int | None = None,
         seed: int = 0,
         rank: int = 0,
         num_replicas: int = 1,
-        even: bool = True,
         classes: Sequence[int] | None = None,
     ) -> None:
         if not len(data):
@@ -73,12 +68,8 @@ class SeededSampler(Sampler[Key]):
         if classes is not None:
             self.members = [np.flatnonzero(np.asarray(classes) == c) for c in np.unique(classes)]
             self.size = -(-self.size // len(self.members)) * len(self.members)  # each class as often as the others
-        self.shuffle = shuffle
         self.samples = self.size if samples is None else samples
-        self.seed = seed
-        shared = even or self.samples >= num_replicas
-        self.rank, self.num_replicas = (rank, num_replicas) if shared else (0, 1)
-        self.total = -(-self.samples // num_replicas) * num_replicas if even else self.samples
+        self.seed, self.rank, self.num_replicas = seed, rank, num_replicas
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -86,13 +77,13 @@ class SeededSampler(Sampler[Key]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(range(self.rank, self.total, self.num_replicas))
+        return -(-self.samples // self.num_replicas)
 
     def __iter__(self) -> Iterator[Key]:
-        start = self.epoch * self.samples
+        start = self.epoch * self.samples + self.rank
         passes: dict[int, np.ndarray] = {}
-        for position in range(start + self.rank, start + self.total, self.num_replicas):
-            number, place = divmod(position, self.size)
+        for step in range(len(self)):
+            number, place = divmod(start + step * self.num_replicas, self.size)
             if number not in passes:
                 passes = {number: self._keys(number)}
             yield tuple(passes[number][place].tolist())
@@ -100,8 +91,7 @@ class SeededSampler(Sampler[Key]):
     def _keys(self, number: int) -> np.ndarray:
         """Give the keys of one pass over the data, in their order."""
         if self.members is None:
-            order = self._permutation(self.size, number) if self.shuffle else np.arange(self.size)
-            return np.stack((np.full(self.size, number), order), axis=1)
+            return np.stack((np.full(self.size, number), self._permutation(self.size, number)), axis=1)
         each = self.size // len(self.members)
         keys = []
         for label, members in enumerate(self.members):
@@ -110,8 +100,7 @@ class SeededSampler(Sampler[Key]):
                 within = places[places // len(members) == turn] % len(members)
                 order = members[self._permutation(len(members), int(turn), label)]
                 keys.append(np.stack((np.full(len(within), turn), order[within]), axis=1))
-        mixed = np.concatenate(keys)
-        return mixed[self._permutation(self.size, number)] if self.shuffle else mixed
+        return np.concatenate(keys)[self._permutation(self.size, number)]
 
     def _permutation(self, size: int, *numbers: int) -> np.ndarray:
         return np.random.default_rng(mix_seed(self.seed, *numbers)).permutation(size)

@@ -73,25 +73,26 @@ def warm_up(
     steps: int,
     *,
     warmup_steps: int = 500,
-    drops: Sequence[float] | None = None,
+    milestones: Sequence[float] | None = None,
     factor: float = 0.1,
 ) -> ChainedScheduler:
-    """Schedule the learning rate by steps: a linear rise from a third of it, then drops, or a cosine to zero.
+    """Schedule the learning rate by steps: a linear rise from a third of it, then steps down, or a cosine to zero.
 
     Args:
         optimizer: the optimiser.
         steps: steps of the whole training.
         warmup_steps: steps of the rise; 0 for none.
-        drops: parts of the training, from 0 to 1, after which the rate is multiplied by `factor`; none for the cosine.
-        factor: factor of each drop.
+        milestones: parts of the training, from 0 to 1, after which the rate is multiplied by `factor`; none for the
+            cosine.
+        factor: factor at each milestone.
     """
     schedules: list[LRScheduler] = []
     if warmup_steps:
         schedules.append(LinearLR(optimizer, 1 / 3, total_iters=max(1, min(warmup_steps, steps))))
-    if drops is None:
+    if milestones is None:
         schedules.append(CosineAnnealingLR(optimizer, steps))
     else:
-        schedules.append(MultiStepLR(optimizer, [math.ceil(part * steps) for part in drops], factor))
+        schedules.append(MultiStepLR(optimizer, [math.ceil(part * steps) for part in milestones], factor))
     return ChainedScheduler(schedules, optimizer)
 
 

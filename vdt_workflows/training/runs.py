@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import shlex
@@ -19,13 +18,14 @@ import torch
 from ignite.engine import Engine, Events
 
 from vdt_workflows.drawing import to_png
-from vdt_workflows.files import write_atomic, write_csv
+from vdt_workflows.files import write_atomic, write_csv, write_json
 from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 Row = dict[str, float]
 
 
+@dataclass(eq=False)
 class RememberRun:
     """Handler: write the settings that later stages of a run must share, as a file for MONAI's `--args_file`.
 
@@ -39,10 +39,9 @@ class RememberRun:
         notes: further plain values for the record (protocol, data, seed, ...).
     """
 
-    def __init__(self, path: str, settings: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
-        self.path = path
-        self.settings = settings
-        self.notes = notes or {}
+    path: str
+    settings: Mapping[str, Any]
+    notes: Mapping[str, Any] | None = None
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer."""
@@ -61,10 +60,9 @@ class RememberRun:
             "torch": str(torch.__version__),
             "monai": monai.__version__,
             "device": str(engine.state.device),
-            **self.notes,
+            **(self.notes or {}),
         }
-        content = json.loads(json.dumps({**self.settings, "_run_": record}, default=_plain))
-        write_atomic(self.path, json.dumps(_literal(content), indent=2).encode())
+        write_json(self.path, _literal({**self.settings, "_run_": record}), indent=2)
 
 
 PATIENCE = 20  # steps
@@ -199,6 +197,7 @@ def draw_curves(rows: list[Row], title: str = "") -> bytes:
     return to_png(figure)
 
 
+@dataclass(eq=False)
 class SaveScores:
     """Handler: write an evaluator's metrics, with what they were measured on, as JSON, in the first process.
 
@@ -207,9 +206,8 @@ class SaveScores:
         notes: plain values for the record (checkpoint, data, protocol, ...).
     """
 
-    def __init__(self, path: str, notes: Mapping[str, Any] | None = None) -> None:
-        self.path = path
-        self.notes = notes or {}
+    path: str
+    notes: Mapping[str, Any] | None = None
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluator."""
@@ -221,7 +219,7 @@ class SaveScores:
             return
         scores = {name: torch.as_tensor(value).tolist() for name, value in engine.state.metrics.items()}
         logger.info("%s", ", ".join(f"{name} {value}" for name, value in scores.items()))
-        write_atomic(self.path, json.dumps({**scores, "_run_": self.notes}, indent=2, default=_plain).encode())
+        write_json(self.path, {**scores, "_run_": self.notes or {}}, indent=2)
 
 
 @dataclass(eq=False)
@@ -266,16 +264,11 @@ class SkippedImages:
             write_atomic(self.path, ("\n".join(self.reasons) + "\n").encode())
 
 
-def _plain(value: Any) -> Any:
-    """Turn what JSON does not know (arrays, paths, tuples of them) into what it does."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
 def _literal(value: Any) -> Any:
     """Keep MONAI from reading a text, such as the name of a class `@home`, as an expression, reference or macro."""
     if isinstance(value, dict):
         return {name: _literal(inner) for name, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_literal(inner) for inner in value]
     if isinstance(value, str) and value.strip().startswith(("$", "@", "%")):
         return "$" + repr(value).replace("@", r"\x40")

@@ -18,7 +18,7 @@ def scan(tmp_path):
 
 
 def table(path, text):
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
@@ -61,12 +61,10 @@ def test_crops_need_no_positions(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (
-            "x,y,z\n1,2,3\n",
-            r"its columns are x, y, z; expected x_mm, y_mm, z_mm \(RAS\), coordX, .* or column, row, slice",
-        ),
+        ("x,y,z\n1,2,3\n", r"columns are x, y, z; expected x_mm, y_mm, z_mm \(RAS\), coordX, .* or column, row, slice"),
         ("", "lists no nodules"),
         ("x_mm,y_mm,z_mm\n", "lists no nodules"),
+        (b"\xff\xfe\x00\x01", "not a CSV file of text"),
         ("x_mm,y_mm,z_mm\n1,2\n", "line 2: 2 values for 3 columns"),
         ("x_mm,y_mm,z_mm\n1,2,3\n1,here,3\n", "line 3: y_mm is 'here'; expected a number"),
         ("x_mm,y_mm,z_mm\n1,nan,3\n", "line 2: y_mm is 'nan'"),
@@ -81,11 +79,19 @@ def test_a_wrong_table_is_refused_in_one_sentence(scan, tmp_path, text, sentence
 
 def test_a_wrong_mask_is_refused(scan, tmp_path):
     empty = write_volume(tmp_path / "empty.nii.gz", np.zeros((3, 3, 3)))
-    with pytest.raises(ValueError, match="with 0 voxels; expected nodules in 3D"):
+    with pytest.raises(ValueError, match="a mask without any voxel above 0; expected nodules in it"):
         list_nodules(scan, empty)
+    flat = write_volume(tmp_path / "flat.nii.gz", np.ones((3, 3)))
+    with pytest.raises(ValueError, match=r"flat\.nii\.gz: 2D, of shape \(3, 3\); expected one 3D volume"):
+        list_nodules(scan, flat)
     (tmp_path / "cut.nii.gz").write_bytes(empty.read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"cut\.nii\.gz: not a readable NIfTI mask"):
+    with pytest.raises(ValueError, match=r"cut\.nii\.gz: not a readable NIfTI volume"):
         list_nodules(scan, tmp_path / "cut.nii.gz")
+    changed = write_volume(tmp_path / "changed.nii.gz", shape=(40, 40, 40))
+    content = changed.read_bytes()
+    changed.write_bytes(content[:-8] + bytes(4) + content[-4:])  # another checksum
+    with pytest.raises(ValueError, match=r"changed\.nii\.gz: cut short or damaged"):
+        list_nodules(scan, changed)
 
 
 def test_what_is_not_there_is_named(scan, tmp_path):

@@ -51,6 +51,14 @@ def everything(parts):
     return [nodule for part in parts.values() for nodule in part]
 
 
+def read_table(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+PUBLISHED = [f"lidc{n['patient']}_{n['number']}" for n in make_list(patients=40)]
+
+
 # What is found -----------------------------------------------------------------------------------------------------
 
 
@@ -67,9 +75,8 @@ def test_a_prepared_folder_gives_its_nodules_with_paths_and_classes(folder):
 def test_the_published_layout_gives_the_same_classes_and_the_same_division(folder, published):
     own, other = find_nodules(folder), find_nodules(published)
     for name in PARTS:
-        assert [(n["patient_id"], n["label"]) for n in own[name]] == [
-            (n["patient_id"], n["label"]) for n in other[name]
-        ]
+        first, second = ([(n["patient_id"], n["label"]) for n in parts[name]] for parts in (own, other))
+        assert first == second
     assert other["test"][0]["image"] == str(published / f"{other['test'][0]['nodule_id']}.npz")
 
 
@@ -84,8 +91,7 @@ def test_the_published_table_is_found_in_three_places(published, place):
 
 def test_published_nodules_without_annotation_are_left_out(published):
     table = published / "info" / PUBLISHED_TABLE
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(table)
     rows[3]["remark"] = "no annotation"
     write_table(table, rows, PUBLISHED_HEADING)
     (published / f"{rows[3]['index']}.npz").unlink()
@@ -155,9 +161,7 @@ def test_every_nodule_is_tested_in_one_fold(folder):
 
 def test_the_division_depends_on_the_seed_alone(folder):
     before = ids(find_nodules(folder, seed=1))
-    with (folder / "nodules.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    write_table(folder / "nodules.csv", rows[::-1])
+    write_table(folder / "nodules.csv", read_table(folder / "nodules.csv")[::-1])
     after = ids(find_nodules(folder, seed=1))
     assert {name: set(part) for name, part in before.items()} == {name: set(part) for name, part in after.items()}
     assert before != ids(find_nodules(folder, seed=2))
@@ -200,8 +204,7 @@ def test_a_split_with_a_patient_on_two_sides_is_refused_by_name(folder, tmp_path
 
 
 def test_a_published_split_is_read_with_a_warning_of_its_leaks_and_repeats(published, tmp_path, caplog):
-    nodules = [f"lidc{n['patient']}_{n['number']}" for n in make_list(patients=40)]
-    train, test = nodules[:-20], nodules[-20:]
+    train, test = PUBLISHED[:-20], PUBLISHED[-20:]
     test[0], train[-1] = train[-1], test[0]
     repeated = [*test, test[3], test[3], test[5]]
     csv_path = write_published_split(tmp_path / "s.csv", [f"{n}.npz" for n in train], [f"{n}.npz" for n in repeated])
@@ -213,17 +216,14 @@ def test_a_published_split_is_read_with_a_warning_of_its_leaks_and_repeats(publi
     shared = {n.split("_")[0] for n in train} & {n.split("_")[0] for n in test}
     leaking = sum(n.split("_")[0] in shared for n in test)
     assert f"{len(shared)} patients are on both sides, and {leaking} of the 20 test nodules" in caplog.text
-    assert (
-        f"3 of the 23 test entries repeat others, each nodule counts once: {test[3]} (3 times), {test[5]}"
-        in caplog.text
-    )
+    counted = f"each nodule counts once: {test[3]} (3 times), {test[5]}"
+    assert f"3 of the 23 test entries repeat others, {counted}" in caplog.text
 
 
 def test_the_published_split_trains_on_all_of_train_without_validation(published, tmp_path):
-    nodules = [f"lidc{n['patient']}_{n['number']}" for n in make_list(patients=40)]
-    csv_path = write_published_split(tmp_path / "s.csv", nodules[:-20], nodules[-20:])
+    csv_path = write_published_split(tmp_path / "s.csv", PUBLISHED[:-20], PUBLISHED[-20:])
     parts = find_nodules(published, split=csv_path, task="segmentation", val_fraction=0.0)
-    assert ids(parts) == {"training": nodules[:-20], "validation": [], "test": nodules[-20:]}
+    assert ids(parts) == {"training": PUBLISHED[:-20], "validation": [], "test": PUBLISHED[-20:]}
 
 
 # What is refused ---------------------------------------------------------------------------------------------------
@@ -269,29 +269,17 @@ def change(**values):
         (change(image="images/gone.nii.gz"), COLUMNS, r"1 of the files it lists are missing: .*gone\.nii\.gz"),
         (change(), COLUMNS[1:], "wrong columns, missing 'nodule_id'"),
         (change(), (*COLUMNS, "remark"), "wrong columns, unknown 'remark'"),
-        (
-            change(),
-            (*COLUMNS[1:], "nodule"),
-            "missing 'nodule_id', unknown 'nodule'; is 'nodule' meant to be 'nodule_id'",
-        ),
+        (change(), (*COLUMNS[1:], "nodule"), "unknown 'nodule'; is 'nodule' meant to be 'nodule_id'"),
         (change(), (*COLUMNS, "readers"), "wrong columns, repeated 'readers'"),
     ],
 )
 def test_a_spoilt_table_is_named_in_one_sentence(folder, spoil, columns, sentence):
-    with (folder / "nodules.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(folder / "nodules.csv")
     write_table(folder / "nodules.csv", [{"remark": "", "nodule": "", **row} for row in spoil(rows)], columns)
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as caught:
         find_nodules(folder)
     assert "nodules.csv" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_line_of_another_length_is_named(folder):
-    lines = (folder / "nodules.csv").read_text().splitlines()
-    (folder / "nodules.csv").write_text("\n".join([*lines[:2], lines[2] + ",1", *lines[3:]]))
-    with pytest.raises(ValueError, match="line 3: 53 values for 52 columns"):
-        find_nodules(folder)
 
 
 def test_a_folder_without_a_table_is_refused(tmp_path):
@@ -301,19 +289,11 @@ def test_a_folder_without_a_table_is_refused(tmp_path):
         find_nodules(tmp_path / "absent")
 
 
-def test_a_file_that_is_no_text_is_refused(folder):
-    (folder / "nodules.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ValueError, match=r"nodules\.csv: not a CSV file of text"):
-        find_nodules(folder)
-
-
 def test_a_part_without_one_class_is_refused(tmp_path):
     nodules = [{"patient": i, "number": 1, "malignant": False, "votes": [1]} for i in range(20)]
     nodules.append({"patient": 20, "number": 1, "malignant": True, "votes": [5]})
     write_nodules(tmp_path, nodules, empty=True)
-    with pytest.raises(
-        ValueError, match="none of its 3 nodules with a label is malignant, and both classes are needed"
-    ):
+    with pytest.raises(ValueError, match="none of its 3 nodules with a label is malignant, and both classes are"):
         find_nodules(tmp_path)
     assert len(find_nodules(tmp_path, task="segmentation")["test"]) == 3
 
@@ -321,11 +301,7 @@ def test_a_part_without_one_class_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        (
-            "s.json",
-            '{"training": ["a"], "validation": [], "test": []}',
-            "lists 1 nodules that the data set does not have: a; its nodules are named like",
-        ),
+        ("s.json", '{"training": ["a"], "validation": [], "test": []}', "lists 1 nodules that .* not have: a; its"),
         ("s.json", '{"training": ["a"], "validation": ["a"], "test": []}', "a listed more than once"),
         ("s.json", "[]", r"not the split\.json of a run"),
         ("s.csv", ",training,test\n0,a,b\n", "its columns are .*; expected an unnamed index, train and test"),
@@ -338,8 +314,7 @@ def test_a_wrong_split_is_refused(folder, tmp_path, name, text, sentence):
 
 
 def test_a_published_split_with_a_nodule_on_both_sides_is_refused(published, tmp_path):
-    nodules = [f"lidc{n['patient']}_{n['number']}.npz" for n in make_list(patients=40)]
-    csv_path = write_published_split(tmp_path / "s.csv", nodules, nodules[:1])
+    csv_path = write_published_split(tmp_path / "s.csv", PUBLISHED, PUBLISHED[:1])
     with pytest.raises(ValueError, match="lidc0_1 listed in both train and test"):
         find_nodules(published, split=csv_path, task="segmentation")
 

@@ -163,7 +163,7 @@ def rates(steps, **arguments):
 
 
 def test_rate_rises_by_the_published_formula_and_drops_at_the_published_steps():
-    found = rates(2400, warmup_steps=500, drops=[16 / 24, 22 / 24])
+    found = rates(2400, warmup_steps=500, milestones=[16 / 24, 22 / 24])
     wanted = [0.3 * (1 - (1 - i / 500) * 2 / 3) for i in range(500)]
     np.testing.assert_allclose(found[:500], wanted, rtol=1e-9)
     assert found[500] == found[1599] == pytest.approx(0.3)
@@ -171,7 +171,7 @@ def test_rate_rises_by_the_published_formula_and_drops_at_the_published_steps():
     assert found[2200] == found[-1] == pytest.approx(0.003)
 
 
-def test_rate_falls_as_a_cosine_without_drops():
+def test_rate_falls_as_a_cosine_without_milestones():
     found = rates(100, warmup_steps=0)
     np.testing.assert_allclose(found, [0.15 * (1 + math.cos(math.pi * i / 100)) for i in range(100)], atol=1e-9)
 

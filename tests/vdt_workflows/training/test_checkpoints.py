@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import csv
-import logging
 import multiprocessing
 import os
 import random
 import signal
 import time
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -57,34 +57,33 @@ def classifier(num_classes=3, seed=0, **options):
 PROVENANCE = {"data": "ten pictures", "mean": 114.495, "class_names": ["a", "b"], "nested": {"size": [1, 2], "n": None}}
 
 
-def test_weights_come_back_bit_for_bit_with_their_provenance(tmp_path):
-    file, network, other = tmp_path / "model.pt", classifier(), classifier(seed=1)
+def tensors(network):
+    return dict(bare(network).state_dict())
+
+
+def load_at_the_start(network, file):
+    engine = Engine(lambda engine, batch: None)
+    LoadWeights(network, file).attach(engine)
+    engine.run([0])
+
+
+@pytest.mark.parametrize("make", [classifier, lambda **options: ResNet3D(18, base_channels=4)])
+@pytest.mark.parametrize("load", [load_weights, load_at_the_start])
+def test_weights_come_back_bit_for_bit_with_their_provenance(tmp_path, make, load):
+    file, network, other = tmp_path / "model.pt", make(), make(seed=1)
     save_weights(network, file, PROVENANCE)
-    load_weights(other, file)
-    assert same(dict(other.state_dict()), dict(network.state_dict()))
+    load(other, file)
+    assert same(tensors(other), tensors(network))
     assert read_provenance(file) == PROVENANCE
+    assert same(dict(torch.load(file, weights_only=True)), tensors(network))  # as every tool reads it
 
 
-def test_every_tool_reads_the_file_as_a_bare_state_dict(tmp_path):
-    file, network, other = tmp_path / "model.pt", classifier(), classifier(seed=1)
-    save_weights(network, file, PROVENANCE)
-    state = torch.load(file, weights_only=True)
-    assert list(state) == list(network.state_dict())
-    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
-    other.load_state_dict(state, strict=True)
-    assert same(dict(other.state_dict()), dict(network.state_dict()))
-
-
-def test_provenance_does_not_stick_to_the_network(tmp_path):
+def test_provenance_does_not_stick_to_the_network_and_files_of_other_origin_have_none(tmp_path):
     network = classifier()
     save_weights(network, tmp_path / "a.pt", PROVENANCE)
     save_weights(network, tmp_path / "b.pt")
-    assert read_provenance(tmp_path / "b.pt") == {}
-
-
-def test_files_of_other_origin_have_no_provenance(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "plain.pt")
-    assert read_provenance(tmp_path / "plain.pt") == {}
+    assert read_provenance(tmp_path / "b.pt") == read_provenance(tmp_path / "plain.pt") == {}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_a_file_of_other_origin_must_fill_the_whole_network(tmp_path):
     plain = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
     torch.save({"state_dict": plain}, tmp_path / "whole.pt")
     load_weights(other, tmp_path / "whole.pt")
-    assert same(dict(other.state_dict()), dict(network.state_dict()))
+    assert same(tensors(other), tensors(network))
     torch.save({k: v for k, v in plain.items() if "fc" not in k}, tmp_path / "part.pt")
     with pytest.raises(ValueError, match=r"part\.pt: has no weights for .*fc\.weight"):
         load_weights(other, tmp_path / "part.pt")
@@ -125,37 +124,19 @@ def test_a_missing_or_damaged_file_is_refused_with_a_sentence(tmp_path):
         load_weights(classifier(), tmp_path / "cut.pt")
 
 
-def test_a_network_is_taken_out_of_compile(tmp_path):
-    network = classifier()
-    compiled = torch.compile(network, backend="eager")
-    assert bare(compiled) is network
-    assert bare(network) is network
-    save_weights(compiled, tmp_path / "model.pt")
-    assert list(torch.load(tmp_path / "model.pt", weights_only=True)) == list(network.state_dict())
-    other = torch.compile(classifier(seed=1), backend="eager")
-    load_weights(other, tmp_path / "model.pt")
-    assert same(dict(bare(other).state_dict()), dict(network.state_dict()))
-
-
-def test_a_network_is_taken_out_of_distributed_data_parallel(tmp_path):
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_network_is_taken_out_of_compile_and_distributed_data_parallel(tmp_path, parallel):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        network = classifier()
-        wrapped = nn.parallel.DistributedDataParallel(network)
-        assert bare(wrapped) is network
-        save_weights(wrapped, tmp_path / "model.pt")
+        network, other = classifier(), classifier(seed=1)
+        wrap = nn.parallel.DistributedDataParallel if parallel else partial(torch.compile, backend="eager")
+        assert bare(wrap(network)) is bare(network) is network
+        save_weights(wrap(network), tmp_path / "model.pt")
+        load_weights(wrap(other), tmp_path / "model.pt")
     finally:
         torch.distributed.destroy_process_group()
     assert list(torch.load(tmp_path / "model.pt", weights_only=True)) == list(network.state_dict())
-
-
-def test_the_handler_loads_when_the_engine_starts(tmp_path):
-    network, other = classifier(), classifier(seed=1)
-    save_weights(network, tmp_path / "model.pt")
-    engine = Engine(lambda engine, batch: None)
-    LoadWeights(other, tmp_path / "model.pt").attach(engine)
-    engine.run([0])
-    assert same(dict(other.state_dict()), dict(network.state_dict()))
+    assert same(tensors(other), tensors(network))
 
 
 def test_the_best_weights_are_kept_and_the_best_score_is_remembered(tmp_path):
@@ -183,15 +164,6 @@ def test_the_best_weights_are_kept_and_the_best_score_is_remembered(tmp_path):
     assert evaluate([0.9], writes=False) == (1, {"best": 0.9})
 
 
-def test_resnet3d_alone_is_saved_and_loaded_as_an_encoder(tmp_path):
-    torch.manual_seed(0)
-    encoder = ResNet3D(18, base_channels=4)
-    save_weights(encoder, tmp_path / "encoder.pt")
-    other = ResNet3D(18, base_channels=4)
-    load_weights(other, tmp_path / "encoder.pt")
-    assert same(dict(other.state_dict()), dict(encoder.state_dict()))
-
-
 # ResumeRun
 
 EPOCHS, STEPS = 4, 3
@@ -207,16 +179,8 @@ class Run:
     def __init__(self, folder, settings=None, epochs=EPOCHS, width=4, stop_at=None, wrap=lambda network: network):
         torch.manual_seed(0)
         self.folder = folder
-        self.network = wrap(
-            nn.Sequential(
-                nn.Conv3d(1, width, 3, padding=1),
-                nn.BatchNorm3d(width),
-                nn.ReLU(),
-                nn.Dropout(0.3),
-                nn.Flatten(),
-                nn.Linear(width * 48, 3),
-            )
-        )
+        convolution = [nn.Conv3d(1, width, 3, padding=1), nn.BatchNorm3d(width), nn.ReLU()]
+        self.network = wrap(nn.Sequential(*convolution, nn.Dropout(0.3), nn.Flatten(), nn.Linear(width * 48, 3)))
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.01)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs)
         self.validator = Engine(lambda engine, batch: None)
@@ -225,10 +189,8 @@ class Run:
         self.best = SaveWeights(self.network, folder / "best.pt", metric="score")
         self.best.attach(self.validator)
         self.stop_at = stop_at
-        data = [
-            {"image": np.random.default_rng(i).normal(size=(1, 3, 4, 4)).astype(np.float32), "label": i % 3}
-            for i in range(7)
-        ]
+        images = np.random.default_rng(0).normal(size=(7, 1, 3, 4, 4)).astype(np.float32)
+        data = [{"image": image, "label": i % 3} for i, image in enumerate(images)]
         dataset = SeededDataset(data, [RandGaussianNoised("image", prob=0.5), RandSliceShuffled("image")])
         sampler = SeededSampler(dataset, samples=2 * STEPS)
         objects = {"network": self.network, "optimizer": self.optimizer, "scheduler": self.scheduler}
@@ -287,12 +249,18 @@ def folder(tmp_path, monkeypatch):
     return make
 
 
+def stop(folder, at, **options):
+    """Break a run in an iteration, and give the state that it leaves."""
+    with pytest.raises(StopError):
+        Run(folder, stop_at=at, **options).run()
+    state = folder / "resume.pt"
+    return state.read_bytes() if state.exists() else None
+
+
 @pytest.mark.parametrize("stop_at", [1, STEPS + 1, 2 * STEPS + 2, EPOCHS * STEPS])
 def test_a_run_that_stopped_goes_on_and_ends_bit_for_bit_like_one_that_did_not(folder, stop_at):
     whole, where = Run(folder("whole")).run(), folder("stopped")
-    with pytest.raises(StopError):
-        Run(where, stop_at=stop_at).run()
-    assert (where / "resume.pt").exists() == (stop_at > STEPS)
+    assert bool(stop(where, stop_at)) == (stop_at > STEPS)
     resumed = Run(where).run()
     assert resumed.trainer.state.epoch == EPOCHS
     assert resumed.trainer.state.iteration == EPOCHS * STEPS
@@ -300,14 +268,6 @@ def test_a_run_that_stopped_goes_on_and_ends_bit_for_bit_like_one_that_did_not(f
     assert [row["epoch"] for row in resumed.rows()] == [1, 2, 3, 4]
     with (where / "history.csv").open() as rows:
         assert [row["epoch"] for row in csv.DictReader(rows)] == ["1", "2", "3", "4"]
-
-
-def test_a_run_that_stops_after_every_epoch_ends_alike_too(folder):
-    whole, where = Run(folder("whole")).run(), folder("stopped")
-    for epoch in range(1, EPOCHS):
-        with pytest.raises(StopError):
-            Run(where, stop_at=epoch * STEPS + 1).run()
-    assert same(Run(where).run().result(), whole.result())
 
 
 def test_a_finished_run_leaves_no_state_and_the_next_one_starts_afresh(folder):
@@ -328,31 +288,26 @@ def test_a_run_killed_between_its_last_epoch_and_its_end_only_finishes(folder, m
     assert same(again.result(), first.result())
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected")  # about MONAI's MetaTensor
-def test_a_run_resumes_in_and_out_of_compile(folder):
-    def wrap(network):
-        return torch.compile(network, backend="eager")
+def plain(network):
+    return network
 
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected")  # about MONAI's MetaTensor
+@pytest.mark.parametrize("wrap", [plain, partial(torch.compile, backend="eager")], ids=["plain", "compiled"])
+def test_a_run_that_stops_after_every_epoch_ends_alike_in_and_out_of_compile(folder, wrap):
     whole, where = Run(folder("whole")).run(), folder("stopped")
-    for number, wrapping in enumerate((lambda network: network, wrap, wrap), 1):
-        with pytest.raises(StopError):
-            Run(where, stop_at=number * STEPS + 1, wrap=wrapping).run()
+    for number, wrapping in enumerate((plain, wrap, wrap), 1):
+        stop(where, number * STEPS + 1, wrap=wrapping)
     assert same(Run(where).run().result(), whole.result())
 
 
 def test_other_settings_start_afresh_say_what_differs_and_put_the_old_state_aside(folder, caplog):
     where, fresh = folder("run"), Run(folder("fresh")).run()
-    old = {"seed": 0, "learning_rate": 0.1, "gone": 1}
-    with pytest.raises(StopError):
-        Run(where, settings=old, stop_at=2 * STEPS + 1).run()
-    kept = (where / "resume.pt").read_bytes()
-    with pytest.raises(StopError), caplog.at_level(logging.WARNING):
-        Run(where, settings={"seed": 0, "learning_rate": 0.2}, stop_at=STEPS).run()
-    assert (
-        "resume.pt: not resumed, the settings differ (gone was 1, is None; learning_rate was 0.1, is 0.2);"
-        " starting afresh" in caplog.text
-    )
-    assert (where / "resume.pt").read_bytes() == kept  # until the new run has something to keep
+    kept = stop(where, 2 * STEPS + 1, settings={"seed": 0, "learning_rate": 0.1, "gone": 1})
+    # The old state stays until the new run has something to keep.
+    assert stop(where, STEPS, settings={"seed": 0, "learning_rate": 0.2}) == kept
+    differ = "the settings differ (gone was 1, is None; learning_rate was 0.1, is 0.2); starting afresh"
+    assert f"resume.pt: not resumed, {differ}" in caplog.text
     after = Run(where).run()
     assert (where / "resume.pt.old").read_bytes() == kept
     assert not (where / "resume.pt").exists()
@@ -361,53 +316,35 @@ def test_other_settings_start_afresh_say_what_differs_and_put_the_old_state_asid
 
 def test_settings_that_json_changes_still_compare_equal(folder):
     where, settings = folder("run"), {"size": (1, 2), "path": torch.float16, 3: None}
-    with pytest.raises(StopError):
-        Run(where, settings=settings, stop_at=STEPS + 1).run()
+    stop(where, STEPS + 1, settings=settings)
     resumed = Run(where, settings=settings)
     resumed.trainer.fire_event(Events.STARTED)
     assert resumed.trainer.state.epoch == 1
 
 
 def test_the_scaler_of_mixed_precision_goes_on(tmp_path):
-    class Scaler:
-        def __init__(self, scale):
-            self.scale = scale
-
-        def state_dict(self):
-            return {"scale": self.scale}
-
-        def load_state_dict(self, state):
-            self.scale = state["scale"]
-
     scales = []
     for scale in (8.0, 1.0):
         engine = Engine(lambda engine, batch: None)
-        engine.scaler = Scaler(scale)
+        engine.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         resume = ResumeRun(tmp_path / "resume.pt", {"network": nn.Linear(1, 1)}, {})
         engine.add_event_handler(Events.STARTED, resume.load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, resume.save)
         engine.run([0], max_epochs=1)
-        scales.append(engine.scaler.scale)
+        scales.append(engine.scaler.get_scale())
     assert scales == [8.0, 8.0]
 
 
-@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.99])
-def test_a_damaged_state_is_refused_with_what_to_do(folder, part):
+@pytest.mark.parametrize("content", [0.0, 0.01, 0.5, 0.99, {"weight": torch.zeros(1)}, torch.zeros(1)], ids=str)
+def test_a_damaged_state_or_another_file_is_refused_with_what_to_do(folder, content):
     where = folder("run")
-    with pytest.raises(StopError):
-        Run(where, stop_at=STEPS + 1).run()
-    content = (where / "resume.pt").read_bytes()
-    (where / "resume.pt").write_bytes(content[: int(part * len(content))])
+    if isinstance(content, float):
+        whole = stop(where, STEPS + 1)
+        (where / "resume.pt").write_bytes(whole[: int(content * len(whole))])
+    else:
+        torch.save(content, where / "resume.pt")
     with pytest.raises(ValueError, match=r"resume\.pt: not a whole state of a run .*; delete it to start afresh"):
         Run(where).run()
-
-
-def test_a_file_that_is_no_state_of_a_run_is_refused_with_what_to_do(folder):
-    where = folder("run")
-    for content in ({"weight": torch.zeros(1)}, torch.zeros(1)):
-        torch.save(content, where / "resume.pt")
-        with pytest.raises(ValueError, match=r"resume\.pt: not a whole state of a run .*; delete it to start afresh"):
-            Run(where).run()
 
 
 def test_processes_that_do_not_write_still_resume(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,13 +11,12 @@ import time
 import pytest
 import torch
 
-from tests.support.bundle_runs import ROOT, command
+from tests.support.bundle_runs import BUNDLES, command, read, rows
 from tests.support.two_nodes import start_nodes, wait_for
 
 pytestmark = pytest.mark.slow  # each test starts processes that import torch and MONAI
 
-PRETRAINING = ROOT / "bundles" / "imagenet_vdt_pretraining"
-SEGMENTATION = ROOT / "bundles" / "bcv_multiorgan_segmentation"
+SEGMENTATION, _, PRETRAINING, NODULES, *_ = BUNDLES
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
 ONE = [sys.executable, "-m"]
 NO_DROPOUT = {"network_def::network::dropout": 0.0}
@@ -30,32 +28,33 @@ def execute(words):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
-@pytest.mark.parametrize(
-    ("bundle", "metric"),
-    [(PRETRAINING, "val_top1"), (SEGMENTATION, "val_mean_dice")],
-    ids=["pretraining", "segmentation"],
-)
-def test_evaluation_by_two_processes_equals_evaluation_by_one(bundle, metric, images, volumes, trained, tmp_path):
-    data = images if bundle == PRETRAINING else volumes
-    path = str(trained(bundle) / "models" / "model.pt")
-    # Nine images and five cases: no number that two processes can share evenly.
-    scores = {}
+@pytest.mark.parametrize("bundle", [PRETRAINING, SEGMENTATION, NODULES], ids=lambda bundle: bundle.name)
+def test_evaluation_by_two_processes_equals_evaluation_by_one(bundle, data_of, trained, tmp_path):
+    more = {"ckpt_path": str(trained(bundle) / "models" / "model.pt")}
+    if bundle != PRETRAINING:
+        more["part"] = "training"
+    # Nine images, five cases, an odd number of nodules: none that two processes can share evenly.
     for name, start, overlay in (("one", ONE, []), ("two", TWO, ["multi_gpu_train"])):
-        more = {"ckpt_path": path} | ({} if bundle == PRETRAINING else {"part": "training"})
-        execute([*start, *command(bundle, ["train", *overlay, "evaluate"], tmp_path / name, data, **more)])
-        scores[name] = json.loads((tmp_path / name / "eval" / "scores.json").read_text())
-    assert scores["two"][metric] == pytest.approx(scores["one"][metric], abs=1e-6)
+        execute([*start, *command(bundle, ["train", *overlay, "evaluate"], tmp_path / name, data_of(bundle), **more)])
+    one, two = (read(tmp_path / name / "eval" / "scores.json") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    numbers = {name for name in one if not isinstance(one[name], dict)} - {"confusion_matrix"}
+    for name in numbers:
+        assert two[name] == pytest.approx(one[name], abs=1e-5), name
+    if bundle == NODULES:
+        a, b = (rows(tmp_path / name / "eval" / "predictions.csv") for name in ("one", "two"))
+        assert len(a) % 2
+        assert [row["nodule_id"] for row in a] == [row["nodule_id"] for row in b]
 
 
 @pytest.mark.parametrize("bundle", [PRETRAINING, SEGMENTATION], ids=["pretraining", "segmentation"])
-def test_training_with_group_norm_by_two_processes_ends_as_by_one(bundle, images, volumes, tmp_path):
-    data = images if bundle == PRETRAINING else volumes
+def test_training_with_group_norm_by_two_processes_ends_as_by_one(bundle, data_of, tmp_path):
     # Large enough that no norm works on a handful of values, which would blow up the last bits; and no dropout, whose
     # draws differ between processes. What is left is the order of sums.
     more = {"image_size": 64} if bundle == PRETRAINING else {"patch_size": [32, 32, 32], **NO_DROPOUT}
     for name, start, overlay in (("one", ONE, []), ("two", TWO, ["multi_gpu_train"])):
         settings = {"norm": "group", "epochs": 2, "base_channels": 8, **more}
-        execute([*start, *command(bundle, ["train", *overlay], tmp_path / name, data, **settings)])
+        execute([*start, *command(bundle, ["train", *overlay], tmp_path / name, data_of(bundle), **settings)])
     name = "model.pt" if bundle == PRETRAINING else "model_last.pt"
     one, two = (torch.load(tmp_path / n / "models" / name, weights_only=True) for n in ("one", "two"))
     assert list(one) == list(two)
@@ -82,7 +81,7 @@ def test_evaluation_on_two_nodes_equals_evaluation_by_one_process(volumes, train
     nodes = start_nodes(command(SEGMENTATION, names, tmp_path / "two", volumes, **more), tmp_path)
     assert [node.wait(600) for node in nodes] == [0, 0], last_lines(tmp_path, 0)
     execute([*ONE, *command(SEGMENTATION, ["train", "evaluate"], tmp_path / "one", volumes, **more)])
-    two, one = (json.loads((tmp_path / name / "eval" / "scores.json").read_text()) for name in ("two", "one"))
+    two, one = (read(tmp_path / name / "eval" / "scores.json") for name in ("two", "one"))
     assert two["val_mean_dice"] == pytest.approx(one["val_mean_dice"], abs=1e-6)
 
 

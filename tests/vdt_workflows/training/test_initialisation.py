@@ -45,12 +45,17 @@ def copy(network):
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-def test_from_scratch_the_random_weights_stay():
+def unchanged(network, before):
+    return all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_from_scratch_the_random_weights_stay_and_name_no_file(tmp_path):
     network = segmenter()
     before = copy(network)
-    assert initialise(network) is network
-    assert initialise(network, "scratch") is network
-    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert initialise(network) is initialise(network, "scratch") is network
+    assert unchanged(network, before)
+    save_weights(network, tmp_path / "model.pt")
+    assert read_provenance(tmp_path / "model.pt") == {}
 
 
 def test_vdt_fills_the_encoder_and_leaves_the_decoder_random(encoder):
@@ -76,20 +81,21 @@ def test_the_stem_option_reaches_the_loader(encoder, tmp_path, stem, part):
     torch.testing.assert_close(network.state_dict()["conv1.weight"], grey * part)
 
 
-def test_an_unknown_init_is_refused_with_the_known_ones():
-    known = "'scratch', 'vdt', 'i3d', 'acs', '2.5d', 'kinetics', 'medicalnet', 'genesis', 'imagenet' or 'coco'"
-    with pytest.raises(ValueError, match=rf"init must be {re.escape(known)}, got 'video'"):
-        initialise(segmenter(), "video")
+KNOWN = "'scratch', 'vdt', 'i3d', 'acs', '2.5d', 'kinetics', 'medicalnet', 'genesis', 'imagenet' or 'coco'"
 
 
-def test_weights_that_scratch_would_ignore_are_refused(encoder):
-    with pytest.raises(ValueError, match=r"init .*'scratch'.* ignores pretrained='.*encoder\.pt'; did you mean"):
-        initialise(segmenter(), "scratch", encoder[0])
-
-
-def test_vdt_without_weights_is_refused():
-    with pytest.raises(ValueError, match=r"init 'vdt' needs pretrained, the path of a weights file such as models/enc"):
-        initialise(segmenter(), "vdt")
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("video",), rf"init must be {re.escape(KNOWN)}, got 'video'"),
+        (("scratch", "m/encoder.pt"), r"init 'scratch' ignores pretrained='m/encoder\.pt'; did you mean init 'vdt'"),
+        (("vdt",), "init 'vdt' needs pretrained, the path of a weights file such as models/encoder.pt"),
+        (("genesis", "x.pt"), r"needs another network than ResUNet3D: .* configs/genesis\.yaml"),
+    ],
+)
+def test_an_unknown_init_and_weights_given_or_missing_for_nothing_are_refused(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        initialise(segmenter(), *given)
 
 
 def test_a_missing_file_and_another_architecture_are_refused_and_change_nothing(encoder, tmp_path):
@@ -100,7 +106,7 @@ def test_a_missing_file_and_another_architecture_are_refused_and_change_nothing(
     save_weights(ResNet3D(34, base_channels=4), tmp_path / "deeper.pt")
     with pytest.raises(ValueError, match=r"deeper\.pt: does not fit .*is in the file only"):
         initialise(network, "vdt", tmp_path / "deeper.pt")
-    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert unchanged(network, before)
 
 
 def test_what_is_saved_later_says_which_file_it_started_from(encoder, tmp_path):
@@ -114,11 +120,6 @@ def test_what_is_saved_later_says_which_file_it_started_from(encoder, tmp_path):
     network = initialise(segmenter(), "vdt", tmp_path / "published.pth")
     save_weights(network.network.backbone, tmp_path / "encoder_of_it.pt")
     assert read_provenance(tmp_path / "encoder_of_it.pt")["pretrained"]["provenance"] == {}
-
-
-def test_weights_from_scratch_name_no_file(tmp_path):
-    save_weights(initialise(segmenter()), tmp_path / "model.pt")
-    assert read_provenance(tmp_path / "model.pt") == {}
 
 
 # 2D networks
@@ -251,15 +252,6 @@ def test_shortcuts_of_type_a_let_the_gradient_through():
     assert network.layer1[0].conv1.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("depth", "shortcut", "sentence"), [
-    (18, "B", r"'medicalnet' with depth 18 needs shortcut 'A', got 'B'; add configs/medicalnet\.yaml to the"),
-    (50, "A", r"'medicalnet' with depth 50 needs shortcut 'B', got 'A'; leave configs/medicalnet\.yaml out of"),
-])  # fmt: skip
-def test_medicalnet_asks_for_its_shortcuts(depth, shortcut, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        initialise(ResNet3DClassifier(depth, 2, base_channels=4, shortcut=shortcut), "medicalnet", "m.pth")
-
-
 def test_genesis_fills_its_own_network_all_but_the_last_layer(tmp_path):
     source = randomise(GenesisUNet3D(1, base_channels=4))
     state = {f"module.{k}": v for k, v in source.state_dict().items()}
@@ -267,10 +259,9 @@ def test_genesis_fills_its_own_network_all_but_the_last_layer(tmp_path):
     network = DepthFirst(GenesisUNet3D(3, base_channels=4))
     last = network.network.out_tr["final_conv"].weight.clone()
     initialise(network, "genesis", tmp_path / "Genesis_Chest_CT.pt")
-    for name, tensor in network.network.state_dict().items():
-        assert torch.equal(tensor, last if name == "out_tr.final_conv.weight" else source.state_dict()[name]) or (
-            name == "out_tr.final_conv.bias"
-        )
+    expected = {**source.state_dict(), "out_tr.final_conv.weight": last}
+    filled = network.network.state_dict()
+    assert all(torch.equal(filled[name], expected[name]) for name in filled if name != "out_tr.final_conv.bias")
     other = {name: tensor for name, tensor in state.items() if "up_tr64.up_conv" not in name}
     torch.save(other, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"2 tensors differ: up_tr64\.up_conv\.weight is in the network only"):
@@ -278,18 +269,24 @@ def test_genesis_fills_its_own_network_all_but_the_last_layer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("init", "network", "sentence"),
+    ("init", "network", "options", "sentence"),
     [
-        ("genesis", segmenter, r"needs another network than ResUNet3D: .* configs/genesis\.yaml"),
-        ("vdt", lambda: GenesisUNet3D(2, base_channels=4), "genesis.yaml makes one for 'genesis' alone"),
+        ("vdt", GenesisUNet3D, {"num_classes": 2}, "genesis.yaml makes one for 'genesis' alone"),
+        ("i3d", LesionDetector, {"depth": "18ba"}, "fills a ResNet3D, which LesionDetector does not have; use 's"),
         (
-            "i3d",
-            lambda: LesionDetector("18ba", base_channels=4),
-            "fills a ResNet3D, which LesionDetector does not have; use 's",
+            "medicalnet",
+            ResNet3D,
+            {"depth": 18},
+            r"depth 18 needs shortcut 'A', got 'B'; add configs/medicalnet\.yaml to",
+        ),
+        (
+            "medicalnet",
+            ResNet3D,
+            {"depth": 50, "shortcut": "A"},
+            r"needs shortcut 'B', got 'A'; leave configs/medicalnet",
         ),
     ],
-    ids=["genesis in a U-Net", "vdt in Genesis", "i3d in a detector"],
 )
-def test_an_init_for_another_network_is_refused(init, network, sentence, encoder):
+def test_an_init_for_another_network_is_refused(init, network, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        initialise(network(), init, encoder[0])
+        initialise(network(**options, base_channels=4), init, "weights.pt")

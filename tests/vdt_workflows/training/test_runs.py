@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,12 +26,6 @@ def read_rows(file):
 
 
 # RunLog
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Spare the tests that are about numbers the drawing."""
-    monkeypatch.setattr("vdt_workflows.training.runs.draw_curves", lambda rows, title: b"")
 
 
 def make_run(folder, *, scores=None, interval=1, rate=None, losses=(1.0, 2.0, 6.0), as_list=False, **options):
@@ -59,7 +54,6 @@ def make_run(folder, *, scores=None, interval=1, rate=None, losses=(1.0, 2.0, 6.
 
 
 @pytest.mark.parametrize("as_list", [False, True])  # as MONAI's trainers give it without and with decollate
-@pytest.mark.usefixtures("undrawn")
 def test_each_epoch_is_a_row_of_the_history(tmp_path, as_list):
     engine, log, data = make_run(tmp_path / "out", scores=lambda epoch: {"dice": epoch / 8}, rate=0.5, as_list=as_list)
     engine.run(data, max_epochs=3)
@@ -73,25 +67,18 @@ def test_each_epoch_is_a_row_of_the_history(tmp_path, as_list):
     assert [row["train_loss"] for row in log.rows] == [3.0, 6.0, 9.0]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_epochs_without_validation_leave_the_scores_empty(tmp_path):
     engine, _, data = make_run(tmp_path, scores=lambda epoch: {"dice": epoch / 8}, interval=2)
     engine.run(data, max_epochs=4)
     assert [row["dice"] for row in read_rows(tmp_path / "history.csv")] == ["", "0.25", "", "0.5"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_score_for_each_class_becomes_a_column_for_each(tmp_path):
     engine, log, data = make_run(tmp_path, scores=lambda epoch: {"dice": torch.tensor([0.25, 0.5]), "mean": [0.5]})
     engine.run(data, max_epochs=1)
-    assert {name: log.rows[0][name] for name in ("dice_1", "dice_2", "mean")} == {
-        "dice_1": 0.25,
-        "dice_2": 0.5,
-        "mean": 0.5,
-    }
+    assert log.rows[0].items() >= {"dice_1": 0.25, "dice_2": 0.5, "mean": 0.5}.items()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_killed_runs_rows_are_taken_back(tmp_path):
     engine, log, data = make_run(tmp_path, scores=lambda epoch: {"dice": epoch / 8})
     engine.run(data, max_epochs=2)
@@ -106,7 +93,6 @@ def test_a_killed_runs_rows_are_taken_back(tmp_path):
     assert len(state["rows"]) == 2
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_one_line_of_text_tells_the_epoch(tmp_path, caplog):
     engine, _, data = make_run(tmp_path, scores=lambda epoch: {"dice": 0.123456})
     with caplog.at_level(logging.INFO, "vdt_workflows.training.runs"):
@@ -132,18 +118,14 @@ def test_the_curves_are_a_picture(tmp_path):
 @pytest.mark.parametrize(
     "rows",
     [
-        pytest.param([], id="none"),
-        pytest.param([{"epoch": 1, "step": 1, "train_loss": float("nan"), "seconds": 0.0}], id="nan"),
-        pytest.param([{"epoch": 1, "train_loss": float("inf")}, {"epoch": 2, "train_loss": 1.0}], id="inf"),
+        [],
+        [{"epoch": 1, "step": 1, "train_loss": float("nan"), "seconds": 0.0}],
+        [{"epoch": 1, "train_loss": float("inf")}, {"epoch": 2, "train_loss": 1.0}],
     ],
+    ids=["none", "nan", "inf"],
 )
-def test_curves_of_little_or_no_sense_are_drawn_too(rows):
-    with Image.open(io.BytesIO(draw_curves(rows))) as picture:
-        assert picture.size == PICTURE
-
-
-def test_a_title_with_dollar_signs_is_no_formula():
-    with Image.open(io.BytesIO(draw_curves([], r"$\frac$"))) as picture:
+def test_curves_of_little_or_no_sense_are_drawn_too_under_a_title_that_is_no_formula(rows):
+    with Image.open(io.BytesIO(draw_curves(rows, r"$\frac$"))) as picture:
         assert picture.size == PICTURE
 
 
@@ -199,12 +181,8 @@ def test_scores_are_written_with_what_they_were_measured_on(tmp_path):
     scores = {"dice": torch.tensor([0.5, 0.25]), "mean": 0.375, "count": np.int64(3)}
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(scores))
     engine.run([0])
-    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == {
-        "dice": [0.5, 0.25],
-        "mean": 0.375,
-        "count": 3,
-        "_run_": {"data": "a/b", "cases": 3},
-    }
+    written = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert written == {"dice": [0.5, 0.25], "mean": 0.375, "count": 3, "_run_": {"data": "a/b", "cases": 3}}
 
 
 # Attach
@@ -212,14 +190,8 @@ def test_scores_are_written_with_what_they_were_measured_on(tmp_path):
 
 def test_attach_attaches_the_handler_itself():
     seen = []
-
-    class Handler:
-        def attach(self, engine):
-            seen.append((self, engine))
-
-    handler, engine = Handler(), Engine(lambda engine, batch: None)
-    Attach(handler).attach(engine)
-    assert seen == [(handler, engine)]
+    Attach(SimpleNamespace(attach=seen.append)).attach("engine")
+    assert seen == ["engine"]
 
 
 # SkippedImages
