@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from tests.support.bundle_runs import ROOT
-from vdt_workflows.cli import COMMANDS
+from vdt_workflows.cli import COMMANDS, DEFAULT_KINDS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -19,7 +19,7 @@ def inline(path: Path) -> list[str]:
     """The calls of scripts within sentences, without commands that are only named."""
     found = re.findall(r"`((?:python\s+(?:scripts/|-m\s+tests)|vdt\s+\w)[^`]+)`", path.read_text())
     calls = [" ".join(line.split()) for line in found]
-    return [call for call in calls if call.removeprefix("vdt ") not in COMMANDS]
+    return [call for call in calls if call.removeprefix("vdt ") not in {*COMMANDS, *DEFAULT_KINDS}]
 
 
 def commands(text: str) -> list[str]:

@@ -100,7 +100,8 @@ def _check_network(network: nn.Module, init: str) -> None:
             f"init {init!r} fills a ResNet3D, which {name} does not have; use 'scratch', 'vdt', 'imagenet' or 'coco'"
         )
     if init == "medicalnet" and encoder is not None:
-        depth, shortcut = encoder.architecture["depth"], encoder.architecture["shortcut"]
+        architecture: Any = encoder.architecture
+        depth, shortcut = architecture["depth"], architecture["shortcut"]
         wanted = "A" if depth in (18, 34) else "B"
         if shortcut != wanted:
             raise ValueError(
