@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from textwrap import shorten
 from typing import Any
 
 from markupsafe import Markup
@@ -46,14 +45,7 @@ def write_page(results: Mapping[str, Any]) -> str:
         label_colours=["#{:02x}{:02x}{:02x}".format(*colour(value)) for value in range(1, len(labels) + 1)],
         waiting=sum(cell["state"] == "not run" for cell in cells),
         missing=[
-            [
-                cell["row"],
-                percent(cell["share"]),
-                cell["seed"],
-                cell["protocol"],
-                "failed",
-                shorten(cell["error"], 300, placeholder="…"),
-            ]
+            [cell["row"], percent(cell["share"]), cell["seed"], cell["protocol"], "failed", _shorten(cell["error"])]
             for cell in cells
             if cell["state"] == "failed"
         ],
@@ -112,3 +104,7 @@ def _count_labels(entry: Mapping[str, Any]) -> str:
     bound = "at most " if entry["upper_bound"] else ""
     again = "" if entry["stays"] else "; below it again with more"
     return f"{bound}{entry['labels']:.0f} ({percent(entry['labels'] / entry['all'])}){again}"
+
+
+def _shorten(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
