@@ -1,5 +1,8 @@
 """Compare ways to start a network: a matrix of initialisations, shares of the labels and seeds, on data of your own.
 
+    vdt compare --rows "scratch,vdt=bundles/imagenet_vdt_pretraining/models/encoder.pt" --dataset_dir DIR
+    vdt compare --rows rows.yaml --dataset_dir DIR --fractions 0.1,0.5,1 --seeds 3 --workers 2
+
 Each cell of the matrix is an ordinary run of a bundle. All rows of a share and a seed see the same cases in the same
 order with the same augmentation for the same steps; all cells are scored on the same held-out cases, which select
 nothing. A matrix that was interrupted goes on where it stopped, and may grow by rows, shares and seeds.

@@ -1,5 +1,7 @@
 """Put what a run left into one HTML page that opens without a network.
 
+    vdt report bundles/bcv_multiorgan_segmentation
+
 The page has curves, scores, pictures, settings, the environment, where the weights come from, and a viewer of the
 volumes with their masks or boxes.
 """
