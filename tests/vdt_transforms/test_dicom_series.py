@@ -7,7 +7,8 @@ from functools import partial
 import nibabel as nib
 import numpy as np
 import pytest
-from monai.transforms import LoadImaged
+from monai.data import PydicomReader
+from monai.transforms import LoadImage, LoadImaged
 from pydicom import dcmread
 from pydicom.uid import JPEG2000Lossless
 
@@ -75,7 +76,9 @@ REFUSED = {
     "a tilted gantry": (tilt, {}, r"gantry tilted by 15\.6 degrees; .*convert it with dcm2niix"),
     "no rescale": (drop_rescale, {}, r"\.dcm: has no RescaleSlope or no RescaleIntercept, so its values are not HU$"),
     "a slice off": (None, {"places": [0, 2.5, 5.4, 7.5]}, r"0\.4 mm off a regular grid; .* a twentieth of"),
+    "a missing slice": (None, {"places": [0, 2.5, 7.5, 10]}, "lacks 1 slice, the first between"),
     "two series": (partial(write_series, hu=HU, name="b"), {}, r"holds 2 series; put .* with 4, .* with 4 images\)$"),
+    "a cut file": (lambda folder: cut(-1)(min(folder.iterdir())), {}, r"a000\.dcm: cut short, 59 of 60 bytes"),
     "one slice": (None, {"hu": HU[..., :1]}, "has one slice; a volume needs two or more"),
     "another size": (
         lambda folder: write_series(folder, shape=(6, 4, 1), name="b", origin=(-20, -10, -90), SeriesInstanceUID=SHORT),
@@ -137,6 +140,14 @@ def test_an_irregular_series_is_accepted_by_the_knob_of_listing_and_of_loading(t
     for ask in (SeriesReader, partial(list_volumes, tmp_path)):
         with pytest.raises(ValueError, match="irregular must be 'refuse' or 'accept', got 'yes'"):
             ask(irregular="yes")
+
+
+def test_a_clean_folder_is_read_as_monai_reads_it(tmp_path):
+    write_series(tmp_path, HU)
+    series = only(tmp_path)
+    theirs = LoadImage(reader=PydicomReader(), image_only=True)(tmp_path)
+    assert np.array_equal(series.read(), theirs)
+    assert np.allclose(series.affine, theirs.affine)
 
 
 def test_positions_written_to_a_tenth_or_a_hundredth_of_a_millimetre_are_regular(tmp_path):
