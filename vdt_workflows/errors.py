@@ -8,6 +8,7 @@ from traceback import walk_tb
 
 _PACKAGES = {"networks", "vdt_transforms", "vdt_workflows"}
 DISK_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+ONEDNN = "could not create a primitive"  # how its convolutions end where memory lacks; they say no more
 LESS_MEMORY = {  # settings that lower the need for memory, and how
     "micro_batch": "with fewer samples",
     "batch_size": "with fewer samples",
@@ -73,7 +74,7 @@ def _is_of_a_dead_loader(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine or the device ran out of memory; torch has no type of its own for it on the CPU."""
-    phrases = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
+    phrases = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory", ONEDNN)
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | OSError) and any(phrase in str(error) for phrase in phrases)
     )

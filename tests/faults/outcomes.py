@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from tests.support.bundle_runs import ROOT
-from vdt_workflows.errors import explanation
+from vdt_workflows.errors import explanation, root_cause
 from vdt_workflows.files import write_json
 
 BUNDLE = ROOT / "bundles" / "imagenet_vdt_pretraining"
@@ -154,7 +154,7 @@ def in_child(function: Callable[[], Any], limit: float | None = None) -> tuple[i
 
 def _print_error(error: BaseException) -> None:
     sentence = explanation(error)
-    print(f"\n{'sentence' if sentence else 'traceback'}: {sentence or repr(error)}", flush=True)
+    print(f"\n{'sentence' if sentence else 'traceback'}: {sentence or repr(root_cause(error))}", flush=True)
 
 
 def last_sentence(output: str) -> str:

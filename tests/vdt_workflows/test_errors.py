@@ -15,6 +15,7 @@ from vdt_workflows.errors import explanation, out_of_memory
         MemoryError("Unable to allocate 3 GiB"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("could not create a primitive"),
     ],
 )
 def test_want_of_memory_names_the_settings_that_help(error):
