@@ -125,7 +125,12 @@ def _umask() -> int:
 def save_atomic(content: Any, path: str | os.PathLike) -> None:
     """`torch.save`, whole or not at all (see `write_atomic`)."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    try:
+        torch.save(content, buffer)
+    except RuntimeError as error:
+        if "inline_container" in str(error):  # what torch's zip writer says where the buffer could not grow
+            raise MemoryError(f"{path} could not be put together") from error
+        raise
     write_atomic(path, buffer.getvalue())
 
 

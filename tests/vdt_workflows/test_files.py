@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import multiprocessing
 import os
 import resource
@@ -12,6 +13,7 @@ import tempfile
 import pytest
 import torch
 
+from vdt_workflows.errors import explanation
 from vdt_workflows.files import save_atomic, write_atomic
 
 FORK = multiprocessing.get_context("fork")  # a process of its own without the seconds of importing torch again
@@ -99,6 +101,20 @@ def test_a_file_size_limit_leaves_the_old_file_and_no_temporary_one(file):
     answer = answers.get(timeout=60)
     process.join()
     assert f"{file}: could not be written (File too large)" in answer
+    assert is_untouched(file)
+
+
+def test_weights_that_do_not_fit_in_memory_leave_the_old_file_and_say_so(file, monkeypatch):
+    class Small(io.BytesIO):
+        def write(self, content):
+            if self.tell() > 100_000:
+                raise MemoryError
+            return super().write(content)
+
+    monkeypatch.setattr(io, "BytesIO", Small)
+    with pytest.raises(MemoryError, match=r"model\.pt could not be put together") as caught:
+        save_atomic({"tensor": torch.zeros(100_000)}, file)
+    assert explanation(caught.value, ["batch_size"]).startswith("out of memory (")
     assert is_untouched(file)
 
 
