@@ -16,7 +16,8 @@ YAML = sorted([*ROOT.glob("bundles/*/configs/*.yaml"), *ROOT.glob("docs/**/*.yam
 
 # Ids that an overlay may add to its base.
 ADDED = {
-    *("ckpt_path", "part", "surfaces", "class_weights", "recipe::class_weights", "intervals", "pictures", "scores"),
+    *("ckpt_path", "part", "surfaces", "intervals", "pictures", "scores"),
+    *("network_def::network::head_std", "network_def::network::zero_init_residual"),
     *("sync_bn", "finalize", "pretrained", "network_def::network", "network_def::network::shortcut"),
 }
 
