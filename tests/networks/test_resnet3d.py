@@ -331,7 +331,9 @@ def test_checkpointing_leaves_momentum_as_it_was():
         pytest.param({"depth": 19}, "depth must be one of 18, 34, 50, 101, 152, got 19", id="depth"),
         pytest.param({"stem": "7x7"}, "stem must be one of .*'strided', 'unet', 'flat'.*, got '7x7'", id="stem"),
         pytest.param({"shortcut": "C"}, "shortcut must be one of 'A', 'B', got 'C'", id="shortcut"),
-        pytest.param({"strides": (1, 2, 2)}, r"strides must be four positive integers, .*got \(1, 2, 2\)", id="strides"),
+        pytest.param(
+            {"strides": (1, 2, 2)}, r"strides must be four positive integers, .*got \(1, 2, 2\)", id="strides"
+        ),
         pytest.param({"strides": (1, 2, 0, 2)}, "strides must be four positive integers", id="stride-of-zero"),
         pytest.param({"strides": (1, 2, (1, 2), 2)}, "strides must be four positive integers", id="stride-of-two-axes"),
         pytest.param({"strides": (1, 2, 1, 2, 1, 1), "stem": "flat"}, "flat", id="stride-of-a-missing-pool"),
