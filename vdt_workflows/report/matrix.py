@@ -223,7 +223,7 @@ def _plan_stages(
     """Plan the runs of a cell, which leave `weights` in the folder models/ of the cell's."""
     models, folder = weights.parent, weights.parents[1]
     configs = ("configs/train.yaml", *([overlay] if overlay else []), *row.configs)
-    settings = merge_settings(shared, row)
+    settings = {"norm": "batch", **merge_settings(shared, row)}  # one for all rows: pre-trained files have batch norms
     start = {"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained})
     folders = {"ckpt_dir": str(models), "output_dir": str(folder / "eval")}
     train = {"num_workers": 0, **settings, **start, **train, **folders}
