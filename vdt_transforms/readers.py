@@ -15,7 +15,7 @@ from monai.data import ImageReader, NibabelReader
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
 
-from vdt_transforms.dicom_series import find_one_series
+from vdt_transforms.dicom_folders import find_one_series
 from vdt_transforms.dictionary import ArrayPerKey
 from vdt_transforms.slice_stacks import SLICE_NAME, read_slice
 

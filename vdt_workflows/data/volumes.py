@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydicom.misc import is_dicom
 
-from vdt_transforms.dicom_series import list_series
+from vdt_transforms.dicom_folders import list_series
 from vdt_transforms.readers import list_slices
 from vdt_transforms.slice_stacks import read_slice
 from vdt_workflows.data.headers import check_geometry

@@ -17,7 +17,8 @@ from pydicom import Dataset, dcmread
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from vdt_transforms.dicom_series import DicomSeries, find_one_series
+from vdt_transforms.dicom_folders import find_one_series
+from vdt_transforms.dicom_series import DicomSeries
 from vdt_transforms.grids import align_grids
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import write_atomic

@@ -13,7 +13,7 @@ from monai.transforms import LoadImaged, SaveImaged
 from nibabel.affines import apply_affine
 
 from tests.makers.dicom import uid, write_series
-from vdt_transforms.dicom_series import find_series
+from vdt_transforms.dicom_folders import find_series
 from vdt_workflows.evaluation.dicom_seg import SaveDicomSegd, code_label, writes_dicom
 
 pytest.importorskip("highdicom")
