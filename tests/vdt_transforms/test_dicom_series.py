@@ -84,7 +84,7 @@ REFUSED = {
         {},
         "mixes slices with 5 x 6 and 4 x 6 pixels",
     ),
-    "inverted greys": (None, {"PhotometricInterpretation": "MONOCHROME1"}, "MONOCHROME1 pixels, the darker the greater; expected"),
+    "inverted greys": (None, {"PhotometricInterpretation": "MONOCHROME1"}, "MONOCHROME1 pixels, the darker"),
     "nothing but a cut file": (
         lambda folder: [cut(100)(file) for file in folder.iterdir()],
         {},
