@@ -101,7 +101,7 @@ def test_unusable_slice_interval_is_left_out_and_counted(root, interval):
     assert reason == f"the slice interval is {float(interval):g} mm"
 
 
-@pytest.mark.parametrize("spoilt", ["109", "103", "115"])
+@pytest.mark.parametrize("spoilt", ["109", "106", "111"])
 def test_slices_of_8_bits_are_left_out_and_refused_where_there_are_no_others(root, spoilt):
     (file,) = root.rglob(f"{spoilt}.png")
     Image.fromarray(np.zeros((512, 512), np.uint8)).save(file)
@@ -109,7 +109,7 @@ def test_slices_of_8_bits_are_left_out_and_refused_where_there_are_no_others(roo
         ValueError, match=r"can be used \(1 times the series has a slice that is no PNG of one channel of"
     ):
         prepare(root, [row()])
-    write_series(file.parents[1] / "000002_01_01", range(103, 116))
+    write_series(file.parents[1] / "000002_01_01", range(106, 112))
     assert list(prepare(root, [row(), row("000002_01_01")])["left_out"].values()) == [1]
 
 
