@@ -89,11 +89,6 @@ def test_training_leaves_its_files_and_a_history(bundle, trained):
     assert not (folder / "eval" / "resume.pt").exists()
 
 
-def test_training_again_gives_the_same_weights(bundle, data, trained, tmp_path):
-    run(bundle, BASE, tmp_path, data)
-    assert same_weights(trained(bundle) / "models", tmp_path / "models")
-
-
 def run_twice(bundle, folder, data, monkeypatch, **more) -> None:
     """Break a training in its second epoch, and start it again."""
     iteration = SupervisedTrainer._iteration
