@@ -192,16 +192,10 @@ def test_checkpointing_changes_no_bit_of_the_gradients(name):
     ("build", "size"),
     [
         pytest.param(partial(ResNet3D, depth_stride=True, out_indices=(1, 3)), (2, 1, 16, 32, 48), id="encoder"),
-        pytest.param(
-            partial(ResNet3D, depth_stride=True, out_indices=(1, 3), checkpointing=True),
-            (2, 1, 16, 32, 48),
-            id="encoder-checkpointing",
-        ),
         pytest.param(partial(ResNet3DClassifier, num_classes=5), (4, 3, 64, 64), id="classifier"),
         pytest.param(
             partial(ResUNet3D, 3, dropout=0.0, norm="batch", checkpointing=True), (2, 1, 16, 32, 33), id="unet"
         ),
-        pytest.param(partial(NoduleFCN, 2, checkpointing=True), (2, 1, 12, 13, 16), id="fcn"),
         pytest.param(partial(P3D, conversion="group"), (1, 1, 9, 32, 32), id="mp3d"),
     ],
 )
