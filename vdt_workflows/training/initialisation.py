@@ -74,7 +74,7 @@ def initialise(
     return network
 
 
-def pick_norm(init: str, pretrained: str | os.PathLike | None, scratch: str = "group") -> str:
+def pick_norm(init: str, pretrained: str | os.PathLike | None, scratch: str = "instance") -> str:
     """Give the norm that a network needs for its first weights: that of the file, or `scratch` without one."""
     if init == "scratch" or pretrained is None or not os.path.isfile(pretrained):
         return scratch
