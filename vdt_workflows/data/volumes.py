@@ -19,6 +19,7 @@ from vdt_transforms.readers import list_slices
 from vdt_transforms.slice_stacks import read_slice
 from vdt_workflows.data.headers import check_geometry
 from vdt_workflows.errors import check_choice
+from vdt_workflows.naming import name_results
 from vdt_workflows.parallel import run_parallel
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
     """List the volumes to segment: a NIfTI file, a folder of them, or DICOM series, each in a folder of its own.
 
     A folder may also be a data set, whose `imagesTs`, `imagesTr` or `images` are taken. Where it holds no NIfTI file,
-    everything below it is searched for CT and MR series.
+    everything below it is searched for CT and MR series. Results are named apart (see `vdt_workflows.naming`).
 
     Args:
         source: the file or folder.
@@ -125,7 +126,7 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: if there is no volume, or none that can be used, or two would be written under one name.
+        ValueError: if there is no volume, or none that can be used.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
     path = Path(source)
@@ -147,13 +148,7 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
         raise ValueError(f"{path}: none of its {len(cases)} volumes can be used, see above")
     if faults:
         logger.info("%s: %d volumes; %d left out", path, len(usable), len(faults))
-    names: dict[str, str] = {}
-    for image in (case["image"] for case in usable):
-        first = names.setdefault(SUFFIX.sub("", Path(image).name), image)
-        if first != image:
-            raise ValueError(
-                f"{image}: has the name of {first}, so that one result would replace the other; rename one"
-            )
+    name_results(case["image"] for case in usable)
     return usable
 
 
@@ -167,16 +162,20 @@ def list_scans(source: str | os.PathLike) -> list[Case]:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a CT volume or a folder of them")
-    if path.is_file():
-        return [{"image": str(path)}]
+    found = [path] if path.is_file() else _list_scans(path)
+    name_results(map(str, found))
+    return [{"image": str(file)} for file in found]
+
+
+def _list_scans(path: Path) -> list[Path]:
     if slices := list_slices(path):
         read_slice(slices[0])
-        return [{"image": str(path)}]
+        return [path]
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     volumes = [file for file in files if file.name.endswith((".nii", ".nii.gz", ".nrrd", ".mha"))]
     if not volumes and not any(is_dicom(file) for file in files[:3]):
         raise ValueError(f"{path}: no volume in it; expected NIfTI files, one DICOM series, or slices such as 001.png")
-    return [{"image": str(file)} for file in volumes or [path]]
+    return volumes or [path]
 
 
 def _find_dicom(path: Path, on_error: str, irregular: str) -> tuple[list[Case], set[str]]:
