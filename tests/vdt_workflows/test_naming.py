@@ -14,7 +14,20 @@ from vdt_workflows.naming import list_results, literal, name_result, name_result
 
 ODD = (
     *("@home", "%home", "$__import__('os').getpid()", "C#", "x#y@z", " @a", "a@::b", "50%", "$'quoted'", '$"a"', "#"),
-    *("@", "$", "%", "a\nb", "\\x41", "it's", '"', "networks.P3D $", "$import os", "%file.json::a", "Größe#", "𝛼#"),
+    *(
+        "@",
+        "$",
+        "%",
+        "a\nb",
+        "\\x41",
+        "it's",
+        '"',
+        "networks.P3D $",
+        "$import os",
+        "%file.json::a",
+        "Größe#",
+        "\U0001d6fc#",
+    ),
 )
 
 
