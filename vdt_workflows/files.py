@@ -7,14 +7,24 @@ import hashlib
 import io
 import json
 import os
+import socket
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
+
+LOCK = ".vdt.lock"
+UNFINISHED = ".part"  # how names of files end that are being written
+P = ParamSpec("P")
+R = TypeVar("R")
+_held: list[ExitStack] = []
 
 
 def hash_file(path: str | os.PathLike) -> str:
@@ -42,7 +52,7 @@ def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = Tru
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=UNFINISHED, delete=False) as file:
             temporary = file.name
             file.write(content)
             if durable:
@@ -52,30 +62,95 @@ def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = Tru
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise OSError(
-            error.errno, f"{path}: could not be written ({error.strerror}); free space or choose a folder you may write"
-        ) from error
+        raise _not_written(path, error) from error
     finally:
         if temporary is not None:  # also where the user interrupts
             Path(temporary).unlink(missing_ok=True)
 
 
-def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False) -> None:
+def _not_written(path: Path, error: OSError) -> OSError:
+    reason = f"{path}: could not be written ({error.strerror}); free space or choose a folder you may write"
+    return OSError(error.errno, reason)
+
+
+def hold(*folders: str | os.PathLike) -> ExitStack:
+    """Lock folders for this process, which may lock them again, until `leave_folders`, or what this returns is closed.
+
+    The lock is a hidden file `.vdt.lock` with the process and machine, which stays. A process that ends, however it
+    ends, holds nothing.
+
+    Args:
+        folders: the folders, which are made if need be.
+
+    Raises:
+        BlockingIOError: naming the holder, if another process holds one of them.
+        OSError: if one cannot be made or written to.
+    """
+    stack = ExitStack()
+    for folder in map(os.path.realpath, folders):
+        path = Path(folder, LOCK)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, thread_local=False, is_singleton=True)
+            stack.enter_context(lock.acquire(timeout=2))  # what a killed process leaves may need a moment to end
+        except Timeout:
+            holder = path.read_text().strip() or "another process"
+            stack.close()
+            raise BlockingIOError(
+                f"{folder}: in use by {holder}; wait for its end, end it, or name another folder"
+            ) from None
+        except OSError as error:
+            raise _not_written(path, error) from error
+        with suppress(OSError):  # a full disk
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    _held.append(stack)
+    stack.callback(_held.remove, stack)
+    return stack
+
+
+def leave_folders() -> None:
+    """Unlock what `hold` locked for this process."""
+    while _held:
+        _held[-1].close()
+
+
+def leaving(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function to unlock what it locked when it returns or fails."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = len(_held)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            while len(_held) > before:
+                _held[-1].close()
+
+    return run
+
+
+def claim(
+    folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False, alone: bool = True
+) -> None:
     """Keep a folder's results together with what they were made with, in its `settings.json`.
 
     Args:
         folder: the folder, which is made if need be.
         settings: plain values that make the results what they are.
         empty: refuse a folder that has files but no such record, since they are someone else's.
+        alone: `hold` the folder too.
 
     Raises:
+        BlockingIOError: if another process holds the folder.
         ValueError: if the folder holds results of other settings.
         FileExistsError: if it holds files of other origin.
     """
+    if alone:
+        hold(folder)
     record = Path(folder) / "settings.json"
     settings = json.loads(json.dumps(settings))
     there = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
-    others = [file for file in there if not file.name.startswith(f".{record.name}.")]  # a claim that was killed
+    others = [file for file in there if file.name != LOCK and file.suffix != UNFINISHED]  # left by a claim
     if empty and not record.is_file() and others:
         raise FileExistsError(f"output_dir {folder} has files that are not from this script; name a new folder")
     kept = json.loads(record.read_text()) if record.is_file() else settings
@@ -112,8 +187,8 @@ def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | No
 
 def remove_unfinished(*folders: Path) -> None:
     """Remove the hidden files that a killed `write_atomic` leaves behind."""
-    for unfinished in (file for folder in folders for file in folder.glob(".*.*") if file.is_file()):
-        unfinished.unlink()
+    for unfinished in (file for folder in folders for file in folder.glob(f".*{UNFINISHED}")):
+        unfinished.unlink(missing_ok=True)
 
 
 def _umask() -> int:

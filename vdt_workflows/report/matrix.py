@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, hash_file, write_atomic, write_json
+from vdt_workflows.files import claim, hash_file, leaving, write_atomic, write_json
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.overrides import check_command_line
 from vdt_workflows.parallel import track
@@ -88,6 +88,7 @@ TASKS = {
 }
 
 
+@leaving
 def compare(
     rows: str | Sequence[Any],
     dataset_dir: str,
@@ -136,9 +137,11 @@ def compare(
         ray_resources: what Ray reserves for a cell, such as "{'num_cpus': 4, 'num_gpus': 1}".
 
     Returns:
-        Paths of the report and the tables, and how many cells are finished and failed.
+        Path of the report, and how many cells there are, and are finished.
 
     Raises:
+        BlockingIOError: if another process runs cells in `output_dir`.
+        ChildProcessError: if cells failed, after the report is written.
         FileNotFoundError: if a file of weights, rows, settings or an overlay is missing.
         ValueError: if a row, an initialisation, a setting or a protocol is unknown, a fraction is no case at all, or
             `output_dir` holds results of other settings.
@@ -189,9 +192,9 @@ def compare(
             cells[name, row.name, share, seed] = cell
     for cell in {key[:2]: cell for key, cell in cells.items()}.values():
         _check_settings(cell)
-    claim(root, common)
+    claim(root, common, alone=workers > 0 or ray is not None)
     for row in plan:
-        claim(root / "cells" / row.folder, row.identity())
+        claim(root / "cells" / row.folder, row.identity(), alone=False)
     for path, content in lists.items():
         write_json(path, content)
 
@@ -208,6 +211,12 @@ def compare(
         write_tables(root, results)
         write_atomic(root / "report.html", write_page(results).encode())
     states = Counter(cell["state"] for cell in results["cells"])
+    if states["failed"]:
+        failed = next(cell for cell in cells.values() if cell.result() is None and cell.error())
+        raise ChildProcessError(
+            f"{states['failed']} of {len(cells)} cells failed, such as {failed.name}: {failed.error()};"
+            f" {root / 'report.html'} has the others, and the same command repeats the failed ones"
+        )
     return {"report": str(root / "report.html"), "cells": len(cells), **states}
 
 
