@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "locks": ["hold", "leave_folders"],
     "overrides": ["check_command_line"],
     "data.cache": ["SeededCacheDataset"],
     "data.images": ["collate_images", "find_images", "list_images"],
@@ -18,9 +19,11 @@ _NAMES = {
     "data.volumes": ["find_volumes", "list_scans", "list_volumes"],
     "training.checkpoints": ["LoadWeights", "ResumeRun", "SaveWeights"],
     "training.initialisation": ["initialise"],
+    "training.losses": ["class_weights"],
     "training.optimisation": ["ClipGradients", "StepSchedule", "ValidateEpochs", "polynomial_rate", "warm_up"],
     "training.processes": ["join_processes", "leave_processes", "pick_device", "place", "share_out"],
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],
+    "training.ownership": ["RunFolders"],
     "evaluation.classification": ["ReportNodules", "SaveMalignancy"],
     "evaluation.detection_report": ["DetectionReport", "DetectionScores"],
     "evaluation.dicom_seg": ["SaveDicomSegd", "writes_dicom"],

@@ -7,24 +7,24 @@ import hashlib
 import io
 import json
 import os
-import socket
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-LOCK = ".vdt.lock"
+from vdt_workflows.errors import not_written
+from vdt_workflows.locks import LOCK, hold
+
 UNFINISHED = ".part"  # how names of files end that are being written
-P = ParamSpec("P")
-R = TypeVar("R")
-_held: list[ExitStack] = []
+
+SYSTEM = {  # names, in small letters, that Synology, QNAP, NetApp, Linux, macOS and Windows give their own files
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found"),
+    *("__macosx", ".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+}
 
 
 def hash_file(path: str | os.PathLike) -> str:
@@ -34,6 +34,26 @@ def hash_file(path: str | os.PathLike) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def stamp_of(path: str | os.PathLike) -> list[int]:
+    """Size and times of the last change of a file's content and of itself (which nobody can set back), in ns."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def mark_of(path: str | os.PathLike) -> dict[str, Any]:
+    """Give what `has_mark` compares: the stamp of a file and its hash."""
+    return {"stamp": stamp_of(path), "sha256": hash_file(path)}
+
+
+def has_mark(path: str | os.PathLike, mark: Any) -> bool:
+    """Whether a file has the content that it had for `mark_of`; it is read only if it was touched since."""
+    try:
+        stamp = stamp_of(path)
+        return stamp == mark["stamp"] or (stamp[0] == mark["stamp"][0] and hash_file(path) == mark["sha256"])
+    except (OSError, TypeError, KeyError, IndexError):  # not there, or no mark
+        return False
 
 
 def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = True) -> None:
@@ -62,76 +82,13 @@ def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = Tru
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise not_written(path, error) from error
     finally:
         if temporary is not None:  # also where the user interrupts
             Path(temporary).unlink(missing_ok=True)
 
 
-def _not_written(path: Path, error: OSError) -> OSError:
-    reason = f"{path}: could not be written ({error.strerror}); free space or choose a folder you may write"
-    return OSError(error.errno, reason)
-
-
-def hold(*folders: str | os.PathLike) -> ExitStack:
-    """Lock folders for this process, which may lock them again, until `leave_folders`, or what this returns is closed.
-
-    The lock is a hidden file `.vdt.lock` with the process and machine, which stays. A process that ends, however it
-    ends, holds nothing.
-
-    Args:
-        folders: the folders, which are made if need be.
-
-    Raises:
-        BlockingIOError: naming the holder, if another process holds one of them.
-        OSError: if one cannot be made or written to.
-    """
-    stack = ExitStack()
-    for folder in map(os.path.realpath, folders):
-        path = Path(folder, LOCK)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path, thread_local=False, is_singleton=True)
-            stack.enter_context(lock.acquire(timeout=2))  # what a killed process leaves may need a moment to end
-        except Timeout:
-            holder = path.read_text().strip() or "another process"
-            stack.close()
-            raise BlockingIOError(
-                f"{folder}: in use by {holder}; wait for its end, end it, or name another folder"
-            ) from None
-        except OSError as error:
-            raise _not_written(path, error) from error
-        with suppress(OSError):  # a full disk
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-    _held.append(stack)
-    stack.callback(_held.remove, stack)
-    return stack
-
-
-def leave_folders() -> None:
-    """Unlock what `hold` locked for this process."""
-    while _held:
-        _held[-1].close()
-
-
-def leaving(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function to unlock what it locked when it returns or fails."""
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        before = len(_held)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            while len(_held) > before:
-                _held[-1].close()
-
-    return run
-
-
-def claim(
-    folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False, alone: bool = True
-) -> None:
+def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False, alone: bool = True) -> None:
     """Keep a folder's results together with what they were made with, in its `settings.json`.
 
     Args:
@@ -170,17 +127,16 @@ def write_record(record: Path, root: Path, files: Sequence[str], made_from: Any,
         made_from: plain values that make the files what they are.
         content: what else to keep.
     """
-    sizes = {name: (root / name).stat().st_size for name in files}
-    write_json(record, {**content, "made_from": made_from, "sizes": sizes})
+    write_json(record, {**content, "made_from": made_from, "files": {name: mark_of(root / name) for name in files}})
 
 
 def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | None:
-    """Read what `write_record` kept; None if there is no record, of the same origin, or a file has another size."""
+    """Read what `write_record` kept; None if there is no record of the same origin, or a file has changed."""
     try:
         content = json.loads(record.read_bytes())
-        sizes = {name: (root / name).stat().st_size for name in content["sizes"]}
-        same = content["made_from"] == json.loads(json.dumps(made_from)) and content["sizes"] == sizes
-    except (OSError, ValueError, KeyError, TypeError):
+        same = content["made_from"] == json.loads(json.dumps(made_from))
+        same = same and all(has_mark(root / name, mark) for name, mark in content["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return content if same else None
 
@@ -265,6 +221,17 @@ def read_lines(path: Path) -> tuple[list[str], list[list[str]]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file of text ({error})") from error
     return (lines[0], lines[1:]) if lines else ([], [])
+
+
+def kind_of_system(name: str) -> str | None:
+    """Say what a file or folder of a file system or a server's is, such as `@eaDir`; None for anything else.
+
+    Such ones hold thumbnails, deleted files or notes of the system beside the data, under the data's names and
+    extensions. Hidden files count as such.
+    """
+    if name.lower() in SYSTEM:
+        return name
+    return "._*" if name.startswith("._") else ".*" if name.startswith(".") else None
 
 
 def few(names: Sequence[str], most: int = 5) -> str:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vdt_workflows.files import few, hash_file
+from vdt_workflows.files import few, hash_file, stamp_of
 
 FILES = ("image", "label")  # keys of an item that may name a file, or a folder of slices
 DETACHED = (".mhd", ".nhdr", ".hdr")  # headers whose voxels are in a file beside them
@@ -48,7 +48,7 @@ def describe_data(items: Sequence[Mapping[str, Any]], known: Description | None 
         return [*state, before[name][3] if same else hash_file(file)]
 
     with ThreadPoolExecutor(16) as pool:
-        states = list(pool.map(_state, files))
+        states = list(pool.map(stamp_of, files))
         found: Description = {"count": len(items), "list": listed.hexdigest()}
         if len(files) <= MOST_FILES and sum(state[0] for state in states) <= MOST_BYTES:
             found["files"] = dict(zip(names, pool.map(digest, names, files, states), strict=True))
@@ -90,11 +90,6 @@ def _find_files(paths: Iterable[str]) -> Iterator[str]:
             yield from sorted(str(file) for file in Path(path).parent.glob(f"{Path(path).stem}.*"))
         else:
             yield path
-
-
-def _state(file: str) -> list[int]:
-    state = os.stat(file)
-    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
 def _hash(content: Any) -> str:

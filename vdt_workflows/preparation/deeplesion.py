@@ -35,7 +35,8 @@ from skimage.measure import label as connected_components
 
 from vdt_transforms.slice_stacks import HU_OFFSET, ORIENTATION, SLICE_NAME
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, hold, leaving, write_csv, write_json
+from vdt_workflows.files import claim, write_csv, write_json
+from vdt_workflows.locks import hold, leaving
 from vdt_workflows.parallel import run_parallel, track
 from vdt_workflows.preparation.deeplesion_tables import COLUMNS, SPLITS, Lesion, read_coco, read_table
 

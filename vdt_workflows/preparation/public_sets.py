@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from vdt_workflows.data.volumes import ROLE, SUFFIX, draw
+from vdt_workflows.files import stamp_of
 
 T = TypeVar("T")
 Lists = dict[str, list[T]]
@@ -125,15 +126,14 @@ class StoredFile:
         return PurePath(self.member or self.path).parent.name
 
     def stamp(self) -> list[int]:
-        """What shows whether the content is still the same: size and time of change, or size and CRC in an archive."""
+        """What shows whether the content is still the same: size and times of change, or size and CRC in an archive."""
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"{self.path}: no such file")
         if self.member:
             with zipfile.ZipFile(self.path) as archive:
                 info = archive.getinfo(self.member)
             return [info.file_size, info.CRC]
-        status = os.stat(self.path)
-        return [status.st_size, status.st_mtime_ns]
+        return stamp_of(self.path)
 
     def open_in(self, folder: Path) -> Path:
         """Path of the file to read from: itself, or a copy that is streamed out of the archive into a new `folder`."""

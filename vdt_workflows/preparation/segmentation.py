@@ -25,7 +25,8 @@ from typing import Any
 
 from vdt_workflows.data.volumes import draw, list_cases
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, leaving, write_atomic, write_json
+from vdt_workflows.files import claim, write_atomic, write_json
+from vdt_workflows.locks import leaving
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
 from vdt_workflows.preparation.public_sets import (
     DATA_SETS,

@@ -25,8 +25,9 @@ import torch
 from tqdm import tqdm
 
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, hash_file, leaving, write_atomic, write_json
+from vdt_workflows.files import claim, hash_file, write_atomic, write_json
 from vdt_workflows.locator import find_bundles
+from vdt_workflows.locks import leaving
 from vdt_workflows.overrides import check_command_line
 from vdt_workflows.parallel import track
 from vdt_workflows.report.cells import Cell, Stage, run_cells

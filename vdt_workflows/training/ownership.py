@@ -151,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
             return record
     except (ValueError, AttributeError):
         pass
-    raise ValueError(f"{path}: not the whole record of a run; {_remedy('')}".replace(" to ", ", after deleting it"))
+    raise ValueError(f"{path}: not the whole record of a run; delete it, and {_remedy('train anew')}")
 
 
 def _current_config() -> dict[str, Any]:
