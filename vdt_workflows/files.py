@@ -102,14 +102,14 @@ def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool
         ValueError: if the folder holds results of other settings.
         FileExistsError: if it holds files of other origin.
     """
-    if alone:
-        hold(folder)
     record = Path(folder) / "settings.json"
     settings = json.loads(json.dumps(settings))
     there = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
     others = [file for file in there if file.name != LOCK and file.suffix != UNFINISHED]  # left by a claim
     if empty and not record.is_file() and others:
         raise FileExistsError(f"output_dir {folder} has files that are not from this script; name a new folder")
+    if alone:
+        hold(folder)
     kept = json.loads(record.read_text()) if record.is_file() else settings
     differ = [f"{k} {kept.get(k)!r}, not {settings.get(k)!r}" for k in settings if kept.get(k) != settings.get(k)]
     if differ:

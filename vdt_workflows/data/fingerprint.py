@@ -33,7 +33,7 @@ def describe_data(items: Sequence[Mapping[str, Any]], known: Description | None 
         Plain values, for JSON and `find_differences`.
     """
     paths = sorted({path for item in items for key in FILES if isinstance(path := item.get(key), str)})
-    top = os.path.dirname(os.path.commonprefix([paths[0], paths[-1]])) if paths else ""
+    top = os.path.commonpath([os.path.dirname(path) for path in (paths[0], paths[-1])]) if paths else ""
     listed = hashlib.sha256()
     for item in items:
         plain = {k: v[len(top) :] if k in FILES and isinstance(v, str) else v for k, v in item.items()}
