@@ -139,7 +139,7 @@ def test_a_run_killed_twice_at_random_moments_ends_with_the_same_weights(images,
     assert same_weights(tmp_path / "whole" / "models", models)
 
 
-def test_properties_are_all_there(bundle, data, volumes, trained):
+def test_properties_are_all_there(bundle, data, volumes, trained, tmp_path):
     folder = trained(bundle)
     searched = volumes / "images" if bundle.name == "deeplesion_lesion_detection" else data
     for names, kind in ((BASE, "train"), (["inference"], "inference")):
@@ -152,7 +152,7 @@ def test_properties_are_all_there(bundle, data, volumes, trained):
             bundle_root=str(bundle),
             dataset_dir=str(data if kind == "train" else searched),
             **settings,
-            **places(bundle, folder, names),
+            **places(bundle, tmp_path, names),
         )
         workflow.initialize()
         assert workflow.check_properties() == []
