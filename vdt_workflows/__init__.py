@@ -9,6 +9,7 @@ from typing import Any
 
 _NAMES = {
     "locks": ["hold", "leave_folders"],
+    "naming": ["name_result"],
     "overrides": ["check_command_line"],
     "data.cache": ["SeededCacheDataset"],
     "data.images": ["collate_images", "find_images", "list_images"],
