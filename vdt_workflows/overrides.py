@@ -150,7 +150,7 @@ def _check(argv: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"{name}: no such setting in {', '.join(map(str, files))}{'; ' if near else ', '}{hint}")
         if id in (*TEXTS, *NAMES):
             value = texts[id] = _keep_text(id, value, argv if id in given else None, parser)
-        elif isinstance(value, str) and value.lower() in ("true", "false"):
+        elif isinstance(value, str) and value.lower() in ("true", "false") and id != "overwrite":  # which takes words
             raise ValueError(f"--{id} {value}: MONAI takes this for a word, which counts as true; give True or False")
         if value is None and (id not in parser or parser[id] is not None):
             raise ValueError(
