@@ -1,7 +1,5 @@
 """What each bundle's folder holds and its configs say; a new folder in bundles/ is tested by being there."""
 
-from __future__ import annotations
-
 import re
 
 import monai.bundle

@@ -1,7 +1,5 @@
 """What README and docs/ say in code is run, and what they say as commands is resolved against scripts and configs."""
 
-from __future__ import annotations
-
 import ast
 import csv
 import re

@@ -1,7 +1,5 @@
 """Experiment tracking by MONAI's own knob, which the check of the command line must let through."""
 
-from __future__ import annotations
-
 import csv
 import os
 import sqlite3
