@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 
+from vdt_workflows.errors import not_written
+from vdt_workflows.locks import LOCK, hold
+
+UNFINISHED = ".part"  # how names of files end that are being written
+
 SYSTEM = {  # names, in small letters, that Synology, QNAP, NetApp, Linux, macOS and Windows give their own files
     *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found"),
     *("__macosx", ".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
@@ -51,13 +56,14 @@ def has_mark(path: str | os.PathLike, mark: Any) -> bool:
         return False
 
 
-def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = True) -> None:
+def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = True, mode: int = 0o666) -> None:
     """Write a file whole or not at all: to a temporary file in its folder, flushed to the disk, then renamed.
 
     Args:
         path: the file; its folder is made if need be.
         content: all of it.
         durable: False leaves the flushing to the caller, who writes many small files and flushes once.
+        mode: who may read and write it, of which the user's umask takes away.
 
     Raises:
         OSError: naming the file, if the folder cannot be written to or the disk is full; the file that was there before
@@ -67,42 +73,44 @@ def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = Tru
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=UNFINISHED, delete=False) as file:
             temporary = file.name
             file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode & ~_umask())
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise OSError(
-            error.errno, f"{path}: could not be written ({error.strerror}); free space or choose a folder you may write"
-        ) from error
+        raise not_written(path, error) from error
     finally:
         if temporary is not None:  # also where the user interrupts
             Path(temporary).unlink(missing_ok=True)
 
 
-def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False) -> None:
+def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False, alone: bool = True) -> None:
     """Keep a folder's results together with what they were made with, in its `settings.json`.
 
     Args:
         folder: the folder, which is made if need be.
         settings: plain values that make the results what they are.
         empty: refuse a folder that has files but no such record, since they are someone else's.
+        alone: `hold` the folder too.
 
     Raises:
+        BlockingIOError: if another process holds the folder.
         ValueError: if the folder holds results of other settings.
         FileExistsError: if it holds files of other origin.
     """
     record = Path(folder) / "settings.json"
     settings = json.loads(json.dumps(settings))
     there = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
-    others = [file for file in there if not file.name.startswith(f".{record.name}.")]  # a claim that was killed
+    others = [file for file in there if file.name != LOCK and file.suffix != UNFINISHED]  # left by a claim
     if empty and not record.is_file() and others:
         raise FileExistsError(f"output_dir {folder} has files that are not from this script; name a new folder")
+    if alone:
+        hold(folder)
     kept = json.loads(record.read_text()) if record.is_file() else settings
     differ = [f"{k} {kept.get(k)!r}, not {settings.get(k)!r}" for k in settings if kept.get(k) != settings.get(k)]
     if differ:
@@ -136,8 +144,8 @@ def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | No
 
 def remove_unfinished(*folders: Path) -> None:
     """Remove the hidden files that a killed `write_atomic` leaves behind."""
-    for unfinished in (file for folder in folders for file in folder.glob(".*.*") if file.is_file()):
-        unfinished.unlink()
+    for unfinished in (file for folder in folders for file in folder.glob(f".*{UNFINISHED}")):
+        unfinished.unlink(missing_ok=True)
 
 
 def _umask() -> int:
