@@ -26,7 +26,7 @@ from monai.bundle import ConfigParser
 
 from vdt_workflows.files import hash_file, write_atomic
 from vdt_workflows.locator import find_bundles
-from vdt_workflows.training.checkpoints import load_weights, read_provenance
+from vdt_workflows.training.checkpoints import check_settings, load_weights, read_provenance
 
 ROOT = Path(__file__).resolve().parents[2]  # of the packages
 # what a zip leaves out of vdt_workflows: no bundle reaches it
@@ -94,7 +94,9 @@ def package_bundle(
     settings: dict[str, Any] = {}
     files = dict(collect_code())
     if weights:
-        settings, record = read_run(Path(run) if run else Path(weights).parent / "run.json")
+        run_file = Path(run) if run else Path(weights).parent / "run.json"
+        settings, record = read_run(run_file)
+        check_settings(run_file, weights)
         refuse_others(weights, record)
         load_weights(ConfigParser({**defaults, **settings}).get_parsed_content("network_def"), weights)  # if they fit
         files["models/run.json"] = to_json(settings)
