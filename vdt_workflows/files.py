@@ -42,6 +42,14 @@ def mark_of(path: str | os.PathLike) -> dict[str, Any]:
     return {"stamp": stamp_of(path), "sha256": hash_file(path)}
 
 
+def read_mark(record: Path) -> Any:
+    """Read a mark that was kept as JSON; None if there is none, or a damaged one."""
+    try:
+        return json.loads(record.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def has_mark(path: str | os.PathLike, mark: Any) -> bool:
     """Whether a file has the content that it had for `mark_of`; it is read only if it was touched since."""
     try:
