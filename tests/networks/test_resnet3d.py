@@ -197,7 +197,7 @@ def test_shortcut_a_has_no_weights_and_b_has_four(depth):
 
 @pytest.mark.parametrize(("depth", "last"), [(18, "bn2"), (50, "bn3")])
 def test_zero_init_residual_makes_every_block_start_as_its_shortcut(depth, last):
-    network = narrow(depth)
+    network = narrow(depth, zero_init_residual=True)
     blocks = [m for m in network.modules() if isinstance(m, BasicBlock | Bottleneck)]
     assert len(blocks) == {18: 8, 50: 16}[depth]
     for block in blocks:
@@ -208,7 +208,7 @@ def test_zero_init_residual_makes_every_block_start_as_its_shortcut(depth, last)
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_without_zero_init_residual_no_block_starts_as_its_shortcut(depth):
-    network = narrow(depth, zero_init_residual=False)
+    network = narrow(depth)
     assert all((m.weight == 1).all() for m in network.modules() if isinstance(m, nn.BatchNorm3d))
     x = torch.rand(2, network.layer1[1].conv1.in_channels, 2, 4, 4)
     assert not torch.allclose(network.layer1[1](x), x)
@@ -217,7 +217,7 @@ def test_without_zero_init_residual_no_block_starts_as_its_shortcut(depth):
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("kind", [ResNet2D, ResNet3D])
 def test_convolutions_start_kaiming_normal_by_fan_out_norms_at_one_and_the_last_of_a_block_at_zero(kind, depth):
-    network = kind(depth, base_channels=16)
+    network = kind(depth, base_channels=16, zero_init_residual=True)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
     assert len(convolutions) == {18: 20, 50: 53}[depth]
     for conv in convolutions:
