@@ -76,24 +76,28 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     tensors = OrderedDict((name, value) for name, value in entries if isinstance(value, Tensor))
     if not tensors:
         raise ValueError(f"{path}: holds no tensors; expected a state dict, bare or under one of {CONTAINERS}")
-    for name, tensor in tensors.items():
-        _check_values(path, name, tensor)
+    check_values(path, tensors)
     tensors._metadata = getattr(content, "_metadata", {})  # type: ignore[attr-defined]  # as torch keeps it
     return tensors
 
 
-def _check_values(path: str | os.PathLike, name: str, tensor: Tensor) -> None:
-    is_variance = name.endswith("running_var")
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    low, high = (value.item() for value in torch.aminmax(tensor.float()))  # NaN if any is
-    most = LARGEST**2 if is_variance else LARGEST
-    if not -most <= low <= high <= most or (is_variance and low < 0):
-        found = "a variance below 0" if is_variance and low < 0 else "no finite numbers of a trained network"
-        raise ValueError(
-            f"{path}: {name} holds values from {low:g} to {high:g}, {found};"
-            " the file is damaged or its training failed, take another one"
-        )
+def check_values(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse values that no trained network has: NaN, infinite, above `LARGEST`, or a negative variance.
+
+    Raises:
+        ValueError: naming the file and the tensor.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        is_variance = name.endswith("running_var")
+        low, high = (value.item() for value in torch.aminmax(tensor.float()))  # NaN if any is
+        most = LARGEST**2 if is_variance else LARGEST
+        if not (0 if is_variance else -most) <= low <= high <= most:
+            raise ValueError(
+                f"{path}: {name} holds values from {low:g} to {high:g}, which no trained network has; the file is"
+                " damaged or its training failed, take another one"
+            )
 
 
 def check_types(path: str | os.PathLike, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

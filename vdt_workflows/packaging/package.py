@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from monai.bundle import ConfigParser
 
-from vdt_workflows.files import hash_file, write_atomic
+from vdt_workflows.files import hash_file, read_json, write_atomic
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.training.checkpoints import check_settings, load_weights, read_provenance
 
@@ -273,12 +273,10 @@ def read_scores(path: Path) -> dict[str, float]:
 
 
 def _read_json(path: Path, meant: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give {meant}")
-    try:
-        return dict(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error}); give {meant}") from error
+    content = read_json(path, meant)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object; give {meant}")
+    return content
 
 
 def list_packages(metadata: Mapping[str, Any]) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from networks import load_pretrained, read_checkpoint
-from networks.checkpoints import check_types, describe_damage, load_whole
+from networks.checkpoints import check_types, check_values, describe_damage, load_whole
 from vdt_workflows.files import save_atomic
 from vdt_workflows.overrides import given_files
 from vdt_workflows.training.processes import is_first_process
@@ -228,11 +228,17 @@ class ResumeRun:
     def _read(self) -> dict[str, Any]:
         try:
             kept = load_whole(self.path)
-            if {"settings", "epoch", "iteration", "objects", "scaler"} <= kept.keys():
+            kept = kept if isinstance(kept, dict) else {}
+            kinds = {"settings": dict, "epoch": int, "iteration": int, "objects": dict, "scaler": dict}
+            if all(isinstance(kept.get(name), kind) for name, kind in kinds.items()):
+                if not 0 < kept["epoch"] <= kept["iteration"]:
+                    raise ValueError(f"epoch {kept['epoch']}, step {kept['iteration']}")
+                for name, state in kept["objects"].items():
+                    check_values(name, {key: value for key, value in state.items() if isinstance(value, Tensor)})
                 return kept
             reason = "not written by ResumeRun"
         except Exception as error:  # a damaged pickle may raise anything
-            reason = describe_damage(error)
+            reason = str(error) if isinstance(error, ValueError) else describe_damage(error)
         raise ValueError(f"{self.path}: not a whole state of a run ({reason}); delete it to start afresh")
 
     def save(self, engine: Engine) -> None:

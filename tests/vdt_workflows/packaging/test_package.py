@@ -225,7 +225,7 @@ def test_weights_need_the_record_of_their_run_and_must_fit_it(weights, tmp_path)
     wrong = {
         other: r"run\.json: contradicts .*model\.pt, .* \(base_channels 8, not 4\)",
         "{}": "not the record of a run",
-        "cut": "not a JSON object",
+        "cut": "no whole JSON",
         "3": "not a JSON object",
     }
     for text, sentence in wrong.items():

@@ -177,6 +177,22 @@ def test_a_run_json_that_contradicts_its_checkpoint_is_refused(tmp_path, monkeyp
         load_at_the_start(network, str(model))
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"epoch": 0}, "epoch 0, step 2"),
+        ({"epoch": 3}, "epoch 3, step 2"),
+        ({"iteration": "2"}, "not written by ResumeRun"),
+        ({"objects": {"network": {"a.weight": torch.full((2,), float("nan"))}}}, "network: a.weight holds values"),
+    ],
+)
+def test_a_state_of_a_run_with_values_that_cannot_be_is_refused(tmp_path, change, reason):
+    state = {"settings": {}, "epoch": 1, "iteration": 2, "objects": {}, "scaler": {}} | change
+    torch.save(state, tmp_path / "resume.pt")
+    with pytest.raises(ValueError, match=rf"resume\.pt: not a whole state of a run \({reason}.*; delete it to start"):
+        ResumeRun(str(tmp_path / "resume.pt"), {}, {}).load(None)
+
+
 def test_a_missing_or_damaged_file_is_refused_with_a_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint file"):
         load_weights(classifier(), tmp_path / "none.pt")
