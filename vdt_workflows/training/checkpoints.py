@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from networks import load_pretrained, read_checkpoint
 from networks.checkpoints import check_types, check_values, describe_damage, load_whole
 from vdt_workflows.files import save_atomic
+from vdt_workflows.naming import plain
 from vdt_workflows.overrides import given_files
 from vdt_workflows.training.processes import is_first_process
-from vdt_workflows.training.runs import _literal
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ def check_settings(record: Path, weights: str | os.PathLike) -> None:
     if not record.is_file():
         return
     try:
-        settings = json.loads(record.read_bytes())
-        own = json.loads(json.dumps(_literal(read_provenance(weights)), default=str))
+        settings = plain(json.loads(record.read_bytes()))
+        own = json.loads(json.dumps(read_provenance(weights), default=str))
         differ = [f"{k} {settings[k]!r}, not {v!r}" for k, v in own.items() if settings.get(k, v) != v]
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{record}: no settings of a run ({error}); give the run.json that training wrote") from error
