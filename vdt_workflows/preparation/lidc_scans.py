@@ -45,6 +45,7 @@ from vdt_workflows.files import (
     write_json,
     write_record,
 )
+from vdt_workflows.locks import leaving
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.lidc import Annotation, Annotations, consensus, read_annotations
 from vdt_workflows.preparation.nodule_cubes import Nodule, cube_affine, cut_image, cut_masks, find_nodules
@@ -68,6 +69,7 @@ class Scan:
     annotations: list[Annotation]
 
 
+@leaving
 def prepare_lidc(
     dicom_dir: str,
     output_dir: str,

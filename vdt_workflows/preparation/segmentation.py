@@ -24,6 +24,7 @@ from typing import Any
 from vdt_workflows.data.volumes import draw, list_cases
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, read_json, write_atomic, write_json
+from vdt_workflows.locks import leaving
 from vdt_workflows.naming import tell_apart
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
 from vdt_workflows.preparation.public_sets import (
@@ -63,6 +64,7 @@ class Plan:
     missing: dict[str, str] = field(default_factory=dict)  # sentences by case
 
 
+@leaving
 def prepare_segmentation(
     data: str | Sequence[str],
     output_dir: str,
