@@ -85,6 +85,43 @@ def test_a_misspelt_option_is_refused_before_anything_runs(capsys, word, near):
     assert capsys.readouterr().out == ""
 
 
+TEXTS = (
+    "2024_01",
+    "1.20",
+    "mine#2",
+    "@x",
+    "2024",
+    "true",
+    "[a]",
+    "{b}",
+    "%x",
+    "$x",
+    "a b",
+    "None",
+    "'x'",
+    "Größe",
+    "1e3",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_are_handed_over_as_they_are(capsys, text, tmp_path, monkeypatch):
+    def take(one: str, several: str | list[str], *rest: str, named: str | None = None):
+        return [one, several, named, *rest]
+
+    take.__annotations__ = {"one": "str", "several": "str | Sequence[str]", "rest": "str", "named": "str | None"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / text).touch()
+    run_function(take, [text, text, text, text, f"--named={text}"])
+    assert json.loads(capsys.readouterr().out) == [text] * 5
+    run_function(take, ["x", "['a', 'b#c']"])
+    assert json.loads(capsys.readouterr().out)[1] == ["a", "b#c"]
+    with pytest.raises(SystemExit, match=r"202401 is no text; quote each, as"):
+        run_function(take, ["x", "[2024_01, b]"])
+    with pytest.raises(SystemExit, match=r"--named: needs a value; one that begins with - is written --named=-x$"):
+        run_function(take, ["x", "y", "--named"])
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
