@@ -115,6 +115,15 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], tuple]:
     return given, settings, ensure_tuple(settings["config_file"])
 
 
+def given_files() -> list[Path]:
+    """JSON files that `python -m monai.bundle run` was given as `--args_file`, if this process is one."""
+    try:
+        given = _read(sys.argv[1:])[0].get("args_file") if _is_bundle_process() else None
+    except Exception:  # what is wrong with it was said before
+        given = None
+    return [Path(given)] if isinstance(given, str) and given.endswith(".json") else []
+
+
 def _is_bundle_process() -> bool:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return getattr(spec, "name", None) == "monai.bundle.__main__" and Path(sys.argv[0]).parts[-3:] == _MODULE
