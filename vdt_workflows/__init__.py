@@ -33,6 +33,7 @@ _NAMES = {
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],
     "training.ownership": ["RunFolders"],
     "evaluation.classification": ["ReportNodules", "SaveMalignancy"],
+    "evaluation.cubes": ["CubeInferer"],
     "evaluation.detection_report": ["DetectionReport", "DetectionScores"],
     "evaluation.dicom_seg": ["SaveDicomSegd", "writes_dicom"],
     "evaluation.inference": ["SlabInferer"],

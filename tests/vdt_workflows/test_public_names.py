@@ -10,8 +10,9 @@ import pytest
 
 PUBLIC = {
     "networks": """
-        P3D DepthFirst FlatConv3d GenesisUNet3D LesionDetector LoadReport NoduleFCN ResNet2D ResNet2DClassifier
-        ResNet3D ResNet3DClassifier ResUNet3D VolumeLesionDetector constrain convert describe_encoder expand
+        P3D P3DClassifier DepthFirst FlatConv3d GenesisUNet3D LesionDetector LoadReport NoduleFCN ResNet2D
+        ResNet2DClassifier ResNet3D
+        ResNet3DClassifier ResUNet3D VolumeLesionDetector constrain convert describe_encoder expand
         load_pretrained read_checkpoint
     """,
     "vdt_transforms": """
@@ -26,7 +27,7 @@ PUBLIC = {
         VolumeReader VolumeToImage
     """,
     "vdt_workflows": """
-        Attach AverageWeights CaseScores ClipGradients DeepSupervision DetectionReport DetectionScores
+        Attach AverageWeights CaseScores ClipGradients CubeInferer DeepSupervision DetectionReport DetectionScores
         LoadWeights RememberRun ReportNodules ResumeRun RunFolders RunLog SaveDicomSegd SaveLesions
         SaveMalignancy SavePredictions SaveScores SaveSplit SaveWeights SeedEpochs SeededCacheDataset
         SeededDataset SeededSampler SkippedImages SlabInferer StepSchedule ValidateEpochs add_losses
