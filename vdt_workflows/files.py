@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 
+SYSTEM = {  # names, in small letters, that Synology, QNAP, NetApp, Linux, macOS and Windows give their own files
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found"),
+    *("__macosx", ".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+}
+
 
 def hash_file(path: str | os.PathLike) -> str:
     """Give the SHA-256 of a file, which is not held in memory as a whole."""
@@ -190,6 +195,17 @@ def read_lines(path: Path) -> tuple[list[str], list[list[str]]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file of text ({error})") from error
     return (lines[0], lines[1:]) if lines else ([], [])
+
+
+def kind_of_system(name: str) -> str | None:
+    """Say what a file or folder of a file system or a server's is, such as `@eaDir`; None for anything else.
+
+    Such ones hold thumbnails, deleted files or notes of the system beside the data, under the data's names and
+    extensions. Hidden files count as such.
+    """
+    if name.lower() in SYSTEM:
+        return name
+    return "._*" if name.startswith("._") else ".*" if name.startswith(".") else None
 
 
 def few(names: Sequence[str], most: int = 5) -> str:

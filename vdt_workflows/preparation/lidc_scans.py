@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from vdt_transforms.dicom_series import DicomFolder, DicomSeries, find_series
+from vdt_transforms.geometry import to_nifti
 from vdt_workflows.data.nodule_tables import COLUMNS, RATINGS
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, read_record, remove_unfinished, write_atomic, write_csv, write_json, write_record
@@ -38,7 +39,6 @@ from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.lidc import Annotation, Annotations, consensus, read_annotations
 from vdt_workflows.preparation.nodule_cubes import Nodule, cube_affine, cut_image, cut_masks, find_nodules
 from vdt_workflows.preparation.nodule_sheets import draw_sheets, take_views
-from vdt_workflows.preparation.volumes import to_nifti
 
 logger = logging.getLogger(__name__)
 
