@@ -38,7 +38,7 @@ class ResNet2D(nn.Sequential):
         in_channels: int = 3,
         base_channels: int = 64,
         norm: str = "batch",
-        zero_init_residual: bool = True,
+        zero_init_residual: bool = False,
     ) -> None:
         from torchvision.models.resnet import BasicBlock, Bottleneck  # here, as its import is slow
 

@@ -56,13 +56,16 @@ class Decoder(nn.Module):
 class SegmentationHead(nn.Module):
     """Two narrow convolutions, channel dropout, and a 1 x 1 x 1 classifier."""
 
-    def __init__(self, in_channels: int, num_classes: int, width: int, dropout: float, norm: str) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, width: int, dropout: float, norm: str, head_std: float | None
+    ) -> None:
         super().__init__()
         self.convs = nn.Sequential(conv_norm_relu(in_channels, width, 3, norm), conv_norm_relu(width, width, 3, norm))
         self.dropout = nn.Dropout3d(dropout)
         self.conv_seg = nn.Conv3d(width, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]  # there is a bias
+        if head_std is not None:
+            nn.init.normal_(self.conv_seg.weight, std=head_std)
+            nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]  # there is a bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> logits (N, num_classes, D, H, W)."""
@@ -85,6 +88,8 @@ class ResUNet3D(nn.Module):
         dropout: probability of dropping a channel before the last convolution.
         norm: "batch", "group" or "instance", for every norm of encoder, decoder and head.
         stem: "unet" (published) or "strided" (half the resolution; logits are interpolated to the input's size).
+        head_std: the last convolution starts with this standard deviation and without bias, 0.01 as published; None is
+            PyTorch's default start, from which the network leaves the background within tens of steps, not hundreds.
         depth_stride: False keeps the number of slices through the whole network, for thin stacks.
         encoder: every further argument goes to `ResNet3D` (`base_channels`, `in_channels`, `checkpointing`, ...).
 
@@ -101,6 +106,7 @@ class ResUNet3D(nn.Module):
         dropout: float = 0.1,
         norm: str = "batch",
         stem: str = "unet",
+        head_std: float | None = None,
         depth_stride: bool = True,
         **encoder: Any,
     ) -> None:
@@ -116,7 +122,9 @@ class ResUNet3D(nn.Module):
             **encoder,
         )
         self.neck = Decoder(self.backbone.channels, norm)
-        self.decode_head = SegmentationHead(self.backbone.channels[0], num_classes, head_channels, dropout, norm)
+        self.decode_head = SegmentationHead(
+            self.backbone.channels[0], num_classes, head_channels, dropout, norm, head_std
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> logits (N, num_classes, D, H, W)."""

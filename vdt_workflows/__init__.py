@@ -18,6 +18,7 @@ _NAMES = {
     "data.volumes": ["find_volumes", "list_scans", "list_volumes"],
     "training.checkpoints": ["LoadWeights", "ResumeRun", "SaveWeights"],
     "training.initialisation": ["initialise"],
+    "training.losses": ["class_weights"],
     "training.optimisation": ["ClipGradients", "StepSchedule", "ValidateEpochs", "polynomial_rate", "warm_up"],
     "training.processes": ["join_processes", "leave_processes", "pick_device", "place", "share_out"],
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],

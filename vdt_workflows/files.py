@@ -31,6 +31,26 @@ def hash_file(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def stamp_of(path: str | os.PathLike) -> list[int]:
+    """Size and times of the last change of a file's content and of itself (which nobody can set back), in ns."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def mark_of(path: str | os.PathLike) -> dict[str, Any]:
+    """Give what `has_mark` compares: the stamp of a file and its hash."""
+    return {"stamp": stamp_of(path), "sha256": hash_file(path)}
+
+
+def has_mark(path: str | os.PathLike, mark: Any) -> bool:
+    """Whether a file has the content that it had for `mark_of`; it is read only if it was touched since."""
+    try:
+        stamp = stamp_of(path)
+        return stamp == mark["stamp"] or (stamp[0] == mark["stamp"][0] and hash_file(path) == mark["sha256"])
+    except (OSError, TypeError, KeyError, IndexError):  # not there, or no mark
+        return False
+
+
 def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = True) -> None:
     """Write a file whole or not at all: to a temporary file in its folder, flushed to the disk, then renamed.
 
@@ -100,17 +120,16 @@ def write_record(record: Path, root: Path, files: Sequence[str], made_from: Any,
         made_from: plain values that make the files what they are.
         content: what else to keep.
     """
-    sizes = {name: (root / name).stat().st_size for name in files}
-    write_json(record, {**content, "made_from": made_from, "sizes": sizes})
+    write_json(record, {**content, "made_from": made_from, "files": {name: mark_of(root / name) for name in files}})
 
 
 def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | None:
-    """Read what `write_record` kept; None if there is no record, of the same origin, or a file has another size."""
+    """Read what `write_record` kept; None if there is no record of the same origin, or a file has changed."""
     try:
         content = json.loads(record.read_bytes())
-        sizes = {name: (root / name).stat().st_size for name in content["sizes"]}
-        same = content["made_from"] == json.loads(json.dumps(made_from)) and content["sizes"] == sizes
-    except (OSError, ValueError, KeyError, TypeError):
+        same = content["made_from"] == json.loads(json.dumps(made_from))
+        same = same and all(has_mark(root / name, mark) for name, mark in content["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return content if same else None
 

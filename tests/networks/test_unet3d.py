@@ -98,10 +98,29 @@ def test_dropout_drops_whole_channels_while_training_only():
     assert torch.equal(same, again)
 
 
-def test_logits_start_small_around_zero():
-    head = narrow(num_classes=14).decode_head
-    assert not head.conv_seg.bias.any()
-    assert head.conv_seg.weight.std().item() == pytest.approx(0.01, rel=0.25)
+def test_the_published_head_starts_small_around_zero_and_ours_as_pytorch_starts_a_convolution():
+    published = narrow(num_classes=14, head_std=0.01).decode_head.conv_seg
+    assert not published.bias.any()
+    assert published.weight.std().item() == pytest.approx(0.01, rel=0.25)
+    ours = narrow(num_classes=14).decode_head.conv_seg
+    assert 0.9 * 16**-0.5 < ours.weight.abs().max() <= 16**-0.5  # uniform, by the number of inputs
+    assert ours.bias.any()
+
+
+def test_a_network_from_scratch_tells_a_bright_block_from_its_surroundings_within_thirty_steps():
+    torch.manual_seed(0)
+    label = torch.zeros(2, 16, 32, 32, dtype=torch.long)
+    label[0, 5:10, 8:16, 8:16] = 1
+    label[1, 4:9, 14:24, 6:12] = 1
+    image = label[:, None] + 0.3 * torch.randn(2, 1, 16, 32, 32)
+    network = narrow(num_classes=2, dropout=0.0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.003)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(image), label).backward()
+        optimizer.step()
+    found = network(image).argmax(1)
+    assert 2 * (found & label).sum() / (found + label).sum() > 0.8
 
 
 def test_logits_are_not_probabilities():

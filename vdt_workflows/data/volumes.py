@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 from pydicom.misc import is_dicom
 
 from vdt_transforms.dicom_series import list_series
@@ -21,10 +19,17 @@ from vdt_transforms.readers import list_slices
 from vdt_transforms.slice_stacks import read_slice
 from vdt_workflows.data.headers import check_geometry
 from vdt_workflows.data.volume_files import (
-    LeftOut, case_name, check_channels, choose_images, conclude, draw, list_files, part_labels, patient_of,
+    LeftOut,
+    case_name,
+    check_channels,
+    choose_images,
+    conclude,
+    draw,
+    list_files,
+    part_labels,
+    patient_of,
 )
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import few, kind_of_system
 from vdt_workflows.parallel import run_parallel
 
 logger = logging.getLogger(__name__)
@@ -147,9 +152,7 @@ def list_volumes(
         found, faulty = _find_dicom(path, on_error, irregular)
         cases, faults = cases + found, faults | faulty
     if not cases:
-        raise ValueError(
-            f"{path}: no volume file (.nii, .nii.gz, .nrrd, .mha, .mhd) nor DICOM series in or below it"
-        )
+        raise ValueError(f"{path}: no volume file (.nii, .nii.gz, .nrrd, .mha, .mhd) nor DICOM series in or below it")
     usable = [case for case in cases if case["image"] not in faults]
     if not usable:
         raise ValueError(f"{path}: none of its {len(cases)} volumes can be used, see above")
@@ -287,5 +290,3 @@ def _find_pairs(root: Path, folders: tuple[tuple[str, str], ...], left_out: Left
     cases = [{"image": str(file), "label": str(by_name.pop(case_name(file), ""))} for file in images]
     left_out["labels without image"] += map(str, by_name.values())
     return [{key: file for key, file in case.items() if file} for case in cases]
-
-

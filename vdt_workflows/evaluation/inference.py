@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 from tqdm.auto import tqdm
 
 from vdt_workflows.errors import check_choice
+from vdt_workflows.training.losses import class_weights as loss_weights
 
 Flips = Sequence[Sequence[int]]
 
@@ -39,6 +40,8 @@ class SlabInferer(Inferer):
             none. The value is one of the network's input, so that of air after normalisation.
         flips: axes to flip for test-time averages, such as `[[0], [0, 1]]`; the unflipped window always counts.
         swap: pairs of labels that exchange their names when axis 0 (left-right, in RAS) is flipped.
+        class_weights: of the cross-entropy that the network was trained with, if any. Such a network overrates a class
+            as many times as its weight says, so the weight's logarithm is taken from its logits.
         progress: whether to show a bar.
 
     Raises:
@@ -55,6 +58,7 @@ class SlabInferer(Inferer):
         skip_below: float | str = "none",
         flips: Flips = (),
         swap: Sequence[Sequence[int]] = (),
+        class_weights: Sequence[float] | None = None,
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -76,6 +80,8 @@ class SlabInferer(Inferer):
         self.skip_below = None if skip_below == "none" else float(skip_below)
         self.flips = [tuple(axes) for axes in flips]
         self.swap = [tuple(pair) for pair in swap]
+        pull = loss_weights(class_weights)
+        self.pull = None if pull is None else pull.log().view(1, -1, 1, 1, 1)
         self.progress = progress
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -85,7 +91,12 @@ class SlabInferer(Inferer):
         """
 
         def predict(windows: Tensor) -> Tensor:
-            return self._with_flips(windows, lambda x: network(x, *args, **kwargs))
+            logits = self._with_flips(windows, lambda x: network(x, *args, **kwargs))
+            if self.pull is None:
+                return logits
+            if self.pull.numel() != logits.shape[1]:
+                raise ValueError(f"class_weights has {self.pull.numel()} values for a network of {logits.shape[1]}")
+            return logits - self.pull.to(logits)
 
         target = _target_grid(inputs) if self.inversion == "logits" else None
         volumes = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs

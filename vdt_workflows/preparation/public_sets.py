@@ -17,6 +17,7 @@ import numpy as np
 
 from vdt_transforms.geometry import SUFFIX
 from vdt_workflows.data.volume_files import ROLE, draw, patient_of
+from vdt_workflows.files import stamp_of
 
 T = TypeVar("T")
 Lists = dict[str, list[T]]
@@ -126,15 +127,14 @@ class StoredFile:
         return PurePath(self.member or self.path).parent.name
 
     def stamp(self) -> list[int]:
-        """What shows whether the content is still the same: size and time of change, or size and CRC in an archive."""
+        """What shows whether the content is still the same: size and times of change, or size and CRC in an archive."""
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"{self.path}: no such file")
         if self.member:
             with zipfile.ZipFile(self.path) as archive:
                 info = archive.getinfo(self.member)
             return [info.file_size, info.CRC]
-        status = os.stat(self.path)
-        return [status.st_size, status.st_mtime_ns]
+        return stamp_of(self.path)
 
     def open_in(self, folder: Path) -> Path:
         """Path of the file to read from: itself, or a copy that is streamed out of the archive into a new `folder`."""

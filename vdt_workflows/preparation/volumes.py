@@ -128,8 +128,8 @@ def _try_case(folder: Path, rules: CaseRules, on_error: str, case: SourceCase) -
 def prepare_case(case: SourceCase, folder: Path, rules: CaseRules) -> Record:
     """Check one case and put it into `folder`, or find that this was done before.
 
-    A finished case has a record of its sources (size and time of change, or CRC) and of the rules. If either differs,
-    or a file is not as large as it was written, the case is prepared again.
+    A finished case has a record of its sources (size and times of change, or CRC) and of the rules. If either differs,
+    or a file is not as it was written, the case is prepared again.
 
     Returns:
         The record: what was found in the headers and voxels, what was written, and notes for people.

@@ -146,6 +146,20 @@ def test_flips_average_the_logits_of_mirror_images(network):
     assert_same_labels(SlabInferer(**WINDOW, flips=[[1], [0, 2]])(x, network), logits / 3)
 
 
+def test_the_pull_of_class_weights_is_taken_from_the_logits():
+    x = noise(1, 1, 24, 32, 16)
+    odds = torch.sigmoid(x)  # of class 1 against class 0, as it is in the data
+    weights = [0.1, 2]
+
+    def learnt(x):  # what a weighted cross-entropy makes of them
+        return torch.cat([(1 - torch.sigmoid(x)) * weights[0], torch.sigmoid(x) * weights[1]], 1).log()
+
+    assert torch.equal(SlabInferer(**WINDOW, class_weights=weights)(x, learnt), (odds > 0.5).to(torch.uint8))
+    assert SlabInferer(**WINDOW)(x, learnt).sum() > 1.5 * (odds > 0.5).sum()
+    with pytest.raises(ValueError, match="class_weights has 3 values for a network of 2"):
+        SlabInferer(**WINDOW, class_weights=[1, 1, 1])(x, learnt)
+
+
 def test_windows_in_air_are_not_shown_and_are_background():
     seen = []
 
