@@ -185,7 +185,7 @@ class SliceFolderReader(VolumeReader):
         return volume, make_meta(np.diag([*(-step for step in self.spacing), 1.0]), volume.shape)
 
 
-def list_slices(folder: str | Path) -> list[Path]:
+def list_slices(folder: PathLike) -> list[Path]:
     """List the slices of a folder by number, `1.png` or `001.png` and so on; empty if it holds none.
 
     Raises:

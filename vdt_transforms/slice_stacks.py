@@ -137,7 +137,9 @@ class SliceStackReader(Transform):
     def _read_volume(self, path: Path, interval: float | None, key_slice: int | None) -> Tensor:
         kept = self._volume
         if kept is None or kept[0] != str(path):
-            image = LoadImage(ensure_channel_first=True)(path)
+            from vdt_transforms.readers import VolumeReader  # which imports this module
+
+            image = LoadImage(VolumeReader(), ensure_channel_first=True)(path)
             image = Orientation(ORIENTATION, labels=None)(image)
             if image.shape[0] != 1:
                 raise ValueError(f"{path}: has {image.shape[0]} channels; expected a volume of one")

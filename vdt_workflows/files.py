@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -207,10 +208,19 @@ def read_csv(path: Path, columns: Sequence[str], *, others: bool = False) -> lis
 
 
 def read_lines(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Read the heading and the lines of a CSV file, without empty ones."""
+    """Read the heading and the lines of a CSV file, without empty ones.
+
+    Files of Excel are read too: in UTF-16, or with semicolons or tabs, where numbers may have decimal commas.
+    """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
+        content = path.read_bytes()
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        heading = text.lstrip().partition("\n")[0]
+        separator = max(",;\t", key=heading.count)  # the first of equals
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        lines = [line for line in reader if line]
+        if separator != ",":
+            lines = [[re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", value) for value in line] for line in lines]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file of text ({error})") from error
     return (lines[0], lines[1:]) if lines else ([], [])

@@ -75,7 +75,7 @@ def part_labels(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 def check_channels(images: Sequence[Path]) -> None:
     """Refuse cases of several channels, which nnU-Net keeps in a file each."""
-    names = Counter(images)
+    names = {*images}
     for file in images:
         first = file.with_name(CHANNEL.sub("_0000", file.name))
         if first != file and first in names:
@@ -97,4 +97,5 @@ def list_files(folder: Path, left_out: LeftOut) -> list[Path]:
 
 
 def case_name(file: Path) -> str:
+    """Give the name that an image and its label share."""
     return ROLE.sub("", SUFFIX.sub("", file.name)).removesuffix(".seg").removesuffix("_0000")

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydicom.misc import is_dicom
-
 from vdt_transforms.dicom_series import list_series
 from vdt_transforms.geometry import SUFFIX
 from vdt_transforms.readers import list_slices
@@ -81,7 +79,7 @@ def find_volumes(
         cases["training"], cases["validation"] = draw(cases["training"], val_fraction, seed)
     faults = _find_faults([(c, name != "test") for name, group in cases.items() for c in group], on_error, geometry)
     usable = {
-        name: [{k: c[k] for k in ("image", "label") if k in c} for c in group if c["image"] not in faults]
+        name: [{k: v for k, v in c.items() if k != "patient_id"} for c in group if c["image"] not in faults]
         for name, group in cases.items()
     }
     for name in [name for name, group in cases.items() if group and not usable[name]]:
@@ -167,26 +165,17 @@ def list_volumes(
     return usable
 
 
-def list_scans(source: str | os.PathLike) -> list[Case]:
-    """List the CT volumes to search: a file, a folder of NIfTI files, of one DICOM series, or of numbered PNG slices.
+def list_scans(source: str | os.PathLike, *, geometry: str = "refuse") -> list[Case]:
+    """List the CT volumes to search: a folder of PNG slices with their numbers as names, or what `list_volumes` lists.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: if the folder holds nothing of the kind, or a number is missing among its PNG slices.
+        ValueError: if a number is missing among the PNG slices; or as `list_volumes` does.
     """
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a CT volume or a folder of them")
-    if path.is_file():
-        return [{"image": str(path)}]
-    if slices := list_slices(path):
+    if slices := list_slices(source):
         read_slice(slices[0])
-        return [{"image": str(path)}]
-    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    volumes = [file for file in files if SUFFIX.search(file.name)]
-    if not volumes and not any(is_dicom(file) for file in files[:3]):
-        raise ValueError(f"{path}: no volume in it; expected NIfTI files, one DICOM series, or slices such as 001.png")
-    return [{"image": str(file)} for file in volumes or [path]]
+        return [{"image": str(source)}]
+    return list_volumes(source, geometry=geometry)
 
 
 def _find_dicom(path: Path, on_error: str, irregular: str) -> tuple[list[Case], set[str]]:

@@ -16,10 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from monai.transforms import LoadImage
 
+from vdt_transforms.geometry import open_volume, read_voxels
+from vdt_transforms.readers import VolumeReader
 from vdt_workflows.files import read_lines, write_atomic
 from vdt_workflows.report.pages import render, to_base64
 from vdt_workflows.report.viewer import Case, describe_viewer, draw_boxes
@@ -91,16 +92,17 @@ def find_cases(files: dict[str, Path], number: int) -> list[Case]:
     """Load the first volumes of a run that were segmented or searched, with their masks, or boxes drawn as masks."""
     cases: list[Case] = []
     record = _read_json(files.get("inference.json"))
-    load = LoadImage(reader="vdt_transforms.VolumeReader", image_only=True)
+    geometry = record.get("geometry", "refuse")
+    load = LoadImage(VolumeReader(geometry=geometry))
     for source in record.get("volumes", []):
         mask = files.get(f"{_bare(source)}_seg.nii.gz")
         if len(cases) < number and mask is not None and Path(source).exists():
             names = record.get("label_names", [])
-            labels = nib.load(mask)
+            labels = open_volume(mask, geometry)
             image = load(source)
             if not np.allclose(image.affine.numpy(), labels.affine, atol=1e-3):
                 raise ValueError(f"{mask}: lies on another grid than {source}; run the inference again")
-            cases.append(Case(_bare(source), image.numpy(), np.asarray(labels.dataobj), labels.affine, names))
+            cases.append(Case(_bare(source), image.numpy(), read_voxels(labels), labels.affine, names))
     for name, path in files.items():
         if name.endswith("_lesions.json") and len(cases) < number:
             found = _read_json(path)
