@@ -59,15 +59,15 @@ def open_volume(path: str | os.PathLike, geometry: str = "refuse", *, placed: bo
         raise FileNotFoundError(f"{path}: no such file")
     if path.lower().endswith((".nrrd", ".nhdr", ".mha", ".mhd")):
         image = _open_itk(path)
-        affine = image.affine
-    else:
-        image, stored = _open_nifti(path)
-        affine = image.affine if not placed else _choose_affine(path, stored, image.shape[:3], geometry)
-        forms = {name: np.ravel(stored[name]).astype(np.float64) for name in FIELDS}
-        image = type(image)(image.dataobj, affine, image.header, extra={"forms": forms}, file_map=image.file_map)
+        _check_grid(path, image.affine, image.shape[:3], geometry)
+        return image
+    image, stored = _open_nifti(path)
+    forms = {name: np.ravel(stored[name]).astype(np.float64) for name in FIELDS}
+    affine = image.affine
     if placed:
+        affine = _choose_affine(path, stored, image.shape[:3], geometry)
         _check_grid(path, affine, image.shape[:3], geometry)
-    return image
+    return type(image)(image.dataobj, affine, image.header, extra={"forms": forms}, file_map=image.file_map)
 
 
 def voxel_size(image: SpatialImage) -> tuple[float, ...]:

@@ -87,13 +87,13 @@ class VolumeReader(SeriesReader):
         return all(SUFFIX.search(name) or os.path.isdir(name) for name in names)
 
     def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Read one folder (X, Y, Z), or files, several as channels at the end, with the metadata of the first."""
+        """Read one folder or file (X, Y, Z), or several files as channels (C, X, Y, Z), with the first's metadata."""
         if len(img) == 1 and os.path.isdir(img[0]):
             return super().get_data(img)
         volumes, metas = zip(*(self._read_file(path) for path in img), strict=True)
         if len(img) == 1:
             return volumes[0], metas[0]
-        return np.stack(volumes, -1), {**metas[0], "original_channel_dim": -1}
+        return np.stack(volumes), {**metas[0], "original_channel_dim": 0}
 
     def _read_file(self, path: str) -> tuple[np.ndarray, dict[str, Any]]:
         image = open_volume(path, self.geometry)

@@ -191,8 +191,8 @@ def list_nodules(
     crops = [path] if path.is_file() else next((c for folder in folders if (c := _crops(folder, left_out))), [])
     if not crops:
         raise FileNotFoundError(
-            f"{path}: no crop (.nii.gz, .nii, .nrrd, .mha, .npz) in it; for the DICOM folder of a scan give positions, the"
-            " CSV or mask of its nodules"
+            f"{path}: no crop (.nii.gz, .nii, .nrrd, .mha, .npz) in it; if it is a scan's DICOM folder, give"
+            " positions, the CSV or mask of its nodules"
         )
     for crop in crops:
         _refuse_scan(crop, geometry)

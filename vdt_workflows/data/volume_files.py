@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from pydicom.misc import is_dicom
 
 from vdt_transforms.geometry import SUFFIX
 from vdt_workflows.files import few, kind_of_system
@@ -21,6 +22,7 @@ LeftOut = dict[str, list[str]]  # names by the reason
 ROLE = re.compile(r"^(images?|img|volume|labels?|segmentation|seg|mask)(?=[-_.\d])[-_.]?", re.IGNORECASE)
 LABEL = re.compile(r"(label|seg|mask)", re.IGNORECASE)
 PATIENT = re.compile(r"(sub-[a-z0-9]+|patient[-_]?\d+)", re.IGNORECASE)  # at the start of names: BIDS, ACDC
+BESIDE = (".raw", ".zraw", ".dcm")
 CHANNEL = re.compile(r"_000[1-9](?=\.)")  # nnU-Net's second channel and so on
 
 
@@ -86,13 +88,16 @@ def check_channels(images: Sequence[Path]) -> None:
 
 
 def list_files(folder: Path, left_out: LeftOut) -> list[Path]:
-    """List the volume files in a folder, and name the files that are none."""
-    found = []
+    """List the volume files in a folder, and name the others in it, but for DICOM and the data of detached headers."""
+    found, others = [], []
     for file in sorted(folder.iterdir()):
         if kind_of_system(file.name):
             left_out["files of the system"].append(str(file))
         elif SUFFIX.search(file.name) and not file.is_dir():
             found.append(file)
+        elif file.is_file() and not (file.suffix.lower() in BESIDE or file.name == "dataset.json" or is_dicom(file)):
+            others.append(str(file))
+    left_out["other files"] += others if found else []
     return found
 
 

@@ -26,7 +26,7 @@ def table(path, text):
     ("text", "expected"),
     [
         ("x_mm,y_mm,z_mm\n1,2.5,-3\n", [{"nodule_id": "1", "position": [1, 2.5, -3]}]),
-        ("seriesuid,coordX,coordY,coordZ\nu,1,2,3\n", [{"nodule_id": "1", "position": [-1, -2, 3]}]),
+        ("seriesuid,coordX,coordY,coordZ\nct,1,2,3\n", [{"nodule_id": "1", "position": [-1, -2, 3]}]),
         ("column,row,slice\n4,5.5,6\n", [{"nodule_id": "1", "voxel": [4, 5.5, 6]}]),
         ("id,slice,row,column,note\nn7,6,5,4,x\n", [{"nodule_id": "n7", "voxel": [4, 5, 6]}]),
         ("nodule_id,column,row,slice,x_mm,y_mm,z_mm\na,4,5,6,1,2,3\n", [{"nodule_id": "a", "position": [1, 2, 3]}]),
@@ -64,7 +64,7 @@ def test_crops_need_no_positions(tmp_path):
         ("x,y,z\n1,2,3\n", r"columns are x, y, z; expected x_mm, y_mm, z_mm \(RAS\), coordX, .* or column, row, slice"),
         ("", "lists no nodules"),
         ("x_mm,y_mm,z_mm\n", "lists no nodules"),
-        (b"\xff\xfe\x00\x01", "not a CSV file of text"),
+        (b"\xff\xfe\x00", "not a CSV file of text"),
         ("x_mm,y_mm,z_mm\n1,2\n", "line 2: 2 values for 3 columns"),
         ("x_mm,y_mm,z_mm\n1,2,3\n1,here,3\n", "line 3: y_mm is 'here'; expected a number"),
         ("x_mm,y_mm,z_mm\n1,nan,3\n", "line 2: y_mm is 'nan'"),
