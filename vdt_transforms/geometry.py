@@ -38,9 +38,10 @@ def open_volume(path: str | os.PathLike, geometry: str = "refuse", *, placed: bo
 
     Args:
         path: the file; what it is, is told by the end of its name, in capitals or not.
-        geometry: what says where the voxels of a NIfTI file lie. "sform" or "qform" takes that form, whatever its code;
-            "refuse" takes the sform where its code is above 0, else the qform, and refuses a file that has neither, or
-            in which sform, qform and pixdim disagree by more than rounding explains.
+        geometry: what says where the voxels of a NIfTI file lie. "refuse" takes the sform where its code is above 0,
+            else the qform, and refuses a file in which both codes are 0, or in which sform, qform and pixdim disagree
+            by more than rounding explains. "sform" or "qform" takes that form where its code is above 0, or where both
+            are 0; and is else as "refuse".
         placed: False leaves out what says where voxels lie, of a file that is given another affine anyway.
 
     Returns:
@@ -59,14 +60,14 @@ def open_volume(path: str | os.PathLike, geometry: str = "refuse", *, placed: bo
         raise FileNotFoundError(f"{path}: no such file")
     if path.lower().endswith((".nrrd", ".nhdr", ".mha", ".mhd")):
         image = _open_itk(path)
-        _check_grid(path, image.affine, image.shape[:3], geometry)
+        _check_grid(path, image.affine, image.shape[:3])
         return image
     image, stored = _open_nifti(path)
     forms = {name: np.ravel(stored[name]).astype(np.float64) for name in FIELDS}
     affine = image.affine
     if placed:
         affine = _choose_affine(path, stored, image.shape[:3], geometry)
-        _check_grid(path, affine, image.shape[:3], geometry)
+        _check_grid(path, affine, image.shape[:3])
     return type(image)(image.dataobj, affine, image.header, extra={"forms": forms}, file_map=image.file_map)
 
 
@@ -121,9 +122,12 @@ def to_nifti(
     image.set_sform(affine, 1)
     image.set_qform(affine, 1)
     image.header.set_xyzt_units("mm")
+    content = bytearray(image.to_bytes())  # which makes the header fit the affine
+    header = nib.Nifti1Header(bytes(content[:348]), check=False)
     for name, values in (forms or {}).items():
-        image.header[name] = np.reshape(np.asarray(values), image.header[name].shape)
-    return gzip.compress(image.to_bytes(), level, mtime=0)
+        header[name] = np.reshape(np.asarray(values), header[name].shape)
+    content[:348] = header.binaryblock
+    return gzip.compress(content, level, mtime=0)
 
 
 # Opening -------------------------------------------------------------------------------------------------------------
@@ -251,7 +255,7 @@ def _choose_affine(path: str, header: Any, shape: tuple[int, ...], geometry: str
     except (HeaderDataError, ValueError) as error:
         qform, fault = np.full((4, 4), np.nan), f" ({error})"
     known = {"sform": header["sform_code"] > 0, "qform": header["qform_code"] > 0}
-    if geometry != "refuse":
+    if known.get(geometry) or (geometry != "refuse" and not any(known.values())):
         return sform if geometry == "sform" else qform
     if not any(known.values()):
         raise ValueError(
@@ -286,7 +290,7 @@ def _qform(header: Any) -> np.ndarray:
     return fixed.get_qform()
 
 
-def _check_grid(path: str, affine: np.ndarray, shape: tuple[int, ...], geometry: str) -> None:
+def _check_grid(path: str, affine: np.ndarray, shape: tuple[int, ...]) -> None:
     """Raise ValueError, naming the file, if an affine gives no voxel size or no three directions at right angles."""
     size = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and SIZES[0] <= min(size) and max(size) <= SIZES[1]):
@@ -299,5 +303,4 @@ def _check_grid(path: str, affine: np.ndarray, shape: tuple[int, ...], geometry:
     aside = (upright - np.diag(np.diag(upright))) * shape / np.diag(upright)[:, None]
     if aside.max() > 0.25:  # voxels, at the far end
         angle = np.degrees(np.arcsin(np.abs(axes.T @ axes - np.eye(3)).max().clip(0, 1)))
-        hint = "" if geometry == "qform" else ", or take its qform by --geometry qform"
-        raise ValueError(f"{path}: its axes are sheared by {angle:.2g} degrees; resample it to right angles{hint}")
+        raise ValueError(f"{path}: its axes are sheared by {angle:.2g} degrees; resample it to right angles")
