@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from monai.data import ImageReader
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
 
-from vdt_transforms.dicom_series import find_one_series
+from vdt_transforms.dicom_folders import find_one_series
 from vdt_transforms.dictionary import ArrayPerKey
 from vdt_transforms.geometry import GEOMETRIES, SUFFIX, make_meta, open_volume, read_voxels
 from vdt_transforms.slice_stacks import SLICE_NAME, read_slice
 
+IS_FILE = re.compile(r"\.(npz|png|nii(\.gz)?|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)  # what is no DICOM
 WINDOW = (-1024.0, 400.0)  # HU, that the published nodule files map linearly to 0..255
 
 
@@ -46,8 +48,8 @@ class SeriesReader(ImageReader):
         self.irregular = irregular
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
-        """Say whether it is a folder."""
-        return os.path.isdir(ensure_tuple(filename)[0])
+        """Say whether it may stand for a series, as a folder, zip or file, or by its name in a folder of several."""
+        return not IS_FILE.search(os.fspath(ensure_tuple(filename)[0]))
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[str]:
         """Keep the paths: `LoadImage` hides what goes wrong here behind the next reader's failure."""
@@ -84,11 +86,11 @@ class VolumeReader(SeriesReader):
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
         """Say whether all are files of a known kind or folders."""
         names = [os.fspath(name) for name in ensure_tuple(filename)]
-        return all(SUFFIX.search(name) or os.path.isdir(name) for name in names)
+        return all(SUFFIX.search(name) or super(VolumeReader, self).verify_suffix(name) for name in names)
 
     def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
         """Read one folder or file (X, Y, Z), or several files as channels (C, X, Y, Z), with the first's metadata."""
-        if len(img) == 1 and os.path.isdir(img[0]):
+        if len(img) == 1 and SeriesReader.verify_suffix(self, img):
             return super().get_data(img)
         volumes, metas = zip(*(self._read_file(path) for path in img), strict=True)
         if len(img) == 1:

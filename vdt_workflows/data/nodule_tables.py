@@ -17,10 +17,11 @@ import numpy as np
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
-from vdt_transforms.dicom_series import find_one_series
+from vdt_transforms.dicom_folders import find_one_series
 from vdt_transforms.geometry import SUFFIX, open_volume, read_voxels, voxel_size
 from vdt_workflows.data.headers import check_checksum
 from vdt_workflows.data.volume_files import conclude
+from vdt_workflows.data.volumes import list_volumes
 from vdt_workflows.files import few, kind_of_system, read_csv
 
 Nodule = dict[str, Any]
@@ -158,7 +159,12 @@ def _check_files(nodules: Sequence[Nodule], source: Path) -> None:
 
 
 def list_nodules(
-    source: str | os.PathLike, positions: str | os.PathLike = "none", *, geometry: str = "refuse"
+    source: str | os.PathLike,
+    positions: str | os.PathLike = "none",
+    *,
+    irregular: str = "refuse",
+    series: str = "all",
+    geometry: str = "refuse",
 ) -> list[dict[str, Any]]:
     """List the nodules to classify, as items for `vdt_transforms.CropNoduled`.
 
@@ -171,6 +177,8 @@ def list_nodules(
             folder is the lowest), tried in this order. A `nodule_id` (or `id`, `name`) is optional. Where a column says
             of which scan a row is (`series_uid`, `seriesuid`, `SeriesInstanceUID` or `scan`: a series' uid, or the name
             of the file), rows of other scans are named, counted and left out. "none" for crops.
+        irregular: of a scan in DICOM, see `list_volumes`.
+        series: which DICOM series of a folder is the scan, see `list_volumes`.
         geometry: what says where the voxels of a NIfTI file lie, see `vdt_transforms.VolumeReader`.
 
     Returns:
@@ -185,7 +193,13 @@ def list_nodules(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a scan, a crop or a folder of crops")
     if str(positions) != "none":
-        return [{"image": str(path), "nodules": _read_positions(Path(positions), path, geometry)}]
+        scans = list_volumes(path, irregular=irregular, series=series, geometry=geometry)
+        if len(scans) > 1:
+            raise ValueError(
+                f"{path}: holds {len(scans)} scans, such as {few([scan['image'] for scan in scans], 3)}; give one of"
+                " them, as positions are of one scan"
+            )
+        return [{**scans[0], "nodules": _read_positions(Path(positions), Path(scans[0]["image"]), geometry)}]
     folders = [folder for folder in (path, path / "images") if folder.is_dir()]
     left_out: dict[str, list[str]] = {"files of the system": [], "no crops": []}
     crops = [path] if path.is_file() else next((c for folder in folders if (c := _crops(folder, left_out))), [])
@@ -257,7 +271,7 @@ def _rows_of_scan(path: Path, rows: Sequence[dict[str, str]], scan: Path) -> Seq
     column = next((name for name in SCANS if name in rows[0]), None)
     if column is None:
         return range(1, len(rows) + 1)
-    known = {scan.name, SUFFIX.sub("", scan.name), *([find_one_series(scan).uid] if scan.is_dir() else [])}
+    known = {scan.name, SUFFIX.sub("", scan.name), *([] if SUFFIX.search(scan.name) else [find_one_series(scan).uid])}
     own = [number for number, row in enumerate(rows, 1) if row[column].strip() in known]
     others = sorted({row[column] for row in rows} - known)
     if not own:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vdt_transforms.dicom_series import list_series
+from vdt_transforms.dicom_folders import list_series
 from vdt_transforms.geometry import SUFFIX
 from vdt_transforms.readers import list_slices
 from vdt_transforms.slice_stacks import read_slice
@@ -118,13 +118,19 @@ def list_cases(
 
 
 def list_volumes(
-    source: str | os.PathLike, *, on_error: str = "raise", irregular: str = "refuse", geometry: str = "refuse"
+    source: str | os.PathLike,
+    *,
+    on_error: str = "raise",
+    irregular: str = "refuse",
+    series: str = "all",
+    geometry: str = "refuse",
 ) -> list[Case]:
     """List the volumes to segment: a file (NIfTI, NRRD, MetaImage), and all files and DICOM series of a folder.
 
     Of a folder the volume files in it are taken; or where there are none those of its `imagesTs`, `imagesTr` or
-    `images`, or else those anywhere below it but for labels. Everything below it is searched for CT and MR series, each
-    in a folder of its own. What is left out is named and counted in the log.
+    `images`, or else those anywhere below it but for labels. Everything below it is searched for CT and MR series; a
+    zip or a file of a series stands for that. What is left out is named and counted in the log, and results are named
+    apart (see `vdt_workflows.naming`).
 
     Args:
         source: the file or folder.
@@ -132,6 +138,8 @@ def list_volumes(
             and `DicomSeries`); "skip" logs its sentence, leaves it out and goes on.
         irregular: what to do with DICOM series that are no regular grid, "refuse" or "accept"; give the reader the same
             (see `vdt_transforms.SeriesReader`).
+        series: which DICOM series to take, by number, UID or description, or "all" (see
+            `vdt_transforms.dicom_folders.list_series`) of them and all volume files.
         geometry: what says where the voxels of a NIfTI file lie; give the reader the same.
 
     Raises:
@@ -143,11 +151,14 @@ def list_volumes(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a volume or a folder of volumes")
     left_out: LeftOut = defaultdict(list)
-    files = [path] if path.is_file() else choose_images(path, left_out)
+    files = choose_images(path, left_out) if path.is_dir() else [path] if SUFFIX.search(path.name) else []
+    if series != "all" and path.is_dir():
+        left_out["volumes of no DICOM series"] += map(str, files)
+        files = []
     cases = [{"image": str(file)} for file in files]
     faults = _find_faults([(case, False) for case in cases], on_error, geometry) if cases else set()
-    if path.is_dir():
-        found, faulty = _find_dicom(path, on_error, irregular)
+    if path.is_dir() or not cases:
+        found, faulty = _find_dicom(path, on_error, irregular, series)
         cases, faults = cases + found, faults | faulty
     if not cases:
         raise ValueError(f"{path}: no volume file (.nii, .nii.gz, .nrrd, .mha, .mhd) nor DICOM series in or below it")
@@ -165,8 +176,12 @@ def list_volumes(
     return usable
 
 
-def list_scans(source: str | os.PathLike, *, geometry: str = "refuse") -> list[Case]:
+def list_scans(source: str | os.PathLike, **options: Any) -> list[Case]:
     """List the CT volumes to search: a folder of PNG slices with their numbers as names, or what `list_volumes` lists.
+
+    Args:
+        source: the file or folder.
+        **options: those of `list_volumes`.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
@@ -175,25 +190,23 @@ def list_scans(source: str | os.PathLike, *, geometry: str = "refuse") -> list[C
     if slices := list_slices(source):
         read_slice(slices[0])
         return [{"image": str(source)}]
-    return list_volumes(source, geometry=geometry)
+    return list_volumes(source, **options)
 
 
-def _find_dicom(path: Path, on_error: str, irregular: str) -> tuple[list[Case], set[str]]:
-    """List the folders that hold one usable series, and which of them to leave out."""
+def _find_dicom(path: Path, on_error: str, irregular: str, series: str) -> tuple[list[Case], set[str]]:
+    """List the DICOM series of a folder, zip or file, and which of them to leave out."""
     check_choice("irregular", irregular, ("refuse", "accept"))
-    folders = list_series(path, mapper=run_parallel)
+    found = list_series(path, series=series, mapper=run_parallel)
     faults: set[str] = set()
-    for folder, series in folders.items():
+    for place, one in found.items():
         try:
-            if isinstance(series, ValueError):
-                raise series
-            series.check(irregular=irregular == "accept")
+            one.check(irregular=irregular == "accept")
         except ValueError as error:
             if on_error == "raise":
                 raise
             logger.warning("%s; the volume is left out", error)
-            faults.add(str(folder))
-    return [{"image": str(folder)} for folder in folders], faults
+            faults.add(str(place))
+    return [{"image": str(place)} for place in found], faults
 
 
 def _find_faults(cases: Sequence[tuple[Case, bool]], on_error: str, geometry: str) -> set[str]:
