@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "naming": ["name_result"],
     "overrides": ["check_command_line"],
     "data.cache": ["SeededCacheDataset"],
     "data.images": ["collate_images", "find_images", "list_images"],

@@ -28,6 +28,7 @@ from vdt_workflows.data.volume_files import (
     patient_of,
 )
 from vdt_workflows.errors import check_choice
+from vdt_workflows.naming import name_results
 from vdt_workflows.parallel import run_parallel
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def list_volumes(
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: if there is no volume, or none that can be used, or two would be written under one name.
+        ValueError: if there is no volume, or none that can be used.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
     path = Path(source)
@@ -166,13 +167,7 @@ def list_volumes(
     if not usable:
         raise ValueError(f"{path}: none of its {len(cases)} volumes can be used, see above")
     conclude(path, len(usable), {**left_out, "unusable, see above": sorted(faults)})
-    names: dict[str, str] = {}
-    for image in (case["image"] for case in usable):
-        first = names.setdefault(SUFFIX.sub("", Path(image).name), image)
-        if first != image:
-            raise ValueError(
-                f"{image}: has the name of {first}, so that one result would replace the other; rename one"
-            )
+    name_results(case["image"] for case in usable)
     return usable
 
 

@@ -16,6 +16,7 @@ from monai.data import NibabelWriter, decollate_batch
 
 from vdt_transforms.geometry import to_nifti
 from vdt_workflows.files import write_atomic, write_csv, write_json
+from vdt_workflows.naming import result_name
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +133,7 @@ class SaveLesions:
             _lesion(np.asarray(box, float), float(score), self.label_names[int(label)], affine, own)
             for box, score, label in zip(data["box"], data["label_scores"], data["label"], strict=True)
         ]
-        name = Path(source).name
-        for ending in (".gz", ".nii", ".nrrd", ".dcm"):
-            name = name.removesuffix(ending)
+        name = result_name(source)
         content = {
             "image": source,
             "conventions": {
