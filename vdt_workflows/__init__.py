@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "locks": ["hold", "leave_folders"],
     "naming": ["name_result"],
     "overrides": ["check_command_line"],
     "data.cache": ["SeededCacheDataset"],
@@ -23,6 +24,7 @@ _NAMES = {
     "training.optimisation": ["ClipGradients", "StepSchedule", "ValidateEpochs", "polynomial_rate", "warm_up"],
     "training.processes": ["join_processes", "leave_processes", "pick_device", "place", "share_out"],
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],
+    "training.ownership": ["RunFolders"],
     "evaluation.classification": ["ReportNodules", "SaveMalignancy"],
     "evaluation.detection_report": ["DetectionReport", "DetectionScores"],
     "evaluation.dicom_seg": ["SaveDicomSegd", "writes_dicom"],

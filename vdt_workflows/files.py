@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tempfile
@@ -17,6 +18,11 @@ from typing import Any
 
 import torch
 
+from vdt_workflows.errors import not_written
+from vdt_workflows.locks import LOCK, hold
+
+UNFINISHED = ".part"  # how names of files end that are being written
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 SYSTEM = {  # names, in small letters, that Synology, QNAP, NetApp, Linux, macOS and Windows give their own files
     *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found"),
     *("__macosx", ".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
@@ -41,6 +47,14 @@ def stamp_of(path: str | os.PathLike) -> list[int]:
 def mark_of(path: str | os.PathLike) -> dict[str, Any]:
     """Give what `has_mark` compares: the stamp of a file and its hash."""
     return {"stamp": stamp_of(path), "sha256": hash_file(path)}
+
+
+def read_mark(record: Path) -> Any:
+    """Read a mark that was kept as JSON; None if there is none, or a damaged one."""
+    try:
+        return json.loads(record.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def has_mark(path: str | os.PathLike, mark: Any) -> bool:
@@ -69,7 +83,7 @@ def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = Tru
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=UNFINISHED, delete=False) as file:
             temporary = file.name
             file.write(content)
             if durable:
@@ -79,33 +93,37 @@ def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = Tru
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise OSError(
-            error.errno, f"{path}: could not be written ({error.strerror}); free space or choose a folder you may write"
-        ) from error
+        raise not_written(path, error) from error
     finally:
         if temporary is not None:  # also where the user interrupts
             Path(temporary).unlink(missing_ok=True)
 
 
-def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False) -> None:
+def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False, alone: bool = True) -> None:
     """Keep a folder's results together with what they were made with, in its `settings.json`.
 
     Args:
         folder: the folder, which is made if need be.
         settings: plain values that make the results what they are.
         empty: refuse a folder that has files but no such record, since they are someone else's.
+        alone: `hold` the folder too.
 
     Raises:
+        BlockingIOError: if another process holds the folder.
         ValueError: if the folder holds results of other settings.
         FileExistsError: if it holds files of other origin.
     """
     record = Path(folder) / "settings.json"
     settings = json.loads(json.dumps(settings))
     there = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
-    others = [file for file in there if not file.name.startswith(f".{record.name}.")]  # a claim that was killed
+    others = [file for file in there if file.name != LOCK and file.suffix != UNFINISHED]  # left by a claim
     if empty and not record.is_file() and others:
         raise FileExistsError(f"output_dir {folder} has files that are not from this script; name a new folder")
-    kept = json.loads(record.read_text()) if record.is_file() else settings
+    if alone:
+        hold(folder)
+    kept = read_json(record, "another folder, or remove this one") if record.is_file() else settings
+    if not isinstance(kept, dict):
+        raise ValueError(f"{record}: not the settings of earlier results; give another folder, or remove this one")
     differ = [f"{k} {kept.get(k)!r}, not {settings.get(k)!r}" for k in settings if kept.get(k) != settings.get(k)]
     if differ:
         raise ValueError(f"output_dir {folder} holds results made with {'; '.join(differ)}; name another folder")
@@ -122,7 +140,7 @@ def write_record(record: Path, root: Path, files: Sequence[str], made_from: Any,
         made_from: plain values that make the files what they are.
         content: what else to keep.
     """
-    write_json(record, {**content, "made_from": made_from, "files": {name: mark_of(root / name) for name in files}})
+    write_json(record, {**content, "made_from": made_from, "files": {name: hash_file(root / name) for name in files}})
 
 
 def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | None:
@@ -130,7 +148,7 @@ def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | No
     try:
         content = json.loads(record.read_bytes())
         same = content["made_from"] == json.loads(json.dumps(made_from))
-        same = same and all(has_mark(root / name, mark) for name, mark in content["files"].items())
+        same = same and all(hash_file(root / name) == kept for name, kept in content["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return content if same else None
@@ -138,8 +156,8 @@ def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | No
 
 def remove_unfinished(*folders: Path) -> None:
     """Remove the hidden files that a killed `write_atomic` leaves behind."""
-    for unfinished in (file for folder in folders for file in folder.glob(".*.*") if file.is_file()):
-        unfinished.unlink()
+    for unfinished in (file for folder in folders for file in folder.glob(f".*{UNFINISHED}")):
+        unfinished.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -167,6 +185,44 @@ def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 1)
 
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def read_json(path: Path, meant: str = "the step that writes it again") -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: naming the file, if it is none, damaged or cut short.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give {meant}")
+    try:
+        return json.loads(path.read_bytes())  # of UTF-8 or UTF-16, with or without their marks
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no whole JSON ({error}); give {meant}") from error
+
+
+def read_number(
+    text: str, column: str, place: str, low: float = 0, high: float = float("inf"), *, whole: bool = False
+) -> float:
+    """Read a decimal number within bounds; `nan`, `inf`, `1_0`, blanks inside and other digits are none.
+
+    Args:
+        text: the number, maybe among blanks.
+        column: what it is, for the message.
+        place: file and line, for the message.
+        low: least value.
+        high: greatest value; infinity itself never is.
+        whole: whether a fraction is refused.
+
+    Raises:
+        ValueError: naming the place, the column, the text and the bounds.
+    """
+    value = float(text) if NUMBER.fullmatch(text.strip()) else math.nan
+    if not low <= value <= high or math.isinf(value) or (whole and value % 1):
+        wanted = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
+        raise ValueError(f"{place}: {column} is {text!r}; expected a {'whole ' * whole}number {wanted}")
+    return value
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:

@@ -1,7 +1,5 @@
 """What the network tests ask of every network alike."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import inspect
 import json
 import subprocess
@@ -49,6 +47,13 @@ def test_the_words_are_the_functions_arguments_and_its_result_is_a_line_of_json(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"folder": "x", "size": 64, "dry_run": True}
 
 
+def test_a_result_that_counts_failures_is_printed_and_ends_with_status_1(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_function(lambda: {"cells": 4, "failed": 1}, [])
+    assert end.value.code == 1
+    assert json.loads(capsys.readouterr().out) == {"cells": 4, "failed": 1}
+
+
 def nothing(folder: str) -> None:
     """Return nothing."""
 
@@ -78,6 +83,43 @@ def test_a_misspelt_option_is_refused_before_anything_runs(capsys, word, near):
     ):
         run_function(prepare, ["x", word, "3"])
     assert capsys.readouterr().out == ""
+
+
+TEXTS = (
+    "2024_01",
+    "1.20",
+    "mine#2",
+    "@x",
+    "2024",
+    "true",
+    "[a]",
+    "{b}",
+    "%x",
+    "$x",
+    "a b",
+    "None",
+    "'x'",
+    "Größe",
+    "1e3",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_are_handed_over_as_they_are(capsys, text, tmp_path, monkeypatch):
+    def take(one: str, several: str | list[str], *rest: str, named: str | None = None):
+        return [one, several, named, *rest]
+
+    take.__annotations__ = {"one": "str", "several": "str | Sequence[str]", "rest": "str", "named": "str | None"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / text).touch()
+    run_function(take, [text, text, text, text, f"--named={text}"])
+    assert json.loads(capsys.readouterr().out) == [text] * 5
+    run_function(take, ["x", "['a', 'b#c']"])
+    assert json.loads(capsys.readouterr().out)[1] == ["a", "b#c"]
+    with pytest.raises(SystemExit, match=r"202401 is no text; quote each, as"):
+        run_function(take, ["x", "[2024_01, b]"])
+    with pytest.raises(SystemExit, match=r"--named: needs a value; one that begins with - is written --named=-x$"):
+        run_function(take, ["x", "y", "--named"])
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ give a network too, and only the zip's own code may run. `--python` lets another
 has nothing but what the zip's `docs/requirements.txt` lists.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -12,7 +12,6 @@ folder to a bundle as `--dataset_dir`. A run that was interrupted goes on where 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -26,7 +25,8 @@ from vdt_transforms.geometry import GEOMETRIES
 from vdt_workflows.data.volume_files import LeftOut, conclude, draw
 from vdt_workflows.data.volumes import list_cases
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, write_atomic, write_json
+from vdt_workflows.files import claim, read_json, write_atomic, write_json
+from vdt_workflows.locks import leaving
 from vdt_workflows.naming import tell_apart
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
 from vdt_workflows.preparation.public_sets import (
@@ -67,6 +67,7 @@ class Plan:
     left_out: LeftOut = field(default_factory=dict)
 
 
+@leaving
 def prepare_segmentation(
     data: str | Sequence[str],
     output_dir: str,
@@ -201,7 +202,7 @@ def _plan_own(
         raise ValueError(f"own data must be one folder or list, got {len(paths)}: {', '.join(map(str, paths))}")
     found, listing, left_out = list_cases(paths[0], paths[0] if paths[0].suffix == ".json" else None)
     listing = listing if listing.is_file() else listing / "dataset.json"
-    listed = json.loads(listing.read_bytes()) if listing.is_file() else {}
+    listed = read_json(listing, "a whole one") if listing.is_file() else {}
     if unlabelled := [pair for pair in found["test"] if "label" not in pair]:
         left_out["test images without label"] = [pair["image"] for pair in unlabelled]
         found["test"] = [pair for pair in found["test"] if "label" in pair]
@@ -321,7 +322,7 @@ def _write_list(root: Path, content: dict[str, Any]) -> Path:
     """Write dataset.json, or where that holds another split, a list named after this one."""
     words = re.sub(r"[^\w.]+", "_", content["split"]).strip("_")
     for target in (root / "dataset.json", root / f"dataset_{words}.json"):
-        if not target.is_file() or json.loads(target.read_text())["split"] == content["split"]:
+        if not target.is_file() or read_json(target, "another output_dir")["split"] == content["split"]:
             break
     write_json(target, content)
     return target

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from vdt_transforms.checks import to_whole
 from vdt_transforms.geometry import open_volume, read_voxels
 from vdt_workflows.data.nodules import find_nodules
 from vdt_workflows.data.volumes import find_volumes
+from vdt_workflows.files import read_json
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def find_label_names(
 ) -> list[str]:
     """Take the names from dataset.json, or number the values that the labels of the cases hold."""
     listing = Path(datalist or Path(dataset_dir, "dataset.json"))
-    found = json.loads(listing.read_bytes()).get("labels", {}) if listing.is_file() else {}
+    found = read_json(listing, "a whole one").get("labels", {}) if listing.is_file() else {}
     if found:
         named = {int(k): v for k, v in found.items()} if "0" in found else {int(v): k for k, v in found.items()}
         return [named[value] for value in sorted(named)]

@@ -1,7 +1,5 @@
 """Pages from templates: one style, one file, nothing from a network, and every name shown as text."""
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 from typing import Any

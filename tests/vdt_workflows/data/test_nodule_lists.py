@@ -119,7 +119,7 @@ def test_a_whole_scan_without_positions_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "nodule_id;x_mm;y_mm;z_mm\n1;0,5;0;-10\n".encode(),
+        b"nodule_id;x_mm;y_mm;z_mm\n1;0,5;0;-10\n",
         "nodule_id\tx_mm\ty_mm\tz_mm\r\n1\t0.5\t0\t-10\r\n".encode("utf-16"),
         "nodule_id, x_mm, y_mm, z_mm\n1, 0.5, 0, -10\n".encode("utf-8-sig"),
     ],
