@@ -8,6 +8,7 @@
 
 Each case ends as *survived* (the result is whole: the values of an oracle), *undetectable* (other values, which
 everything that reads the format reads without finding fault: a voxel of a file without checksums, a digit in a table),
+*named* (the other files are used, and the log says which was left out),
 *refused* (one sentence that names the file or the setting), *unclear* (an error without such a sentence; must be 0) or
 *lost* (a wrong result without a word, or a result that was there and is gone or cut short; must be 0).
 """

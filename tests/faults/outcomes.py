@@ -26,7 +26,7 @@ from vdt_workflows.errors import explanation, root_cause
 from vdt_workflows.files import write_json
 
 BUNDLE = ROOT / "bundles" / "imagenet_vdt_pretraining"
-OUTCOMES = ("survived", "undetectable", "refused", "unclear", "lost")
+OUTCOMES = ("survived", "undetectable", "named", "refused", "unclear", "lost")
 TINY = {"epochs": 3, "image_size": 16, "base_channels": 4, "batch_size": 4, "num_workers": 0, "learning_rate": 0.01}
 
 
@@ -87,6 +87,30 @@ def quiet() -> Iterator[None]:
             if kept is not None:
                 os.environ["XDG_CACHE_HOME"] = kept
             logging.disable(before)
+
+
+@contextmanager
+def listening(said: list[str]) -> Iterator[None]:
+    """Collect what these packages log, which stays off the screen."""
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("networks", "vdt_transforms", "vdt_workflows")]
+    before, kept = logging.root.manager.disable, [(logger.level, logger.propagate) for logger in loggers]
+    logging.disable(logging.NOTSET)
+    logging.root.disabled, root = True, logging.root.disabled
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        logging.root.disabled = root
+        for logger, (level, propagate) in zip(loggers, kept, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 # What is run under faults
