@@ -226,12 +226,26 @@ def read_number(
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
-    """Make a CSV table of rows by column; a value that a row lacks is empty, and one of no column is left out."""
+    """Make a CSV table of rows by column; a value that a row lacks is empty, and one of no column is left out.
+
+    Text is no formula for a spreadsheet: such a one gets an apostrophe before it, which `read_lines` takes off.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_guard, columns))
+    writer.writerows([_guard(row.get(column, "")) for column in columns] for row in rows)
     return text.getvalue().encode("utf-8", "surrogateescape")  # file names may be of any bytes
+
+
+def _guard(value: Any) -> Any:
+    """Put an apostrophe before a text that spreadsheets would take for a formula; `read_lines` takes it off again."""
+    if not isinstance(value, str) or not re.match(r"'*[=+\-@\t\r]", value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
@@ -268,7 +282,7 @@ def read_lines(path: Path) -> tuple[list[str], list[list[str]]]:
     """Read the heading and the lines of a CSV file, without empty ones."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
+            lines = [[re.sub(r"^'('*[=+\-@\t\r])", r"\1", cell) for cell in line] for line in csv.reader(file) if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file of text ({error})") from error
     return (lines[0], lines[1:]) if lines else ([], [])

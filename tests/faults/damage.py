@@ -1,7 +1,5 @@
 """Damage files in seeded ways, read each as the bundles and commands do, and compare the values with an oracle."""
 
-from __future__ import annotations
-
 import tempfile
 from collections import Counter
 from collections.abc import Callable

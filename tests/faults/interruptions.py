@@ -1,7 +1,5 @@
 """Kill processes, take disk and memory away, and count what becomes of it."""
 
-from __future__ import annotations
-
 import json as json_format
 import os
 import resource

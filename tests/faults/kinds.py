@@ -1,7 +1,5 @@
 """Kinds of files that the fault suite damages: how they are made, read, and read without the product's code."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

@@ -1,7 +1,5 @@
 """How a fault may end, what is run under faults, and processes that may be killed."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

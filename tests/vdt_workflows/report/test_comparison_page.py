@@ -1,7 +1,5 @@
 """The statistics and the page of comparisons whose scores are known."""
 
-from __future__ import annotations
-
 import html
 import itertools
 import json
