@@ -114,7 +114,10 @@ def load_pretrained(
     for name, tensor in source.items():
         if name not in target:
             if STATISTICS.search(name) and STATISTICS.sub(".weight", name) in target:
-                report.skipped[name] = "the network's norm keeps no running statistics"
+                raise ValueError(
+                    f"{path}: has batch norms ({name}), which a norm without running statistics cannot stand for;"
+                    " build the network with norm 'batch'"
+                )
             elif ENCODER.match(name) and not in_unbuilt_stage(name, target):
                 problems.append(f"{name} is in the file only")
             else:

@@ -41,7 +41,15 @@ from vdt_transforms.vdt import (
     RandSliceShuffled,
     VolumeToImage,
 )
-from vdt_transforms.volumes import ForegroundSlices, ForegroundSlicesd, RandFlipLeftRightd, RandSlab, RandSlabd
+from vdt_transforms.volumes import (
+    ForegroundSlices,
+    ForegroundSlicesd,
+    RandFlipLeftRightd,
+    RandRotateScale,
+    RandRotateScaled,
+    RandSlab,
+    RandSlabd,
+)
 
 __all__ = [
     "MEAN",
@@ -73,6 +81,8 @@ __all__ = [
     "RandResizedCropImaged",
     "RandRotateCube",
     "RandRotateCubed",
+    "RandRotateScale",
+    "RandRotateScaled",
     "RandSlab",
     "RandSlabd",
     "RandSliceShuffle",

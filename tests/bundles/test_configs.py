@@ -78,7 +78,7 @@ def test_no_line_has_more_than_120_columns_and_no_expression_more_than_80(path):
 
 
 def test_configs_together_keep_their_budget():
-    assert sum(len(path.read_text().splitlines()) for path in YAML) <= 2650
+    assert sum(len(path.read_text().splitlines()) for path in YAML) <= 2800
 
 
 def test_training_and_inference_share_what_is_marked_shared(bundle):

@@ -75,8 +75,9 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
             ) from None
         return
     report = load_pretrained(bare(network), path)
-    if report.left_random:
-        raise ValueError(f"{path}: has no weights for {report.left_random[0]} and maybe others; {hint}")
+    missing = [name for name in report.left_random if not name.startswith("side_heads.")]  # which serve training alone
+    if missing:
+        raise ValueError(f"{path}: has no weights for {missing[0]} and maybe others; {hint}")
 
 
 def check_settings(record: Path, weights: str | os.PathLike) -> None:
