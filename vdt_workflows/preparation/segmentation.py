@@ -27,6 +27,7 @@ from vdt_workflows.data.volumes import draw, list_cases
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, write_atomic, write_json
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
+from vdt_workflows.preparation.fingerprint import FILE
 from vdt_workflows.preparation.public_sets import (
     DATA_SETS,
     LITS,
@@ -296,6 +297,8 @@ def _finish(root: Path, plan: Plan, records: Sequence[Record]) -> dict[str, Any]
             **{part: [entries[case] for case in cases] for part, cases in lists.items()},
         },
     )
+    measured = {case: {**record["measured"], "range": record["range"]} for case, record in good.items()}
+    write_json(root / FILE, {"labels": names, "modality": plan.about["modality"]["0"], "cases": measured}, indent=None)
     write_atomic(root / "summary.csv", write_table(records, names))
     tiles = [
         draw_fault(record["case"], record["fault"]) if "fault" in record else (root / picture_of(record)).read_bytes()

@@ -26,6 +26,7 @@ from vdt_workflows.drawing import cut_planes, find_centre
 from vdt_workflows.files import read_record, remove_unfinished, to_csv, write_atomic, write_record
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.case_sheets import draw_case
+from vdt_workflows.preparation.fingerprint import measure_case
 from vdt_workflows.preparation.public_sets import StoredFile
 from vdt_workflows.preparation.volume_checks import read_intensities, read_labels, scaled
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 RECORDS = ".prepared"  # folder of the records and pictures of finished cases
 STAGE = f"{RECORDS}/stage"  # folder of what is unpacked
-VERSION = 2  # of the records
+VERSION = 3  # of the records
 WINDOW = (-160.0, 240.0)  # HU, of pictures: level 40, width 400
 LEVEL = 6  # of gzip
 Record = Mapping[str, Any]
@@ -183,6 +184,8 @@ def _prepare(
     labelled = cut_planes(labels, affine, centre)
     size = voxel_size(image if affine is image.affine else label)
     dtype = label.get_data_dtype()
+    measured = measure_case(voxels, labels, affine, size)
+    measured["quantiles"] = sorted(scaled(image, np.array(measured["quantiles"])).tolist())
     anew = renumbered or dtype.kind == "f"
     millilitres = np.prod(size) / 1000
     notes = {
@@ -203,6 +206,7 @@ def _prepare(
         "range": [low, high],
         "ml": {str(v): round(float(n * millilitres), 3) for v, n in enumerate(counts.tolist()) if v and n},
         "notes": [note for note, holds in notes.items() if holds],
+        "measured": measured,
     }
     for kind, file in files.items():
         target = folder / record[kind]
