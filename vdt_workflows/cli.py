@@ -43,6 +43,7 @@ COMMANDS = {
     "prepare deeplesion": Command(
         "preparation.deeplesion", "prepare_deeplesion", "FOLDER", "DeepLesion, or volumes with labels: key slices"
     ),
+    "plan": Command("preparation.plan", "plan", "PREPARED", "settings of a segmentation, from what the data are like"),
     "compare": Command("report.matrix", "compare", "ROWS DATASET_DIR", "starts of training compared in many runs"),
     "report": Command("report.run_page", "report_run", "RUN", "a page about a finished run"),
     "convert": Command("preparation.convert", "convert_weights", "SOURCE OUTPUT", "weights of other code, made to fit"),

@@ -3,8 +3,8 @@
     vdt plan PREPARED
     vdt plan PREPARED --device 8 --output_file mine.json --spacing "[1, 1, 2]"
 
-`--args_file plan.json` gives the settings to `bcv_multiorgan_segmentation`. Each decision is said with its reason. Change
-the file by hand, or give a setting here, and what depends on it is decided anew.
+`--args_file plan.json` gives the settings to `bcv_multiorgan_segmentation`. Each decision is said with its reason. The
+file may be changed by hand; a setting that is given here is kept, and what depends on it is decided by it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import torch
 
 from vdt_workflows.files import write_json
 from vdt_workflows.preparation.fingerprint import Fingerprint, read_fingerprint
-from vdt_workflows.training.runs import as_literals
+from vdt_workflows.training.runs import _literal
 
 Axes = list[int]
 THICK = 3  # times the other axes' spacing, from which on an axis is coarse (nnU-Net's rule)
 LEAST = 4  # voxels that striding leaves of an axis
 CPU_VOXELS = 48**3  # of a patch: a step of two takes a third of a second on one core
+CPU_CASE = 3e6  # voxels of the median case: a fifth of a minute for its windows
 SHARE = 0.7  # of a device's memory that is planned for
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l", "lt": "rt", "rt": "lt"}
 ONE_SIDED = re.compile(r"ventric|atri|heart|cardiac|myocard|coronar|aort|lobe")  # not mirror images of one another
@@ -84,7 +85,7 @@ def plan(
 
 def write_plan(made: Plan, target: Path) -> None:
     """Write a plan for MONAI's `--args_file`, with its reasons, and say them."""
-    write_json(target, as_literals({**made.settings, "_plan_": made.words}))
+    write_json(target, _literal({**made.settings, "_plan_": made.words}))
     print("\n".join(made.words), file=sys.stderr)
 
 
@@ -116,8 +117,10 @@ def make_plan(data: Fingerprint, memory: float | None, given: Mapping[str, Any] 
         ValueError: if the least patch does not fit the memory.
     """
     made = Plan(dict(given or {}))
-    made.decide(f"labels: {len(data.labels)} with the background, of {len(data.cases)} cases", label_names=[*data.labels])
-    choose_spacing(made, data)
+    made.decide(
+        f"labels: {len(data.labels)} with the background, of {len(data.cases)} cases", label_names=[*data.labels]
+    )
+    choose_spacing(made, data, memory)
     choose_intensities(made, data)
     choose_network(made, data, memory)
     choose_sides(made, data)
@@ -139,7 +142,7 @@ def make_plan(data: Fingerprint, memory: float | None, given: Mapping[str, Any] 
 # The grid ------------------------------------------------------------------------------------------------------------
 
 
-def choose_spacing(made: Plan, data: Fingerprint) -> None:
+def choose_spacing(made: Plan, data: Fingerprint, memory: float | None) -> None:
     """Take the median of each axis; of a coarse one, nnU-Net's 10th percentile, so that fine cases lose little."""
     spacings = data.array("spacing")
     target = np.median(spacings, axis=0)
@@ -148,7 +151,12 @@ def choose_spacing(made: Plan, data: Fingerprint) -> None:
     if target[coarse] > THICK * others.min() and len(np.unique(spacings[:, coarse])) > 1:
         target[coarse] = max(np.percentile(spacings[:, coarse], 10), others.max())
         why += f", and of the coarse axis {'XYZ'[coarse]} the 10th percentile"
-    spacing = [round(float(s), 4) for s in target]
+    fine = target
+    extent = np.median(data.array("crop") * spacings, axis=0)
+    while memory is None and np.prod(extent / target) > CPU_CASE:
+        target = np.maximum(target, 1.02 * target.min())
+    why += ", made coarser for a CPU" if np.any(target > fine) else ""
+    spacing = [round(float(s), 4 if s in fine else 1) for s in target]
     made.decide(f"spacing: {_times(spacing)} mm, {why}", spacing=spacing)
 
 
@@ -183,32 +191,32 @@ def choose_network(made: Plan, data: Fingerprint, memory: float | None) -> None:
         ValueError: if nothing fits.
     """
     s = made.settings
-    own = isinstance(s["spacing"], str)
-    spacing = [float(m) if own or not t else float(t) for m, t in zip(
-        np.median(data.array("spacing"), axis=0), [0] * 3 if own else s["spacing"], strict=True)]
+    usual = np.median(data.array("spacing"), axis=0).tolist()
+    wanted = [0, 0, 0] if isinstance(s["spacing"], str) else s["spacing"]  # 0 and 'own' keep what a case has
+    spacing = [float(mm or own) for mm, own in zip(wanted, usual, strict=True)]
     extents = data.array("crop") * (data.array("spacing") / spacing)
-    median = [max(int(round(n)), 1) for n in np.median(extents, axis=0)]
+    median = [max(round(n), 1) for n in np.median(extents, axis=0).tolist()]
     thin = sorted(median)[1] < 6 * LEAST  # a strided stem would leave next to nothing
     stem = s.get("stem") or ("strided" if memory is None and not thin else "unet")
     where = "on a CPU" if memory is None else f"in {memory:g} GB"
     widths = [s["base_channels"]] if "base_channels" in s else [16] if memory is None else [64, 32, 16]
     for width in widths:
         patch = choose_patch(median, spacing, stem, width, len(data.labels), memory)
-        wanted = min(prod(map(round_size, median)), 96**3)
-        if patch and (prod(patch) >= 0.7 * wanted or width == widths[-1]):
+        enough = min(prod(map(round_size, median)), 128**3)
+        if patch and (prod(patch) >= 0.7 * enough or width == widths[-1]):
             break
     else:
         raise ValueError(f"a patch of 32 voxels a side does not fit {memory:g} GB; name a device with more memory")
-    made.decide(
-        f"patch: {_times(patch)} voxels {where}; the median case has {_times(median)}", patch_size=patch
-    )
+    made.decide(f"patch: {_times(patch)} voxels {where}; the median case has {_times(median)}", patch_size=patch)
     patch = list(s["patch_size"])
     strides = choose_strides(patch, spacing, stem)
     total = [list(accumulate(axis, mul))[-1] for axis in zip(*strides, strict=True)]
     looks = {"strided": "half the resolution inside, for a CPU's sake", "unet": "the full resolution inside"}
     made.decide(
         f"network: ResNet3D-18, {width} channels, stem {stem} ({looks.get(stem, 'neither strided nor pooled')})",
-        depth=18, base_channels=width, stem=stem,
+        depth=18,
+        base_channels=width,
+        stem=stem,
     )
     flat = [f"{'XYZ'[axis]} less" for axis in range(3) if total[axis] < max(total)]
     made.decide(
@@ -220,14 +228,16 @@ def choose_network(made: Plan, data: Fingerprint, memory: float | None) -> None:
     while memory and batch < min(most, 8) and fits(patch, batch + 2, stem, width, len(data.labels), memory):
         batch += 2
     made.decide(f"batch: {batch} patches a step", batch_size=batch, micro_batch=s.get("batch_size", batch))
-    made.decide("overlap of windows in inference: " + ("a quarter, on a CPU" if memory is None else "half"),
-                overlap=0.25 if memory is None else 0.5)
+    made.decide(
+        "overlap of windows in inference: " + ("a quarter, on a CPU" if memory is None else "half"),
+        overlap=0.25 if memory is None else 0.5,
+    )
 
 
 def choose_patch(
     median: Axes, spacing: Sequence[float], stem: str, width: int, classes: int, memory: float | None
 ) -> Axes:
-    """Shrink a patch of the cases' size, the axis that reaches farthest in mm first, until it fits; empty if none does."""
+    """Shrink a patch of the cases' size until it fits, first the axis that is longest in mm; empty if none does."""
     patch = [round_size(n) for n in median]
     while not fits(patch, 2, stem, width, classes, memory):
         lengths = [n * mm if n > 32 else 0 for n, mm in zip(patch, spacing, strict=True)]
@@ -239,8 +249,8 @@ def choose_patch(
 
 
 def round_size(size: int, up: bool = True) -> int:
-    """Round to a size that can be halved some times: a multiple of 8, of 4 below 24, or of 2 below 12."""
-    unit = 8 if size >= 24 else 4 if size >= 12 else 2
+    """Round to a size that can be halved some times: a multiple of 16, of 8 below 64, of 4 below 24, of 2 below 12."""
+    unit = 16 if size >= 64 else 8 if size >= 24 else 4 if size >= 12 else 2
     return max(unit, -(-size // unit) * unit if up else size // unit * unit)
 
 
@@ -297,7 +307,9 @@ def choose_sides(made: Plan, data: Fingerprint) -> None:
         a, b = alike
         lonely = [f"{names[a]} and {names[b]}, which lie like left and right"]
     if lonely:
-        made.decide(f"flips: none of left and right, for want of a counterpart of {', '.join(lonely)}", pairs=pairs, mirror=0.0)
+        made.decide(
+            f"flips: none of left and right, for want of a counterpart of {', '.join(lonely)}", pairs=pairs, mirror=0.0
+        )
     elif pairs:
         swapped = ", ".join(f"{names[a]} and {names[b]}" for a, b in pairs)
         made.decide(f"flips: left and right, exchanging {swapped}", pairs=pairs, mirror=0.5)
@@ -314,7 +326,7 @@ def find_pairs(names: Sequence[str]) -> tuple[list[Axes], list[str]]:
     pairs, lonely = [], []
     for value, name in enumerate(names):
         low = name.lower()
-        words = re.split(r"(left|right|(?<![a-z])(?:l|r|lt|rt)(?![a-z]))", low)
+        words = re.split(r"(left|right|(?<![a-z])(?:l|r|lt|rt)(?![a-z0-9]))", low)
         if len(words) == 1 or (ONE_SIDED.search(low) and not PAIRED.search(low)):
             continue
         other = by_name.get("".join(SIDES.get(word, word) for word in words))
