@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from monai.data import ImageReader, NibabelReader
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
 
-from vdt_transforms.dicom_series import find_one_series
+from vdt_transforms.dicom_folders import find_one_series
 from vdt_transforms.dictionary import ArrayPerKey
 from vdt_transforms.slice_stacks import SLICE_NAME, read_slice
 
+IS_FILE = re.compile(r"\.(npz|png|nii(\.gz)?|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)  # what is no DICOM
 WINDOW = (-1024.0, 400.0)  # HU, that the published nodule files map linearly to 0..255
 
 
@@ -46,8 +48,8 @@ class SeriesReader(ImageReader):
         self.irregular = irregular
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
-        """Say whether it is a folder."""
-        return os.path.isdir(ensure_tuple(filename)[0])
+        """Say whether it may stand for a series, as a folder, zip or file, or by its name in a folder of several."""
+        return not IS_FILE.search(os.fspath(ensure_tuple(filename)[0]))
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[str]:
         """Keep the paths: `LoadImage` hides what goes wrong here behind the next reader's failure."""
@@ -90,12 +92,12 @@ class VolumeReader(NibabelReader):
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
         """Say whether all are files of a known kind or folders."""
         names = [os.fspath(name) for name in ensure_tuple(filename)]
-        return all(name.endswith(self.suffixes) or os.path.isdir(name) for name in names)
+        return all(name.endswith(self.suffixes) or self.series.verify_suffix(name) for name in names)
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
         """Open NIfTI files; keep the path of a folder."""
         paths = [os.fspath(path) for path in ensure_tuple(data)]
-        if len(paths) == 1 and os.path.isdir(paths[0]):
+        if len(paths) == 1 and self.series.verify_suffix(paths):
             self.filenames = paths
             return paths
         return super().read(data, **kwargs)
@@ -136,7 +138,7 @@ class NoduleReader(VolumeReader):
 
     def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
         """Read one file or folder (X, Y, Z), or several files as channels, with their metadata."""
-        if len(img) == 1 and os.path.isdir(img[0]):
+        if len(img) == 1 and self.series.verify_suffix(img):
             return self.series.get_data(img)
         images = []
         for path in img:

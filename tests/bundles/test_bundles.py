@@ -48,7 +48,7 @@ from tests.support.bundle_runs import (
     weights,
 )
 from tests.support.documents import blocks
-from vdt_transforms.dicom_series import find_series
+from vdt_transforms.dicom_folders import find_series
 from vdt_workflows.training.initialisation import initialise
 
 BCV, LITS, NODULES, DETECTION, PRETRAINING = (

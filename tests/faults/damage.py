@@ -21,7 +21,7 @@ from tests.makers.dicom import write_series
 from tests.makers.nodules import write_nodules
 from tests.makers.volumes import make_affine, write_volume
 from vdt_transforms import LoadNaturalImage, NoduleReader, SeriesReader
-from vdt_transforms.dicom_series import find_series
+from vdt_transforms.dicom_folders import find_series
 from vdt_workflows.data.cache import SeededCacheDataset
 from vdt_workflows.data.images import find_images
 from vdt_workflows.data.nodule_tables import list_nodules

@@ -15,7 +15,7 @@ from networks import ResNet3DClassifier, load_pretrained, read_checkpoint
 from tests.makers.dicom import write_series
 from tests.support.bundle_runs import ROOT, run
 from vdt_transforms import NoduleReader, SeriesReader
-from vdt_transforms.dicom_series import find_series
+from vdt_transforms.dicom_folders import find_series
 from vdt_workflows.data.cache import SeededCacheDataset
 from vdt_workflows.data.images import find_images
 from vdt_workflows.preparation.public_sets import find_files

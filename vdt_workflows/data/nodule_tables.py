@@ -18,6 +18,7 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from vdt_workflows.data.headers import check_checksum, read_header, voxel_size
+from vdt_workflows.data.volumes import list_volumes
 from vdt_workflows.files import few, read_csv
 
 Nodule = dict[str, Any]
@@ -154,7 +155,13 @@ def _check_files(nodules: Sequence[Nodule], source: Path) -> None:
 # Nodules to classify -----------------------------------------------------------------------------------------------
 
 
-def list_nodules(source: str | os.PathLike, positions: str | os.PathLike = "none") -> list[dict[str, Any]]:
+def list_nodules(
+    source: str | os.PathLike,
+    positions: str | os.PathLike = "none",
+    *,
+    irregular: str = "refuse",
+    series: str = "all",
+) -> list[dict[str, Any]]:
     """List the nodules to classify, as items for `vdt_transforms.CropNoduled`.
 
     Args:
@@ -164,6 +171,8 @@ def list_nodules(source: str | os.PathLike, positions: str | os.PathLike = "none
             CSV with the columns `x_mm`, `y_mm`, `z_mm` (world, RAS), `coordX`, `coordY`, `coordZ` (world, LPS, as in
             LUNA16) or `column`, `row`, `slice` (voxels from 0; slice 0 of a DICOM folder is the lowest), tried in this
             order. A `nodule_id` (or `id`, `name`) is optional, and further columns are ignored. "none" for crops.
+        irregular: of a scan in DICOM, see `list_volumes`.
+        series: which DICOM series of a folder is the scan, see `list_volumes`.
 
     Returns:
         Items with `image` (path), and with `positions` also `nodules`: for each a `nodule_id` and its `position` (mm,
@@ -177,7 +186,13 @@ def list_nodules(source: str | os.PathLike, positions: str | os.PathLike = "none
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a scan, a crop or a folder of crops")
     if str(positions) != "none":
-        return [{"image": str(path), "nodules": _read_positions(Path(positions))}]
+        scans = list_volumes(path, irregular=irregular, series=series)
+        if len(scans) > 1:
+            raise ValueError(
+                f"{path}: holds {len(scans)} scans, such as {few([scan['image'] for scan in scans], 3)}; give one of"
+                " them, as positions are of one scan"
+            )
+        return [{**scans[0], "nodules": _read_positions(Path(positions))}]
     folders = [folder for folder in (path, path / "images") if folder.is_dir()]
     crops = [path] if path.is_file() else next((found for folder in folders if (found := _crops(folder))), [])
     if not crops:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from pydicom.misc import is_dicom
 
-from vdt_transforms.dicom_series import list_series
+from vdt_transforms.dicom_folders import list_series
 from vdt_transforms.readers import list_slices
 from vdt_transforms.slice_stacks import read_slice
 from vdt_workflows.data.headers import check_geometry
@@ -110,8 +109,10 @@ def draw(cases: Sequence[T], share: float, *seed: int) -> tuple[list[T], list[T]
     return rest, [case for i, case in enumerate(cases) if i in chosen]
 
 
-def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregular: str = "refuse") -> list[Case]:
-    """List the volumes to segment: a NIfTI file, a folder of them, or DICOM series, each in a folder of its own.
+def list_volumes(
+    source: str | os.PathLike, *, on_error: str = "raise", irregular: str = "refuse", series: str = "all"
+) -> list[Case]:
+    """List the volumes to segment: a NIfTI file, a folder of them, or the DICOM series of a folder, zip or file.
 
     A folder may also be a data set, whose `imagesTs`, `imagesTr` or `images` are taken. Where it holds no NIfTI file,
     everything below it is searched for CT and MR series.
@@ -122,6 +123,8 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
             and `DicomSeries`); "skip" logs its sentence, leaves it out and goes on.
         irregular: what to do with DICOM series that are no regular grid, "refuse" or "accept"; give the reader the same
             (see `vdt_transforms.SeriesReader`).
+        series: which DICOM series to take, by number, UID or description, or "all" (see
+            `vdt_transforms.dicom_folders.list_series`).
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
@@ -132,12 +135,12 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a NIfTI volume or a folder of volumes")
     folders = [f for f in (path, path / "imagesTs", path / "imagesTr", path / "images") if f.is_dir() and _nifti(f)]
-    if path.is_file() or folders:
+    if folders or SUFFIX.search(path.name):
         files = [path] if path.is_file() else _nifti(folders[0])
         cases = [{"image": str(file)} for file in files]
         faults = _find_faults([(case, False) for case in cases], on_error)
     else:
-        cases, faults = _find_dicom(path, on_error, irregular)
+        cases, faults = _find_dicom(path, on_error, irregular, series)
     if not cases:
         raise ValueError(
             f"{path}: no .nii or .nii.gz file in it nor in its images folders, and no DICOM series below it"
@@ -157,44 +160,35 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
     return usable
 
 
-def list_scans(source: str | os.PathLike) -> list[Case]:
-    """List the CT volumes to search: a file, a folder of NIfTI files, of one DICOM series, or of numbered PNG slices.
+def list_scans(
+    source: str | os.PathLike, *, on_error: str = "raise", irregular: str = "refuse", series: str = "all"
+) -> list[Case]:
+    """List the CT volumes to search: those of `list_volumes`, or a folder of numbered PNG slices.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: if the folder holds nothing of the kind, or a number is missing among its PNG slices.
+        ValueError: see `list_volumes`; or if a number is missing among PNG slices.
     """
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a CT volume or a folder of them")
-    if path.is_file():
-        return [{"image": str(path)}]
-    if slices := list_slices(path):
+    if slices := list_slices(Path(source)):
         read_slice(slices[0])
-        return [{"image": str(path)}]
-    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    volumes = [file for file in files if file.name.endswith((".nii", ".nii.gz", ".nrrd", ".mha"))]
-    if not volumes and not any(is_dicom(file) for file in files[:3]):
-        raise ValueError(f"{path}: no volume in it; expected NIfTI files, one DICOM series, or slices such as 001.png")
-    return [{"image": str(file)} for file in volumes or [path]]
+        return [{"image": str(source)}]
+    return list_volumes(source, on_error=on_error, irregular=irregular, series=series)
 
 
-def _find_dicom(path: Path, on_error: str, irregular: str) -> tuple[list[Case], set[str]]:
-    """List the folders that hold one usable series, and which of them to leave out."""
+def _find_dicom(path: Path, on_error: str, irregular: str, series: str) -> tuple[list[Case], set[str]]:
+    """List the DICOM series of a folder, zip or file, and which of them to leave out."""
     check_choice("irregular", irregular, ("refuse", "accept"))
-    folders = list_series(path, mapper=run_parallel)
+    found = list_series(path, series=series, mapper=run_parallel)
     faults: set[str] = set()
-    for folder, series in folders.items():
+    for place, one in found.items():
         try:
-            if isinstance(series, ValueError):
-                raise series
-            series.check(irregular=irregular == "accept")
+            one.check(irregular=irregular == "accept")
         except ValueError as error:
             if on_error == "raise":
                 raise
             logger.warning("%s; the volume is left out", error)
-            faults.add(str(folder))
-    return [{"image": str(folder)} for folder in folders], faults
+            faults.add(str(place))
+    return [{"image": str(place)} for place in found], faults
 
 
 def _find_faults(cases: Sequence[tuple[Case, bool]], on_error: str) -> set[str]:

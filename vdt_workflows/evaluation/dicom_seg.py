@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,8 @@ from pydicom import Dataset, dcmread
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from vdt_transforms.dicom_series import DicomSeries, find_one_series
+from vdt_transforms.dicom_folders import find_one_series
+from vdt_transforms.dicom_series import DicomSeries
 from vdt_transforms.grids import align_grids
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import write_atomic
@@ -98,11 +100,9 @@ class SaveDicomSegd(MapTransform):
         for key in self.key_iterator(data):
             labels = data[key]
             source = Path(str(labels.meta["filename_or_obj"]))
-            if source.is_file() and not source.name.endswith((".nii", ".nii.gz", ".npz")):
-                source = source.parent  # one slice of its series
-            if not source.is_dir():
+            if re.search(r"\.(nii|nii\.gz|npz|nrrd|nhdr|mha|mhd)$", source.name, re.IGNORECASE):
                 raise ValueError(
-                    f"{source}: no DICOM folder, whose images a DICOM SEG must refer to; use output_format: nifti"
+                    f"{source}: no DICOM series, whose images a DICOM SEG must refer to; use output_format: nifti"
                 )
             series = find_one_series(source)
             series.check()

@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from vdt_transforms.dicom_series import DicomFolder, DicomSeries, find_series
+from vdt_transforms.dicom_folders import DicomFolder, find_series
+from vdt_transforms.dicom_series import DicomSeries
 from vdt_workflows.data.nodule_tables import COLUMNS, RATINGS
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, read_record, remove_unfinished, write_atomic, write_csv, write_json, write_record

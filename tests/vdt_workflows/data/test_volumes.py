@@ -8,8 +8,9 @@ from os.path import relpath
 import nibabel as nib
 import numpy as np
 import pytest
+from monai.transforms import LoadImage
 
-from tests.makers.dicom import write_series
+from tests.makers.dicom import uid, write_series
 from tests.makers.volumes import make_affine, write_pair, write_volume
 from vdt_workflows.data.headers import check_geometry
 from vdt_workflows.data.volumes import find_volumes, list_volumes
@@ -462,11 +463,24 @@ def test_series_without_a_slice_is_named_and_left_out_when_asked(tmp_path, caplo
     assert "lacks 1 slice" in caplog.text
 
 
-def test_two_series_in_a_folder_are_refused(tmp_path):
-    for name in ("a", "b"):
-        write_series(tmp_path / "both", name=name)
-    with pytest.raises(ValueError, match=r"both: holds 2 series; put each into a folder of its own"):
-        list_volumes(tmp_path)
+@pytest.mark.parametrize(
+    ("wanted", "taken"),
+    [("all", ["3", "5"]), (3, ["3"]), (" Portal Venous", ["5"]), (uid("P1", "a"), ["3"])],
+)
+def test_several_series_in_a_folder_are_each_done_under_its_own_name_or_chosen(tmp_path, wanted, taken):
+    for number, name, description in ((3, "a", "native"), (5, "b", "portal venous")):
+        fields = {"SeriesNumber": number, "SeriesDescription": description}
+        write_series(tmp_path / "both", shape=(6, 5, 2 + number), patient="P1", name=name, **fields)
+    found = [case["image"] for case in list_volumes(tmp_path, series=wanted)]
+    assert found == [str(tmp_path / "both" / f"series-{number}") for number in taken]
+    shapes = [LoadImage(reader="vdt_transforms.VolumeReader", image_only=True)(image).shape for image in found]
+    assert shapes == [(6, 5, 2 + int(number)) for number in taken]
+
+
+def test_a_series_that_is_not_there_is_refused_with_those_that_are_but_no_words_of_their_headers(tmp_path):
+    write_series(tmp_path, patient="DOE", SeriesNumber=3, SeriesDescription="DOE")
+    with pytest.raises(ValueError, match=r"no series '4' in it; expected one of 3: [\d.]+ with 4 images$"):
+        list_volumes(tmp_path, series="4")
 
 
 def test_volumes_whose_results_would_have_one_name_are_refused(tmp_path):
