@@ -203,7 +203,7 @@ def choose_network(made: Plan, data: Fingerprint, memory: float | None) -> None:
     for width in widths:
         patch = choose_patch(median, spacing, stem, width, len(data.labels), memory)
         enough = min(prod(map(round_size, median)), 128**3)
-        if patch and (prod(patch) >= 0.7 * enough or width == widths[-1]):
+        if patch and (prod(patch) >= 0.5 * enough or width == widths[-1]):
             break
     else:
         raise ValueError(f"a patch of 32 voxels a side does not fit {memory:g} GB; name a device with more memory")
