@@ -21,6 +21,7 @@ _NAMES = {
     "training.losses": ["class_weights"],
     "training.optimisation": ["ClipGradients", "StepSchedule", "ValidateEpochs", "polynomial_rate", "warm_up"],
     "training.processes": ["join_processes", "leave_processes", "pick_device", "place", "share_out"],
+    "training.timing": ["fit_to_time"],
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],
     "evaluation.classification": ["ReportNodules", "SaveMalignancy"],
     "evaluation.detection_report": ["DetectionReport", "DetectionScores"],

@@ -44,6 +44,9 @@ COMMANDS = {
         "preparation.deeplesion", "prepare_deeplesion", "FOLDER", "DeepLesion, or volumes with labels: key slices"
     ),
     "plan": Command("preparation.plan", "plan", "PREPARED", "settings of a segmentation, from what the data are like"),
+    "train": Command(
+        "preparation.train", "train", "VOLUMES", "a segmentation of your own data, planned and fitted to a time"
+    ),
     "compare": Command("report.matrix", "compare", "ROWS DATASET_DIR", "starts of training compared in many runs"),
     "report": Command("report.run_page", "report_run", "RUN", "a page about a finished run"),
     "convert": Command("preparation.convert", "convert_weights", "SOURCE OUTPUT", "weights of other code, made to fit"),
@@ -118,6 +121,8 @@ def run_function(function: Callable[..., Any], argv: Sequence[str] | None = None
     if {"-h", "--help"} & {*words}:
         print(describe_function(function, name))
         return
+    if "output_dir" in inspect.signature(function).parameters:
+        words = ["--output_dir" if word == "-o" else word for word in words]
     _refuse_unknown(function, words, name)
     args, kwargs = _read_words(function, words, name)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -146,6 +151,8 @@ def describe_function(function: Callable[..., Any], name: str) -> str:
         text = " ".join((texts.get(parameter.name) or "").split())
         if parameter.kind is parameter.VAR_POSITIONAL:
             option = f"{parameter.name.upper()} ..."
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            option = "--NAME VALUE ..."
         elif parameter.default is parameter.empty:
             option = parameter.name.upper()
         else:
@@ -192,7 +199,10 @@ def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -
 
 
 def _refuse_unknown(function: Callable[..., Any], words: Sequence[str], name: str) -> None:
-    known = list(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return  # settings of a bundle, which knows them
+    known = list(parameters)
     for word in words:
         if word == "--":  # what follows is for fire itself
             return

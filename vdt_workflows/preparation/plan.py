@@ -83,9 +83,10 @@ def plan(
     return {"plan": str(target)}
 
 
-def write_plan(made: Plan, target: Path) -> None:
-    """Write a plan for MONAI's `--args_file`, with its reasons, and say them."""
-    write_json(target, _literal({**made.settings, "_plan_": made.words}))
+def write_plan(made: Plan, target: Path, without: Sequence[str] = ()) -> None:
+    """Write a plan for MONAI's `--args_file`, with its reasons but `without` some settings, and say it."""
+    kept = {name: value for name, value in made.settings.items() if name not in without}
+    write_json(target, _literal({**kept, "_plan_": made.words}))
     print("\n".join(made.words), file=sys.stderr)
 
 

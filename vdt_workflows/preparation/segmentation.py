@@ -49,6 +49,7 @@ from vdt_workflows.preparation.volumes import (
 )
 
 logger = logging.getLogger(__name__)
+ALONE = "one case alone is there to learn from, and it is the validation too"
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,10 @@ def _plan_own(
             lists["training"], lists["test"] = draw(lists["training"], split.test_fraction, split.seed, 0)
         if not lists["validation"]:
             lists["training"], lists["validation"] = draw(lists["training"], split.val_fraction, split.seed, 1)
+    alone = not (split.folds or lists["validation"])
+    if alone:
+        lists["validation"] = lists["training"]
+        logger.warning("%s: %s; scores on it say nothing of other cases", paths[0], ALONE)
     names, values, only_these = _choose_labels(label_names, listed.get("labels"), listing)
     channels = listed.get("modality") or listed.get("channel_names")
     modality = modality or str(channels.get("0", "unknown") if isinstance(channels, dict) else channels or "unknown")
@@ -225,7 +230,11 @@ def _plan_own(
         names=names,
         rules=CaseRules(values=values, only_these=only_these, hounsfield=modality.upper() == "CT"),
         split=split.describe(drawn_test=drawn_test),
-        about={"modality": {"0": modality}, **{key: listed[key] for key in kept if listed.get(key)}},
+        about={
+            "modality": {"0": modality},
+            **{key: listed[key] for key in kept if listed.get(key)},
+            **({"shared_cases": ALONE} if alone else {}),
+        },
     )
 
 
