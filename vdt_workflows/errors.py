@@ -20,7 +20,10 @@ LESS_MEMORY = {  # settings that lower the need for memory, and how
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ValueError, naming the argument, if its value is none of the choices."""
+    """Raise ValueError, naming the argument, if its value is none of the choices.
+
+    `networks.resnet3d` has its own, since the networks import nothing of this package and most of it no network.
+    """
     if value not in choices:
         *most, last = map(repr, choices)
         raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")

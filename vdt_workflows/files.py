@@ -51,13 +51,14 @@ def has_mark(path: str | os.PathLike, mark: Any) -> bool:
         return False
 
 
-def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = True) -> None:
+def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = True, mode: int = 0o666) -> None:
     """Write a file whole or not at all: to a temporary file in its folder, flushed to the disk, then renamed.
 
     Args:
         path: the file; its folder is made if need be.
         content: all of it.
         durable: False leaves the flushing to the caller, who writes many small files and flushes once.
+        mode: who may read and write it, of which the user's umask takes away.
 
     Raises:
         OSError: naming the file, if the folder cannot be written to or the disk is full; the file that was there before
@@ -73,7 +74,7 @@ def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = Tru
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode & ~_umask())
         os.replace(temporary, path)
         temporary = None
     except OSError as error:

@@ -125,7 +125,7 @@ def _check(argv: Sequence[str]) -> None:
             name = f"--{id}" if id in given or f"+{id}" in given else f"{id} in {settings['args_file']}"
             hint = f"did you mean {' or '.join(f'--{i}' for i in near)}?" if near else "and none with a similar name"
             raise ValueError(f"{name}: no such setting in {', '.join(map(str, files))}{'; ' if near else ', '}{hint}")
-        if value is None:
+        if value is None and (id not in parser or parser[id] is not None):
             raise ValueError(
                 f"--{id} None: MONAI passes over None; give one of the values that the config's comment names"
             )

@@ -307,7 +307,7 @@ def test_shapes_are_learnt_and_shuffled_labels_are_not(tmp_path):
         (tmp_path / "shuffled" / folder).symlink_to(tmp_path / "data" / folder)
     shuffled = [own_row(n | {"votes": v}) for n, v in zip(nodules, votes, strict=True)]
     write_table(tmp_path / "shuffled" / "nodules.csv", shuffled)
-    settings = {"epochs": 24, "base_channels": 8, "batch_size": 8, "crop_size": 32, "jitter": 4, "selection": "last"}
+    settings = {"epochs": 15, "base_channels": 8, "batch_size": 8, "crop_size": 32, "jitter": 4, "selection": "last"}
     settings["learning_rate"] = 1e-3
     scores = {}
     for name in ("data", "shuffled"):

@@ -7,13 +7,7 @@ from torch import nn
 from networks import ResUNet3D
 from tests.support.network_checks import assert_every_parameter_gets_a_gradient, randomise
 
-SIZES = [
-    pytest.param((16, 32, 48), id="multiples-of-16"),
-    pytest.param((17, 35, 50), id="no-multiples"),
-    pytest.param((5, 48, 64), id="five-slices"),
-    pytest.param((33, 33, 33), id="33-cubed"),
-    pytest.param((1, 20, 40), id="one-slice"),
-]
+SIZES = [(16, 32, 48), (17, 35, 50), (5, 48, 64), (33, 33, 33), (1, 20, 40)]
 VARIANTS = [
     pytest.param({}, id="published"),
     pytest.param({"stem": "strided"}, id="strided-stem"),
@@ -27,11 +21,13 @@ def narrow(num_classes=3, **arguments):
 
 
 @pytest.mark.parametrize("arguments", VARIANTS)
-@pytest.mark.parametrize("size", SIZES)
-def test_logits_have_the_size_of_the_input(size, arguments):
-    logits = randomise(narrow(**arguments)).eval()(torch.randn(1, 1, *size))
-    assert logits.shape == (1, 3, *size)
-    assert logits.isfinite().all()
+@torch.no_grad()
+def test_logits_have_the_size_of_the_input(arguments):
+    network = randomise(narrow(**arguments)).eval()
+    for size in SIZES:
+        logits = network(torch.randn(1, 1, *size))
+        assert logits.shape == (1, 3, *size)
+        assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

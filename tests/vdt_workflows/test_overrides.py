@@ -16,6 +16,7 @@ CONFIG = """
 imports: ["$import os", "$from vdt_workflows.overrides import check_command_line"]
 dataset_dir: data
 learning_rate: 1.0e-3
+weights: null
 boom: "$1 / 0"
 optimizer: {_target_: torch.optim.Adam, params: "$@network.parameters()"}
 network: {_target_: "$torch.nn.Linear", in_features: 1, out_features: 1}
@@ -132,6 +133,13 @@ def test_a_truth_value_that_monai_takes_for_a_word_is_refused(config: str, word:
     with pytest.raises(ValueError, match=f"--dataset_dir {word}: MONAI takes this for a word.*give True or False"):
         check(config, "--dataset_dir", word)
     check(config, "--dataset_dir", word.title())
+
+
+@pytest.mark.parametrize("name", ["dataset_dir", "optimizer::lr"])
+def test_none_which_monai_passes_over_is_refused_but_where_the_config_says_none_too(config: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"--{name} None: MONAI passes over None; give one of the values"):
+        check(config, f"--{name}", "None")
+    check(config, "--weights", "None")  # as the args_file of a run says what was not set
 
 
 def test_a_flag_that_fire_reads_as_its_negation_is_refused(config: str) -> None:

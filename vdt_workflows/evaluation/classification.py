@@ -15,6 +15,7 @@ from ignite.engine import Engine, Events
 
 from vdt_workflows.drawing import Plane, cut_planes, draw_planes, draw_sheet, draw_tile, make_figure, to_png
 from vdt_workflows.files import write_atomic, write_csv, write_json
+from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ class ReportNodules:
 
     def _write(self, engine: Engine) -> None:
         found = {name: nodule for part in idist.all_gather(self.found) for name, nodule in part.items()}
-        if idist.get_rank() > 0:
+        if not is_first_process():
             return
         rows = [(name, *found[name], int(found[name][2] >= self.threshold)) for name in sorted(found)]
         _, patients, labels, scores, _ = zip(*rows, strict=True)

@@ -27,6 +27,7 @@ from vdt_workflows.evaluation.detection import (
     score_detections,
 )
 from vdt_workflows.files import write_atomic, write_json
+from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class DetectionReport:
         self._drawn[label["truth"]["name"]] = stack[len(stack) // 2].float().cpu().numpy(), np.asarray(label["scale"])
 
     def _write(self, engine: Engine) -> None:
-        if idist.get_rank() > 0:
+        if not is_first_process():
             return
         slices, folder = self.scores.slices, Path(self.folder)
         scored = {**engine.state.metrics, **score_detections(slices, intervals=self.intervals), "_run_": self.notes}

@@ -29,6 +29,7 @@ from vdt_workflows.drawing import (
     to_png,
 )
 from vdt_workflows.files import write_atomic, write_csv, write_json
+from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 SMOOTH = 1e-5  # of the published pooled Dice
@@ -210,7 +211,7 @@ class CaseScores:
 
     def _write(self, engine: Engine) -> None:
         parts = idist.all_gather((self.scores, self.shown))
-        if idist.get_rank() > 0:
+        if not is_first_process():
             return
         # Where there are fewer cases than processes, all of them score all cases.
         scores = {(s.case, s.organ): s for part, _ in parts for s in part}

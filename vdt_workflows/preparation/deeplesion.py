@@ -102,7 +102,7 @@ def prepare_deeplesion(
     problems: dict[str, list[str]] = defaultdict(list)
     slices: dict[tuple[str, int], list[Lesion]] = defaultdict(list)
     for lesion in lesions:
-        if reason := _clip(lesion, stored[lesion["series"]]):
+        if reason := _clip(lesion, stored[lesion["series"]], images / lesion["series"]):
             problems[reason].append(f"{lesion['series']}/{lesion['slice']:03d}.png")
         else:
             slices[lesion["series"], lesion["slice"]].append(lesion)
@@ -159,7 +159,7 @@ def _list_slices(series: Path) -> dict[int, str]:
     return {int(m[1]): file for file in files if (m := SLICE_NAME.match(file))}
 
 
-def _clip(lesion: Lesion, stored: dict[int, str]) -> str:
+def _clip(lesion: Lesion, stored: dict[int, str], folder: Path) -> str:
     """Clip the lesion's box to the image, and return why it cannot be used, if so."""
     x1, y1 = (max(value, 0.0) for value in lesion["box"][:2])
     x2, y2 = (min(value, float(size)) for value, size in zip(lesion["box"][2:], lesion["size"], strict=True))
@@ -168,6 +168,14 @@ def _clip(lesion: Lesion, stored: dict[int, str]) -> str:
         return "the series is not there"
     if lesion["slice"] not in stored:
         return "the key slice is not there"
+    for number in {min(stored), lesion["slice"], max(stored)}:  # of a series all are alike
+        try:
+            with Image.open(folder / stored[number]) as image:
+                alike = image.mode.startswith("I")  # as `read_slice` asks
+        except (OSError, SyntaxError):
+            alike = False
+        if not alike:
+            return "the series has a slice that is no PNG of one channel of 16 bits, which holds HU + 32768"
     if not 0 < lesion["slice_interval"] < math.inf:
         return f"the slice interval is {lesion['slice_interval']:g} mm"
     return "" if x2 - x1 >= 1 and y2 - y1 >= 1 else "less than a pixel of the box is inside the image"

@@ -99,7 +99,7 @@ def test_report_writes_scores_detections_curve_and_pictures(tmp_path):
 
 
 def test_the_other_processes_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("vdt_workflows.evaluation.detection_report.is_first_process", lambda: False)
     metric = DetectionScores()
     evaluate(ITEMS, BOXES, [DetectionReport(str(tmp_path), metric)], metric)
     assert list(tmp_path.iterdir()) == []

@@ -51,7 +51,7 @@ def test_labels_are_those_of_the_default_inferer(network, size, mode, batch):
 
 @pytest.mark.parametrize(
     ("slices", "windows"),
-    [(33, 18), (44, 18), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((32, 9), (85, 54)))],
+    [(33, 18), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((32, 9), (44, 18), (85, 54)))],
 )
 def test_windows_of_a_512_pixel_scan_are_as_many_as_published(slices, windows):
     seen = []
@@ -60,7 +60,7 @@ def test_windows_of_a_512_pixel_scan_are_as_many_as_published(slices, windows):
         seen.extend(x)
         return x
 
-    SlabInferer((256, 256, 32), (0.5, 0.5, 0.625))(torch.zeros(1, 2, 512, 512, slices), look)
+    SlabInferer((256, 256, 32), (0.5, 0.5, 0.625))(torch.zeros(1, 1, 512, 512, slices), look)
     assert len(seen) == windows
 
 

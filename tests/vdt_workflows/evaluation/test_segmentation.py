@@ -174,7 +174,7 @@ def test_cases_of_one_file_name_in_several_folders_stay_apart(tmp_path):
 
 
 def test_running_twice_scores_each_case_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("vdt_workflows.evaluation.segmentation.is_first_process", lambda: False)
     engine = Engine(lambda engine, batch: [])
     handler = CaseScores(str(tmp_path), NAMES)
     handler.attach(engine)

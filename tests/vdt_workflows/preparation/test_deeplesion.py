@@ -101,6 +101,18 @@ def test_unusable_slice_interval_is_left_out_and_counted(root, interval):
     assert reason == f"the slice interval is {float(interval):g} mm"
 
 
+@pytest.mark.parametrize("spoilt", ["109", "106", "111"])
+def test_slices_of_8_bits_are_left_out_and_refused_where_there_are_no_others(root, spoilt):
+    (file,) = root.rglob(f"{spoilt}.png")
+    Image.fromarray(np.zeros((512, 512), np.uint8)).save(file)
+    with pytest.raises(
+        ValueError, match=r"can be used \(1 times the series has a slice that is no PNG of one channel of"
+    ):
+        prepare(root, [row()])
+    write_series(file.parents[1] / "000002_01_01", range(106, 112))
+    assert list(prepare(root, [row(), row("000002_01_01")])["left_out"].values()) == [1]
+
+
 def test_preparing_again_gives_the_same_file_and_a_longer_download_more(root):
     prepare(root, [row(), row("000002_01_01")])
     first = (root / "deeplesion.json").read_bytes()
