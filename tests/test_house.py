@@ -17,7 +17,7 @@ from tests.support.bundle_runs import ROOT
 from vdt_workflows.packaging.package import LEFT_OUT
 
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
-GROUND = {"files", "parallel", "errors", "drawing", "overrides", "locator"}
+GROUND = {"files", "parallel", "errors", "drawing", "overrides", "locator", "naming", "locks"}
 BUNDLE_ROOMS = {"networks", "vdt_transforms", "data", "training", "evaluation"}
 
 # Room: what it may import beside itself and, inside vdt_workflows, the ground files.

@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "locks": ["hold", "leave_folders"],
+    "naming": ["name_result"],
     "overrides": ["check_command_line"],
     "data.cache": ["SeededCacheDataset"],
     "data.images": ["collate_images", "find_images", "list_images"],
@@ -23,6 +25,7 @@ _NAMES = {
     "training.processes": ["join_processes", "leave_processes", "pick_device", "place", "share_out"],
     "training.timing": ["fit_to_time"],
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],
+    "training.ownership": ["RunFolders"],
     "evaluation.classification": ["ReportNodules", "SaveMalignancy"],
     "evaluation.detection_report": ["DetectionReport", "DetectionScores"],
     "evaluation.dicom_seg": ["SaveDicomSegd", "writes_dicom"],

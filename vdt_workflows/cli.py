@@ -107,6 +107,8 @@ def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
 def run_function(function: Callable[..., Any], argv: Sequence[str] | None = None, name: str | None = None) -> None:
     """Run a function with the words of the command line; what it returns is printed as one line of JSON.
 
+    The exit status is 1 where that counts something as `failed`.
+
     Args:
         function: with documented arguments, which are the options.
         argv: the words, those of the process by default.
@@ -135,6 +137,8 @@ def run_function(function: Callable[..., Any], argv: Sequence[str] | None = None
         sys.exit(130)  # as shells have it
     if result is not None:
         print(json.dumps(result))
+    if isinstance(result, dict) and result.get("failed"):
+        sys.exit(1)
 
 
 def describe_function(function: Callable[..., Any], name: str) -> str:

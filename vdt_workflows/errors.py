@@ -19,6 +19,12 @@ LESS_MEMORY = {  # settings that lower the need for memory, and how
 }
 
 
+def not_written(path: object, error: OSError) -> OSError:
+    """Give the error of a file or folder that cannot be written, with what to do."""
+    reason = f"{path}: could not be written ({error.strerror}); free space or choose a folder you may write"
+    return OSError(error.errno, reason)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError, naming the argument, if its value is none of the choices.
 

@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 
+from vdt_workflows.errors import not_written
+from vdt_workflows.locks import LOCK, hold
+
+UNFINISHED = ".part"  # how names of files end that are being written
+
 SYSTEM = {  # names, in small letters, that Synology, QNAP, NetApp, Linux, macOS and Windows give their own files
     *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found"),
     *("__macosx", ".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
@@ -68,7 +73,7 @@ def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = Tru
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=UNFINISHED, delete=False) as file:
             temporary = file.name
             file.write(content)
             if durable:
@@ -78,32 +83,34 @@ def write_atomic(path: str | os.PathLike, content: bytes, *, durable: bool = Tru
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise OSError(
-            error.errno, f"{path}: could not be written ({error.strerror}); free space or choose a folder you may write"
-        ) from error
+        raise not_written(path, error) from error
     finally:
         if temporary is not None:  # also where the user interrupts
             Path(temporary).unlink(missing_ok=True)
 
 
-def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False) -> None:
+def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool = False, alone: bool = True) -> None:
     """Keep a folder's results together with what they were made with, in its `settings.json`.
 
     Args:
         folder: the folder, which is made if need be.
         settings: plain values that make the results what they are.
         empty: refuse a folder that has files but no such record, since they are someone else's.
+        alone: `hold` the folder too.
 
     Raises:
+        BlockingIOError: if another process holds the folder.
         ValueError: if the folder holds results of other settings.
         FileExistsError: if it holds files of other origin.
     """
     record = Path(folder) / "settings.json"
     settings = json.loads(json.dumps(settings))
     there = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
-    others = [file for file in there if not file.name.startswith(f".{record.name}.")]  # a claim that was killed
+    others = [file for file in there if file.name != LOCK and file.suffix != UNFINISHED]  # left by a claim
     if empty and not record.is_file() and others:
         raise FileExistsError(f"output_dir {folder} has files that are not from this script; name a new folder")
+    if alone:
+        hold(folder)
     kept = json.loads(record.read_text()) if record.is_file() else settings
     differ = [f"{k} {kept.get(k)!r}, not {settings.get(k)!r}" for k in settings if kept.get(k) != settings.get(k)]
     if differ:
@@ -137,8 +144,8 @@ def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | No
 
 def remove_unfinished(*folders: Path) -> None:
     """Remove the hidden files that a killed `write_atomic` leaves behind."""
-    for unfinished in (file for folder in folders for file in folder.glob(".*.*") if file.is_file()):
-        unfinished.unlink()
+    for unfinished in (file for folder in folders for file in folder.glob(f".*{UNFINISHED}")):
+        unfinished.unlink(missing_ok=True)
 
 
 def _umask() -> int:

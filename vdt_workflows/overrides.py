@@ -129,7 +129,7 @@ def _check(argv: Sequence[str]) -> None:
             raise ValueError(
                 f"--{id} None: MONAI passes over None; give one of the values that the config's comment names"
             )
-        if isinstance(value, str) and value.lower() in ("true", "false"):
+        if isinstance(value, str) and value.lower() in ("true", "false") and id != "overwrite":  # which takes words
             raise ValueError(f"--{id} {value}: MONAI takes this for a word, which counts as true; give True or False")
         parser[id] = value  # an override may add what a later one changes
 

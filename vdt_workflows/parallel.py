@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -47,7 +48,7 @@ def run_parallel(
     if workers <= 1:
         yield from track(map(function, tasks), len(tasks), label)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(os.getpid(), workers))
+    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(workers,))
     try:
         for future in track(as_completed([pool.submit(function, task) for task in tasks]), len(tasks), label):
             yield future.result()
@@ -59,10 +60,11 @@ def run_parallel(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(parent: int, workers: int) -> None:
-    """Take a worker's share of the cores, and follow the main process."""
+def _begin(workers: int) -> None:
+    """Take a worker's share of the cores, leave Ctrl-C to the main process, and end when it ends."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    follow_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()
 
 
 def free_memory() -> float:
@@ -84,13 +86,14 @@ def local_share() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def follow_parent(parent: int | None = None) -> None:
-    """Leave Ctrl-C to the main process, and end when it ends: a killed process cannot stop its workers."""
-    parent = os.getppid() if parent is None else parent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def follow_parent() -> None:
+    """End this process when the one that started it does: a killed process cannot stop those that it started."""
+    parent, number = multiprocessing.parent_process(), os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        if parent is not None:  # also where a fork server stands in between
+            parent.join()
+        while parent is None and os.getppid() == number:
             time.sleep(1)
         os._exit(1)
 

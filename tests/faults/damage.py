@@ -223,7 +223,7 @@ def _read_cubes(folder: Path) -> Any:
     return [load(item)["image"] for item in list_nodules(folder)]
 
 
-RUN_STATE = {"settings": {}, "epoch": 1, "iteration": 2, "objects": {}, "scaler": {}}
+RUN_STATE = {"epoch": 1, "iteration": 2, "objects": {}, "scaler": {}}
 
 
 def _network() -> torch.nn.Module:
@@ -243,7 +243,7 @@ def _read_checkpoints(folder: Path) -> Any:
         network = ResNet3DClassifier(18, 3, base_channels=4)
         load(network, folder / "model.pt")
         read.append({name: value.numpy() for name, value in network.state_dict().items()})
-    return read, ResumeRun(str(folder / "resume.pt"), {}, {})._read()
+    return read, ResumeRun(str(folder / "resume.pt"), {})._read()
 
 
 def _make_tables(folder: Path) -> list[Path]:

@@ -94,4 +94,4 @@ def test_a_flipped_byte_in_the_state_of_a_run_is_refused(tmp_path):
     data[data.index(torch.arange(9.0).numpy().tobytes()) + 7] ^= 0x40
     (tmp_path / "resume.pt").write_bytes(data)
     with pytest.raises(ValueError, match=r"resume\.pt: not a whole state of a run \(.*checksum .* delete it to start"):
-        ResumeRun(str(tmp_path / "resume.pt"), {}, {}).load(None)
+        ResumeRun(str(tmp_path / "resume.pt"), {}).load(None)

@@ -36,7 +36,7 @@ def test_training_that_cannot_go_on_stops_with_advice():
 
 
 def test_a_folder_whose_claim_was_killed_can_be_claimed(tmp_path):
-    (tmp_path / ".settings.json.ab12cd").write_text("{")
+    (tmp_path / ".ab12cd.part").write_text("{")
     claim(tmp_path, {"size": 1}, empty=True)
     (tmp_path / "settings.json").unlink()
     (tmp_path / "other.txt").touch()

@@ -49,6 +49,13 @@ def test_the_words_are_the_functions_arguments_and_its_result_is_a_line_of_json(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"folder": "x", "size": 64, "dry_run": True}
 
 
+def test_a_result_that_counts_failures_is_printed_and_ends_with_status_1(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_function(lambda: {"cells": 4, "failed": 1}, [])
+    assert end.value.code == 1
+    assert json.loads(capsys.readouterr().out) == {"cells": 4, "failed": 1}
+
+
 def nothing(folder: str) -> None:
     """Return nothing."""
 

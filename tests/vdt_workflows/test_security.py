@@ -51,7 +51,7 @@ READERS = {
     "LoadWeights": lambda file: LoadWeights(network(), str(file))(None),
     "read_provenance": read_provenance,
     "initialise": lambda file: initialise(network(), "vdt", str(file)),
-    "ResumeRun": lambda file: ResumeRun(str(file), {}, {}).load(None),
+    "ResumeRun": lambda file: ResumeRun(str(file), {}).load(None),
 }
 
 

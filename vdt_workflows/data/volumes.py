@@ -18,6 +18,7 @@ from vdt_transforms.readers import list_slices
 from vdt_transforms.slice_stacks import read_slice
 from vdt_workflows.data.headers import check_geometry
 from vdt_workflows.errors import check_choice
+from vdt_workflows.naming import name_results
 from vdt_workflows.parallel import run_parallel
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def list_volumes(
     """List the volumes to segment: a NIfTI file, a folder of them, or the DICOM series of a folder, zip or file.
 
     A folder may also be a data set, whose `imagesTs`, `imagesTr` or `images` are taken. Where it holds no NIfTI file,
-    everything below it is searched for CT and MR series.
+    everything below it is searched for CT and MR series. Results are named apart (see `vdt_workflows.naming`).
 
     Args:
         source: the file or folder.
@@ -128,7 +129,7 @@ def list_volumes(
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: if there is no volume, or none that can be used, or two would be written under one name.
+        ValueError: if there is no volume, or none that can be used.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
     path = Path(source)
@@ -150,13 +151,7 @@ def list_volumes(
         raise ValueError(f"{path}: none of its {len(cases)} volumes can be used, see above")
     if faults:
         logger.info("%s: %d volumes; %d left out", path, len(usable), len(faults))
-    names: dict[str, str] = {}
-    for image in (case["image"] for case in usable):
-        first = names.setdefault(SUFFIX.sub("", Path(image).name), image)
-        if first != image:
-            raise ValueError(
-                f"{image}: has the name of {first}, so that one result would replace the other; rename one"
-            )
+    name_results(case["image"] for case in usable)
     return usable
 
 

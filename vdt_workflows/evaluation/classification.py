@@ -15,6 +15,7 @@ from ignite.engine import Engine, Events
 
 from vdt_workflows.drawing import Plane, cut_planes, draw_planes, draw_sheet, draw_tile, make_figure, to_png
 from vdt_workflows.files import write_atomic, write_csv, write_json
+from vdt_workflows.naming import result_name
 from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
@@ -262,7 +263,7 @@ class SaveMalignancy:
             file = str(item["image"].meta["filename_or_obj"])
             x, y, z = (round(float(value), 2) for value in item["position"])
             called = self.class_names[int(score >= self.threshold)]
-            name = item.get("nodule_id", Path(file).name.split(".")[0])
+            name = item.get("nodule_id", result_name(file))
             place = {"x_mm": x, "y_mm": y, "z_mm": z}
             self.found.append({"image": file, "nodule_id": name, **place, "malignancy": score, "class": called})
             if len(self.crops) < DRAWN:

@@ -23,6 +23,7 @@ from vdt_transforms.dicom_series import DicomSeries
 from vdt_transforms.grids import align_grids
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import write_atomic
+from vdt_workflows.naming import result_name
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class SaveDicomSegd(MapTransform):
             series = find_one_series(source)
             series.check()
             frames = place_on_slices(np.asarray(labels[0].cpu()), np.asarray(labels.affine, float), series)
-            path = self.output_dir / f"{source.name}_seg.dcm"
+            path = self.output_dir / f"{result_name(source)}_seg.dcm"
             write_atomic(path, make_segmentation(frames, series, self.label_names, self.algorithm))
             logger.info("%s: written as %s", source, path)
         return dict(data)

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 
 from vdt_workflows.files import write_csv, write_json
+from vdt_workflows.naming import result_name
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +107,7 @@ class SaveLesions:
             _lesion(np.asarray(box, float), float(score), self.label_names[int(label)], affine, own)
             for box, score, label in zip(data["box"], data["label_scores"], data["label"], strict=True)
         ]
-        name = Path(source).name
-        for ending in (".gz", ".nii", ".nrrd", ".dcm"):
-            name = name.removesuffix(ending)
+        name = result_name(source)
         content = {
             "image": source,
             "conventions": {

@@ -26,6 +26,7 @@ from monai.bundle import ConfigParser
 
 from vdt_workflows.files import hash_file, write_atomic
 from vdt_workflows.locator import find_bundles
+from vdt_workflows.naming import plain
 from vdt_workflows.training.checkpoints import load_weights, read_provenance
 
 ROOT = Path(__file__).resolve().parents[2]  # of the packages
@@ -241,7 +242,7 @@ def describe(metadata: dict[str, Any], settings: Mapping[str, Any], defaults: Ma
     """Adapt the metadata to a run's settings: labels, channels, and the network's input."""
     taken = metadata["network_data_format"]["inputs"]["image"]
     given = metadata["network_data_format"]["outputs"]["pred"]
-    names = settings.get("label_names") or settings.get("class_names")
+    names = plain(settings.get("label_names") or settings.get("class_names"))
     if names:
         given.update(num_channels=len(names), channel_def={str(i): name for i, name in enumerate(names)})
     if "crop_size" in settings:

@@ -36,6 +36,7 @@ from skimage.measure import label as connected_components
 from vdt_transforms.slice_stacks import HU_OFFSET, ORIENTATION, SLICE_NAME
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, write_csv, write_json
+from vdt_workflows.locks import hold, leaving
 from vdt_workflows.parallel import run_parallel, track
 from vdt_workflows.preparation.deeplesion_tables import COLUMNS, SPLITS, Lesion, read_coco, read_table
 
@@ -54,6 +55,7 @@ LISTS = (  # of a key slice, and what each of its lesions has
 )
 
 
+@leaving
 def prepare_deeplesion(
     dataset_dir: str,
     annotations: str | None = None,
@@ -95,6 +97,7 @@ def prepare_deeplesion(
         images = images / "Images_png"
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder; expected the unpacked Images_png archives in it")
+    hold(root)
     source = Path(str(annotations)) if annotations is not None else root / "DL_info.csv"
     lesions = list(read_coco(source) if source.is_dir() or source.suffix == ".json" else read_table(source))
     names = sorted({lesion["series"] for lesion in lesions})

@@ -27,6 +27,7 @@ from vdt_workflows.data.folder_index import INDEX, Folder, is_image, kind_of, wa
 from vdt_workflows.data.images import VALIDATION_FOLDERS, VALIDATION_LISTS, find_images
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, has_mark, mark_of, write_atomic, write_csv, write_json
+from vdt_workflows.locks import LOCK, leaving
 from vdt_workflows.parallel import run_parallel
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Found(NamedTuple):
     remarks: dict[str, list[str]]
 
 
+@leaving
 def prepare_images(
     images: str,
     output_dir: str,
@@ -155,7 +157,7 @@ def _clear(target: Path, folders: set[str]) -> None:
     for parent, inner, names in os.walk(target):
         inner[:] = [name for name in inner if not name.startswith(".")]
         for name in names:
-            if name.startswith(".") and name != INDEX:
+            if name.startswith(".") and name not in (INDEX, LOCK):
                 Path(parent, name).unlink()
             elif is_image(name) and os.path.relpath(parent, target) not in folders:
                 raise ValueError(f"{parent}: a folder of images that the source does not have; remove it")

@@ -37,6 +37,7 @@ from vdt_transforms.dicom_series import DicomSeries
 from vdt_workflows.data.nodule_tables import COLUMNS, RATINGS
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, read_record, remove_unfinished, write_atomic, write_csv, write_json, write_record
+from vdt_workflows.locks import leaving
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.lidc import Annotation, Annotations, consensus, read_annotations
 from vdt_workflows.preparation.nodule_cubes import Nodule, cube_affine, cut_image, cut_masks, find_nodules
@@ -60,6 +61,7 @@ class Scan:
     annotations: list[Annotation]
 
 
+@leaving
 def prepare_lidc(
     dicom_dir: str,
     output_dir: str,

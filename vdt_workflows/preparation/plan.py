@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from vdt_workflows.files import write_json
+from vdt_workflows.naming import literal
 from vdt_workflows.preparation.fingerprint import Fingerprint, read_fingerprint
-from vdt_workflows.training.runs import _literal
 
 Axes = list[int]
 THICK = 3  # times the other axes' spacing, from which on an axis is coarse (nnU-Net's rule)
@@ -86,7 +86,7 @@ def plan(
 def write_plan(made: Plan, target: Path, without: Sequence[str] = ()) -> None:
     """Write a plan for MONAI's `--args_file`, with its reasons but `without` some settings, and say it."""
     kept = {name: value for name, value in made.settings.items() if name not in without}
-    write_json(target, _literal({**kept, "_plan_": made.words}))
+    write_json(target, literal({**kept, "_plan_": made.words}))
     print("\n".join(made.words), file=sys.stderr)
 
 

@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,8 @@ from typing import Any
 from vdt_workflows.data.volumes import draw, list_cases
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, write_atomic, write_json
+from vdt_workflows.locks import leaving
+from vdt_workflows.naming import tell_apart
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
 from vdt_workflows.preparation.fingerprint import FILE
 from vdt_workflows.preparation.public_sets import (
@@ -66,6 +67,7 @@ class Plan:
     missing: dict[str, str] = field(default_factory=dict)  # sentences by case
 
 
+@leaving
 def prepare_segmentation(
     data: str | Sequence[str],
     output_dir: str,
@@ -201,12 +203,14 @@ def _plan_own(
         logger.info("%s: %d test images have no label and are left alone", paths[0], len(unlabelled))
         found["test"] = [pair for pair in found["test"] if "label" in pair]
     by_image = {pair["image"]: pair for group in found.values() for pair in group}
-    names_of = _name_apart([StoredFile(image) for image in by_image])
+    names_of = tell_apart(by_image, lambda image: StoredFile(image).stem)
     cases = {
-        name: SourceCase(name, image, StoredFile(label) if (label := by_image[image.path].get("label")) else None)
+        name: SourceCase(
+            name, StoredFile(image), StoredFile(label) if (label := by_image[image].get("label")) else None
+        )
         for image, name in names_of.items()
     }
-    lists = {part: [names_of[StoredFile(pair["image"])] for pair in group] for part, group in found.items()}
+    lists = {part: [names_of[pair["image"]] for pair in group] for part, group in found.items()}
     drawn_test = not (split.folds or lists["test"])
     if split.folds:
         lists = split.divide_folds(list(cases))
@@ -265,17 +269,6 @@ def _read_labels(listed: Any, listing: Path) -> list[str]:
             f"{listing}: its labels {listed!r} are not one name for each value from 0 on; choose by --label_names"
         )
     return [str(by_value[value]) for value in range(len(by_value))]
-
-
-def _name_apart(images: Sequence[StoredFile]) -> dict[StoredFile, str]:
-    """Name cases by their images, or with the folder before it where names repeat, as in a folder for each case."""
-    names = {image: image.stem for image in images}
-    if len(set(names.values())) < len(images):
-        names = {image: f"{image.folder}_{name}" for image, name in names.items()}
-    for name in (name for name, count in Counter(names.values()).items() if count > 1):
-        first, second, *_ = (image for image in names if names[image] == name)
-        raise ValueError(f"{first} and {second} would both be case {name}; rename one")
-    return names
 
 
 # The results ---------------------------------------------------------------------------------------------------------

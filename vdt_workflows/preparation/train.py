@@ -28,6 +28,10 @@ from vdt_workflows.preparation.plan import find_memory, make_plan, write_plan
 from vdt_workflows.preparation.segmentation import prepare_segmentation
 
 BUNDLE = "bcv_multiorgan_segmentation"
+CHILD = (  # what `python -m monai.bundle` does, in a process that ends with this one
+    "import runpy; from vdt_workflows.parallel import follow_parent; follow_parent();"
+    " runpy.run_module('monai.bundle', run_name='__main__', alter_sys=True)"
+)
 STEPS = ("epochs", "steps_per_epoch", "val_interval")
 
 
@@ -69,9 +73,9 @@ def train(
     for words, when in zip(lines, ([f"--began={began:.0f}"] if minutes else [], []), strict=True):
         if done.is_file() and json.loads(done.read_text()) == lines[0] and words is lines[0]:
             continue  # killed in the evaluation
-        command = ["-m", "monai.bundle", "run", *words, *when]
-        print(f"cd {bundle}; {shlex.join(['python', *command])}", file=sys.stderr)
-        if subprocess.run([sys.executable, "-W", "ignore", *command], cwd=bundle, check=False).returncode:
+        command = ["run", *words, *when]
+        print(f"cd {bundle}; {shlex.join(['python', '-m', 'monai.bundle', *command])}", file=sys.stderr)
+        if subprocess.run([sys.executable, "-W", "ignore", "-c", CHILD, *command], cwd=bundle, check=False).returncode:
             raise ChildProcessError(f"{root}: the run failed, its own message is above")
         if words is lines[0]:
             write_json(done, words)

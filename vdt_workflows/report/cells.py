@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -197,6 +198,7 @@ def run_cell(cell: Cell, device: str | None = None) -> None:
     Raises:
         SystemExit: if a stage fails; `error.txt` says how, and `log.txt` all of it.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     follow_parent()
     folder = Path(cell.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +232,11 @@ def _run_stage(cell: Cell, stage: Stage) -> None:
     os.chdir(cell.bundle)
     sys.argv = ["monai.bundle", *stage.words()]  # what run.json records
     start, busy = time.perf_counter(), time.process_time()
-    monai.bundle.run(config_file=list(stage.configs), bundle_root=".", **stage.settings)
+    try:
+        monai.bundle.run(config_file=list(stage.configs), bundle_root=".", **stage.settings)
+    except SystemExit as end:
+        if end.code:
+            raise  # else a training that was finished when its cell was killed
     took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy}
     write_json(record, {name: round(value, 2) for name, value in took.items()}, indent=None)
 

@@ -21,6 +21,7 @@ import numpy as np
 from monai.transforms import LoadImage
 
 from vdt_workflows.files import read_lines, write_atomic
+from vdt_workflows.naming import bare_name, plain
 from vdt_workflows.report.pages import render, to_base64
 from vdt_workflows.report.viewer import Case, describe_viewer, draw_boxes
 
@@ -93,21 +94,22 @@ def find_cases(files: dict[str, Path], number: int) -> list[Case]:
     record = _read_json(files.get("inference.json"))
     load = LoadImage(reader="vdt_transforms.VolumeReader", image_only=True)
     for source in record.get("volumes", []):
-        mask = files.get(f"{_bare(source)}_seg.nii.gz")
+        names = record.get("results", {}).get(source, [f"{bare_name(source)}_seg.nii.gz"])
+        mask = next((files[name] for name in names if name in files and name.endswith(".nii.gz")), None)
         if len(cases) < number and mask is not None and Path(source).exists():
-            names = record.get("label_names", [])
-            labels = nib.load(mask)
+            label_names = record.get("label_names", [])
+            labels, title = nib.load(mask), mask.name.removesuffix("_seg.nii.gz")
             image = load(source)
             if not np.allclose(image.affine.numpy(), labels.affine, atol=1e-3):
                 raise ValueError(f"{mask}: lies on another grid than {source}; run the inference again")
-            cases.append(Case(_bare(source), image.numpy(), np.asarray(labels.dataobj), labels.affine, names))
+            cases.append(Case(title, image.numpy(), np.asarray(labels.dataobj), labels.affine, label_names))
     for name, path in files.items():
         if name.endswith("_lesions.json") and len(cases) < number:
             found = _read_json(path)
             if Path(found["image"]).exists():
                 image = load(found["image"])
                 boxes = draw_boxes(image.shape, [lesion["box_voxel"] for lesion in found["lesions"]])
-                title = f"{_bare(found['image'])}: {len(found['lesions'])} boxes"
+                title = f"{path.name.removesuffix('_lesions.json')}: {len(found['lesions'])} boxes"
                 cases.append(Case(title, image.numpy(), boxes, image.affine.numpy(), ["background", "box"]))
     return cases
 
@@ -138,7 +140,7 @@ def _read_json(path: Path | None) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); run the step that writes it again") from error
-    return content if isinstance(content, dict) else {}
+    return plain(content) if isinstance(content, dict) else {}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -155,7 +157,3 @@ def _shorten(value: Any) -> str:
         return f"{float(value):.6g}" if isinstance(value, str | float) else str(value)
     except ValueError:
         return str(value)
-
-
-def _bare(path: str) -> str:
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from torch import nn
 from networks import load_pretrained, read_checkpoint
 from networks.checkpoints import describe_damage, load_whole
 from vdt_workflows.files import save_atomic
+from vdt_workflows.training.ownership import RunFolders
 from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
@@ -145,13 +145,12 @@ class ResumeRun:
     """Handler: keep what a killed run needs to go on from its last whole epoch, and go on.
 
     Attach it to the trainer, last of the handlers, so that what it writes includes what the others did. The file is
-    removed when the run is finished. It is taken only if its settings equal those of the run that starts: otherwise
-    the run starts afresh and the file is put aside as `<name>.old`.
+    removed when the run is finished. That it is this run's is what `RunFolders` sees to, before anything is built.
 
     Args:
         path: file for the state, in the run's output folder.
         objects: what has a `state_dict`: network, optimizer, scheduler, handlers that remember.
-        settings: plain values that make the run what it is.
+        folders: what owns the run's folders, and is told of its end.
         writes: whether this process writes, by default the first one (rank 0); all processes read.
 
     Raises:
@@ -159,13 +158,17 @@ class ResumeRun:
     """
 
     def __init__(
-        self, path: str, objects: Mapping[str, Any], settings: Mapping[str, Any], *, writes: bool | None = None
+        self,
+        path: str | os.PathLike,
+        objects: Mapping[str, Any],
+        *,
+        folders: RunFolders | None = None,
+        writes: bool | None = None,
     ) -> None:
         self.path = Path(path)
         self.objects = dict(objects)
-        self.settings = json.loads(json.dumps(settings, default=str))
+        self.folders = folders
         self.writes = is_first_process() if writes is None else writes
-        self.put_aside = False
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer."""
@@ -175,19 +178,10 @@ class ResumeRun:
             engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def load(self, engine: Engine) -> None:
-        """Go on from the file, if there is one for this run."""
+        """Go on from the file, if there is one."""
         if not self.path.is_file():
             return
         kept = self._read()
-        differ = [
-            f"{name} was {kept['settings'].get(name)!r}, is {self.settings.get(name)!r}"
-            for name in sorted({*kept["settings"], *self.settings})
-            if kept["settings"].get(name) != self.settings.get(name)
-        ]
-        if differ:
-            logger.warning("%s: not resumed, the settings differ (%s); starting afresh", self.path, "; ".join(differ))
-            self.put_aside = True
-            return
         objects = {name: bare(item) for name, item in self.objects.items()}
         Checkpoint.load_objects(to_load=objects, checkpoint=kept["objects"])
         if getattr(engine, "scaler", None) is not None and kept["scaler"]:
@@ -198,7 +192,7 @@ class ResumeRun:
     def _read(self) -> dict[str, Any]:
         try:
             kept = load_whole(self.path)
-            if {"settings", "epoch", "iteration", "objects", "scaler"} <= kept.keys():
+            if {"epoch", "iteration", "objects", "scaler"} <= kept.keys():
                 return kept
             reason = "not written by ResumeRun"
         except Exception as error:  # a damaged pickle may raise anything
@@ -209,17 +203,15 @@ class ResumeRun:
         """Write the state of the run after a whole epoch."""
         scaler = getattr(engine, "scaler", None)
         content = {
-            "settings": self.settings,
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "objects": {name: bare(item).state_dict() for name, item in self.objects.items()},
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
-        if self.put_aside:
-            os.replace(self.path, f"{self.path}.old")
-            self.put_aside = False
         save_atomic(content, self.path)
 
     def finish(self, engine: Engine) -> None:
-        """Remove the file of a run that came to its end."""
+        """Record that the run came to its end, and remove the file."""
+        if self.folders is not None:
+            self.folders.finish()
         self.path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from tests.makers.dicom import uid, write_series
 from tests.makers.volumes import make_affine, write_pair, write_volume
 from vdt_workflows.data.headers import check_geometry
 from vdt_workflows.data.volumes import find_volumes, list_volumes
+from vdt_workflows.naming import result_name
 
 LAYOUTS = {
     "images_labels": ("images/{}.nii.gz", "labels/{}.nii.gz", ["case_1", "case_2", "case_3"]),
@@ -483,8 +484,7 @@ def test_a_series_that_is_not_there_is_refused_with_those_that_are_but_no_words_
         list_volumes(tmp_path, series="4")
 
 
-def test_volumes_whose_results_would_have_one_name_are_refused(tmp_path):
+def test_series_whose_folders_share_a_name_get_results_of_their_own(tmp_path):
     for patient in ("p1", "p2"):
         write_series(tmp_path / patient / "ct", name=patient)
-    with pytest.raises(ValueError, match=r"p2/ct: has the name of .*p1/ct, so that one result would replace the other"):
-        list_volumes(tmp_path)
+    assert [result_name(case["image"]) for case in list_volumes(tmp_path)] == ["p1_ct", "p2_ct"]

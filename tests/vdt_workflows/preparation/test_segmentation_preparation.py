@@ -316,9 +316,11 @@ def test_a_folder_for_each_case_is_taken_by_a_list_and_its_name_tells_cases_apar
     assert sorted(path.name for path in (tmp_path / "out/labels").iterdir()) == [f"p{n}_ct.nii.gz" for n in range(3)]
     (tmp_path / "q").mkdir()
     (tmp_path / "p0").rename(tmp_path / "q" / "p1")
-    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "q/p1/ct.nii.gz"}, *entries[1:]]}))
-    with pytest.raises(ValueError, match=r"q/p1/ct.nii.gz and .*/p1/ct.nii.gz would both be case p1_ct; rename one$"):
-        prepare(tmp_path / "list.json", tmp_path / "other")
+    moved = {"image": "q/p1/ct.nii.gz", "label": "q/p1/seg.nii.gz"}
+    (tmp_path / "list.json").write_text(json.dumps({"training": [moved, *entries[1:]]}))
+    prepare(tmp_path / "list.json", tmp_path / "other", test_fraction=0)
+    found = sorted(path.name for path in (tmp_path / "other/labels").iterdir())
+    assert found == ["p1_ct.nii.gz", "p2_ct.nii.gz", "q_p1_ct.nii.gz"]
 
 
 @pytest.mark.parametrize(

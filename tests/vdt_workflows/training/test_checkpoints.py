@@ -176,7 +176,7 @@ class StopError(Exception):
 class Run:
     """A small training in a folder, with everything that remembers; started anew it goes on by itself."""
 
-    def __init__(self, folder, settings=None, epochs=EPOCHS, width=4, stop_at=None, wrap=lambda network: network):
+    def __init__(self, folder, epochs=EPOCHS, width=4, stop_at=None, wrap=lambda network: network):
         torch.manual_seed(0)
         self.folder = folder
         convolution = [nn.Conv3d(1, width, 3, padding=1), nn.BatchNorm3d(width), nn.ReLU()]
@@ -194,9 +194,7 @@ class Run:
         dataset = SeededDataset(data, [RandGaussianNoised("image", prob=0.5), RandSliceShuffled("image")])
         sampler = SeededSampler(dataset, samples=2 * STEPS)
         objects = {"network": self.network, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        self.resume = ResumeRun(
-            folder / "resume.pt", {**objects, "log": self.log, "best": self.best}, settings or {"seed": 0}
-        )
+        self.resume = ResumeRun(folder / "resume.pt", {**objects, "log": self.log, "best": self.best})
         self.trainer = SupervisedTrainer(
             device="cpu",
             max_epochs=epochs,
@@ -301,33 +299,12 @@ def test_a_run_that_stops_after_every_epoch_ends_alike_in_and_out_of_compile(fol
     assert same(Run(where).run().result(), whole.result())
 
 
-def test_other_settings_start_afresh_say_what_differs_and_put_the_old_state_aside(folder, caplog):
-    where, fresh = folder("run"), Run(folder("fresh")).run()
-    kept = stop(where, 2 * STEPS + 1, settings={"seed": 0, "learning_rate": 0.1, "gone": 1})
-    # The old state stays until the new run has something to keep.
-    assert stop(where, STEPS, settings={"seed": 0, "learning_rate": 0.2}) == kept
-    differ = "the settings differ (gone was 1, is None; learning_rate was 0.1, is 0.2); starting afresh"
-    assert f"resume.pt: not resumed, {differ}" in caplog.text
-    after = Run(where).run()
-    assert (where / "resume.pt.old").read_bytes() == kept
-    assert not (where / "resume.pt").exists()
-    assert same(after.result(), fresh.result())
-
-
-def test_settings_that_json_changes_still_compare_equal(folder):
-    where, settings = folder("run"), {"size": (1, 2), "path": torch.float16, 3: None}
-    stop(where, STEPS + 1, settings=settings)
-    resumed = Run(where, settings=settings)
-    resumed.trainer.fire_event(Events.STARTED)
-    assert resumed.trainer.state.epoch == 1
-
-
 def test_the_scaler_of_mixed_precision_goes_on(tmp_path):
     scales = []
     for scale in (8.0, 1.0):
         engine = Engine(lambda engine, batch: None)
         engine.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        resume = ResumeRun(tmp_path / "resume.pt", {"network": nn.Linear(1, 1)}, {})
+        resume = ResumeRun(tmp_path / "resume.pt", {"network": nn.Linear(1, 1)})
         engine.add_event_handler(Events.STARTED, resume.load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, resume.save)
         engine.run([0], max_epochs=1)
@@ -350,7 +327,7 @@ def test_a_damaged_state_or_another_file_is_refused_with_what_to_do(folder, cont
 def test_processes_that_do_not_write_still_resume(tmp_path):
     def process(writes, rank_epochs):
         network = nn.Linear(1, 1)
-        resume = ResumeRun(tmp_path / "resume.pt", {"network": network}, {}, writes=writes)
+        resume = ResumeRun(tmp_path / "resume.pt", {"network": network}, writes=writes)
         engine = Engine(lambda engine, batch: None)
         resume.attach(engine)
         engine.add_event_handler(Events.EPOCH_STARTED(once=2), lambda engine: engine.terminate("skip_completed"))

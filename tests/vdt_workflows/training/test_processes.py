@@ -57,7 +57,7 @@ def test_of_several_processes_the_first_one_writes(monkeypatch, tmp_path, rank):
     ):
         handler(engine)
     assert len(list(tmp_path.iterdir())) == (3 if rank == 0 else 0)
-    assert ResumeRun(str(tmp_path / "resume.pt"), {}, {}).writes == RunLog(str(tmp_path)).writes == (rank == 0)
+    assert ResumeRun(str(tmp_path / "resume.pt"), {}).writes == RunLog(str(tmp_path)).writes == (rank == 0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
