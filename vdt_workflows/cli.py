@@ -43,9 +43,9 @@ COMMANDS = {
     "prepare deeplesion": Command(
         "preparation.deeplesion", "prepare_deeplesion", "FOLDER", "DeepLesion, or volumes with labels: key slices"
     ),
-    "plan": Command("preparation.plan", "plan", "PREPARED", "settings of a segmentation, from what the data are like"),
+    "plan": Command("planning.plan", "plan", "PREPARED", "settings of a segmentation, from what the data are like"),
     "train": Command(
-        "preparation.train", "train", "VOLUMES", "a segmentation of your own data, planned and fitted to a time"
+        "planning.train", "train", "VOLUMES", "a segmentation of your own data, planned and fitted to a time"
     ),
     "compare": Command("report.matrix", "compare", "ROWS DATASET_DIR", "starts of training compared in many runs"),
     "report": Command("report.run_page", "report_run", "RUN", "a page about a finished run"),

@@ -12,8 +12,8 @@ import pytest
 from tests.support.bundle_runs import read, rows
 from vdt_workflows.cli import main
 from vdt_workflows.overrides import check_command_line
-from vdt_workflows.preparation import train as module
-from vdt_workflows.preparation.train import train
+from vdt_workflows.planning import train as module
+from vdt_workflows.planning.train import train
 
 
 @pytest.fixture

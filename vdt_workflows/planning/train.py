@@ -23,8 +23,8 @@ from typing import Any
 
 from vdt_workflows.files import write_json
 from vdt_workflows.locator import find_bundles
+from vdt_workflows.planning.plan import find_memory, make_plan, write_plan
 from vdt_workflows.preparation.fingerprint import FILE, read_fingerprint
-from vdt_workflows.preparation.plan import find_memory, make_plan, write_plan
 from vdt_workflows.preparation.segmentation import prepare_segmentation
 
 BUNDLE = "bcv_multiorgan_segmentation"

@@ -8,8 +8,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from vdt_workflows.planning.plan import count_activations, find_memory, make_plan, plan
+from vdt_workflows.planning.sides import find_pairs
 from vdt_workflows.preparation.fingerprint import POINTS, Fingerprint, measure_case, read_fingerprint
-from vdt_workflows.preparation.plan import count_activations, find_memory, find_pairs, make_plan, plan
 from vdt_workflows.preparation.segmentation import prepare_segmentation
 
 
