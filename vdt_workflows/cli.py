@@ -8,17 +8,20 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import fire
+
+from vdt_workflows.errors import REMEDIES, explanation, in_one_line
 
 
 class Command(NamedTuple):
@@ -131,7 +134,8 @@ def run_function(function: Callable[..., Any], argv: Sequence[str] | None = None
     try:
         result = function(*args, **kwargs)
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        sys.exit(f"{name}: {error}")
+        helped = explanation(error) if isinstance(error, OSError) and error.errno in REMEDIES else None
+        sys.exit(f"{name}: {in_one_line(helped or error)}")
     except KeyboardInterrupt:
         print(f"{name}: stopped; give the same command again to go on", file=sys.stderr)
         sys.exit(130)  # as shells have it
@@ -183,9 +187,15 @@ def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -> tuple[tuple, dict[str, Any]]:
-    """Let fire read the words for a stand-in, so that what does not fit is refused before the function is called."""
-    given: list[Any] = []
+    """Let fire read the words for a stand-in, so that what does not fit is refused before the function is called.
 
+    What the signature has as text is handed over as it is, where fire would read numbers, lists and comments.
+    """
+    given: list[Any] = []
+    readers = {n: _reader(p.annotation) for n, p in inspect.signature(function).parameters.items()}
+
+    @fire.decorators.SetParseFns(**readers)
+    @fire.decorators.SetParseFn(fire.parser.DefaultParseValue if _is_free(function) else str)  # of **settings, *names
     @wraps(function)
     def stand_in(*args: Any, **kwargs: Any) -> None:
         given[:] = args, kwargs
@@ -202,19 +212,45 @@ def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -
     return given[0], given[1]
 
 
+def _is_free(function: Callable[..., Any]) -> bool:
+    """Whether a function takes settings of any name."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
+def _reader(annotation: str) -> Callable[[str], Any]:
+    """Choose how the words of an argument are read, by its annotation."""
+    kinds = {kind.strip() for kind in str(annotation).split("|")}
+    if kinds <= {"str", "None"}:
+        return str
+    return partial(_read_value, text="str" in kinds, texts="Sequence[str]" in kinds)
+
+
+def _read_value(word: str, *, text: bool, texts: bool) -> Any:
+    """Read a value as fire does, but for a text that is not written as a list, or is a file."""
+    if text and (not word.startswith(("[", "(", "{")) or os.path.exists(word)):
+        return word
+    value = fire.parser.DefaultParseValue(word)
+    numbers = [name for name in value if not isinstance(name, str)] if texts and isinstance(value, Iterable) else []
+    if numbers:
+        sys.exit(f"vdt: {word}: {numbers[0]!r} is no text; quote each, as \"['a', 'b']\"")
+    return value
+
+
 def _refuse_unknown(function: Callable[..., Any], words: Sequence[str], name: str) -> None:
     parameters = inspect.signature(function).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return  # settings of a bundle, which knows them
+    free = _is_free(function)
     known = list(parameters)
-    for word in words:
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
         if word == "--":  # what follows is for fire itself
             return
-        option = word[2:].partition("=")[0].replace("-", "_")
-        if not word.startswith("--") or option in known or option.removeprefix("no") in known:
-            continue
-        near = get_close_matches(option, known, n=1) or known
-        sys.exit(f"{name}: --{option}: no such option; did you mean {' or '.join(f'--{n}' for n in near)}?")
+        option, has_value, _ = word[2:].partition("=")
+        option = option.replace("-", "_")
+        if word.startswith("--") and option in known:
+            if parameters[option].annotation != "bool" and not has_value and re.match(r"--|-[a-zA-Z]", following):
+                sys.exit(f"{name}: --{option}: needs a value; one that begins with - is written --{option}=-x")
+        elif word.startswith("--") and option.removeprefix("no") not in known and not free:  # a bundle knows its own
+            near = get_close_matches(option, known, n=1) or known
+            sys.exit(f"{name}: --{option}: no such option; did you mean {' or '.join(f'--{n}' for n in near)}?")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, hash_file, write_atomic, write_json
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.locks import leaving
-from vdt_workflows.overrides import check_command_line
+from vdt_workflows.naming import literal, plain
+from vdt_workflows.overrides import NAMES, check_command_line
 from vdt_workflows.parallel import track
 from vdt_workflows.report.cells import Cell, Stage, run_cells
 from vdt_workflows.report.comparison_page import write_page
@@ -179,7 +180,7 @@ def compare(
         chosen = root / "data" / f"share{share:g}-seed{seed}.json"
         lists[chosen] = split.draw(counts[share], seed)
         example = split.example if pictures and task.example and (seed, share) == (0, shares[-1]) else None
-        data = {"dataset_dir": data_dir, split.option: str(chosen)}
+        data = literal({"dataset_dir": data_dir, split.option: str(chosen)})
         train: dict[str, Any] = {"seed": seed, "epochs": points, task.steps: steps // points, "val_interval": 1}
         train |= {**task.train, **data, **split.train}
         for name, row in product(names, plan):
@@ -226,17 +227,18 @@ def _plan_stages(
     """Plan the runs of a cell, which leave `weights` in the folder models/ of the cell's."""
     models, folder = weights.parent, weights.parents[1]
     configs = ("configs/train.yaml", *([overlay] if overlay else []), *row.configs)
-    settings = merge_settings(shared, row)
-    start = {"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained})
-    folders = {"ckpt_dir": str(models), "output_dir": str(folder / "eval")}
+    settings = {"norm": "batch"}  # of all rows, since pre-trained files have it
+    settings |= {n: literal(plain(v)) if n in NAMES else v for n, v in merge_settings(shared, row).items()}
+    start = literal({"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained}))
+    folders = literal({"ckpt_dir": str(models), "output_dir": str(folder / "eval")})
     train = {"num_workers": 0, **settings, **start, **train, **folders}
-    left = {"ckpt_path": str(weights), "args_file": str(models / "run.json")}
-    score = {"num_workers": 0, **settings, **score, **left, "output_dir": str(folder / "scores")}
+    left = {"ckpt_path": literal(str(weights)), "args_file": str(models / "run.json")}
+    score = {"num_workers": 0, **settings, **score, **left, "output_dir": literal(str(folder / "scores"))}
     stages = (Stage("training", configs, train), Stage("scoring", (*configs, "configs/evaluate.yaml"), score))
     if example is None:
         return stages
     own = {name: value for name, value in settings.items() if name.startswith("network_def")}
-    shown = {"dataset_dir": example["image"], **own, **left, "output_dir": str(folder / "example")}
+    shown = {**own, **left, **literal({"dataset_dir": example["image"], "output_dir": str(folder / "example")})}
     return (*stages, Stage("example", ("configs/inference.yaml", *row.configs), shown))
 
 
