@@ -246,7 +246,11 @@ def _refuse_unknown(function: Callable[..., Any], words: Sequence[str], name: st
         option, has_value, _ = word[2:].partition("=")
         option = option.replace("-", "_")
         if word.startswith("--") and option in known:
-            if parameters[option].annotation not in ("bool", bool) and not has_value and re.match(r"--|-[a-zA-Z]", following):
+            if (
+                parameters[option].annotation not in ("bool", bool)
+                and not has_value
+                and re.match(r"--|-[a-zA-Z]", following)
+            ):
                 sys.exit(f"{name}: --{option}: needs a value; one that begins with - is written --{option}=-x")
         elif word.startswith("--") and option.removeprefix("no") not in known and not free:  # a bundle knows its own
             near = get_close_matches(option, known, n=1) or known
