@@ -204,12 +204,13 @@ def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -
     return given[0], given[1]
 
 
-def _reader(annotation: str) -> Callable[[str], Any]:
+def _reader(annotation: Any) -> Callable[[str], Any]:
     """Choose how the words of an argument are read, by its annotation."""
-    kinds = {kind.strip() for kind in str(annotation).split("|")}
+    written = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    kinds = {kind.strip() for kind in written.split("|")}
     if kinds <= {"str", "None"}:
         return str
-    return partial(_read_value, text="str" in kinds, texts="Sequence[str]" in kinds)
+    return partial(_read_value, text="str" in kinds, texts="Sequence[str]" in written)
 
 
 def _read_value(word: str, *, text: bool, texts: bool) -> Any:
@@ -232,7 +233,11 @@ def _refuse_unknown(function: Callable[..., Any], words: Sequence[str], name: st
         option, has_value, _ = word[2:].partition("=")
         option = option.replace("-", "_")
         if word.startswith("--") and option in known:
-            if parameters[option].annotation != "bool" and not has_value and re.match(r"--|-[a-zA-Z]", following):
+            if (
+                parameters[option].annotation not in (bool, "bool")
+                and not has_value
+                and re.match(r"--|-[a-zA-Z]", following)
+            ):
                 sys.exit(f"{name}: --{option}: needs a value; one that begins with - is written --{option}=-x")
         elif word.startswith("--") and option.removeprefix("no") not in known:
             near = get_close_matches(option, known, n=1) or known
