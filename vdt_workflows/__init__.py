@@ -33,13 +33,14 @@ _NAMES = {
         "warm_up",
     ],
     "training.processes": ["join_processes", "leave_processes", "pick_device", "place", "share_out"],
+    "training.timing": ["fit_to_time"],
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],
     "training.ownership": ["RunFolders"],
     "evaluation.classification": ["ReportNodules", "SaveMalignancy"],
     "evaluation.detection_report": ["DetectionReport", "DetectionScores"],
     "evaluation.dicom_seg": ["SaveDicomSegd", "writes_dicom"],
     "evaluation.inference": ["SlabInferer"],
-    "evaluation.outputs": ["SaveLesions", "SavePredictions", "unbatch_lesions"],
+    "evaluation.outputs": ["SaveLesions", "SavePredictions", "VolumeWriter", "unbatch_lesions"],
     "evaluation.segmentation": ["CaseScores"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
