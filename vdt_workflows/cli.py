@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import fire
 
 from vdt_workflows.errors import REMEDIES, explanation, in_one_line
+from vdt_workflows.naming import TEXTS
 
 
 class Command(NamedTuple):
@@ -193,6 +194,8 @@ def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -
     """
     given: list[Any] = []
     readers = {n: _reader(p.annotation) for n, p in inspect.signature(function).parameters.items()}
+    if _is_free(function):
+        readers = {**dict.fromkeys(TEXTS, str), **readers}
 
     @fire.decorators.SetParseFns(**readers)
     @fire.decorators.SetParseFn(fire.parser.DefaultParseValue if _is_free(function) else str)  # of **settings, *names
