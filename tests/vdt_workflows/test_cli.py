@@ -1,5 +1,6 @@
 import inspect
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -7,7 +8,7 @@ from importlib import import_module
 import pytest
 
 from tests.support.bundle_runs import ROOT
-from vdt_workflows.cli import COMMANDS, describe_function, find_command, main, run_function
+from vdt_workflows.cli import COMMANDS, _reader, describe_function, find_command, main, run_function
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +110,7 @@ def test_texts_are_handed_over_as_they_are(capsys, text, tmp_path, monkeypatch):
     def take(one: str, several: str | list[str], *rest: str, named: str | None = None):
         return [one, several, named, *rest]
 
+    assert _reader(str) is _reader("str") is _reader(str | None) is str
     take.__annotations__ = {"one": "str", "several": "str | Sequence[str]", "rest": "str", "named": "str | None"}
     monkeypatch.chdir(tmp_path)
     (tmp_path / text).touch()
@@ -220,3 +222,24 @@ def test_a_first_word_without_a_kind_means_the_usual_one(words, found):
 def test_a_misspelt_command_is_refused_with_the_nearest(words, near):
     with pytest.raises(SystemExit, match=near.replace("?", r"\?")):
         main(words)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("networks.py", "-m vdt_workflows --version"),
+        ("vdt_transforms/__init__.py", "-m vdt_workflows --version"),
+        pytest.param("vdt_workflows.py", "-m monai.bundle run --config_file config.json", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_that_hides_one_of_the_packages_is_named(tmp_path, file, words):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    (tmp_path / "config.json").write_text(json.dumps({"imports": ["$import vdt_transforms"], "run": ["$print(1)"]}))
+    command = [sys.executable, "-W", "ignore", *words.split()]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    name = file.partition("/")[0].removesuffix(".py")
+    assert f"/{file}: hides the package {name} in {ROOT / name}; rename it" in done.stderr.splitlines()[-1]

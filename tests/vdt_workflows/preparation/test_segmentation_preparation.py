@@ -211,6 +211,7 @@ SPOILT_AFFINES = {
 def write_with_sform(path, values, affine):
     """Write a NIfTI file whose affine may be any matrix."""
     content = bytearray(nib.Nifti1Image(values, np.eye(4)).to_bytes())
+    content[80:92] = np.linalg.norm(affine[:3, :3], axis=0).astype("<f4").tobytes()  # pixdim
     content[280:328] = affine[:3].astype("<f4").tobytes()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
@@ -404,7 +405,7 @@ BAD_LABELS = {
     "missing label": (lambda file: file.unlink(), r"c_5_0000\.nii\.gz: has no label, which training"),
     "extra label": (
         lambda file: overwrite(file, make_label((1, 9)), np.uint8),
-        r"c_5\.nii\.gz: unknown label values 9; expected 0, 1, 2$",
+        r"c_5\.nii\.gz: unknown label values 9; expected 0, 1, 2; choose by --label_names$",
     ),
     "half a label": (
         lambda file: overwrite(file, LABEL * 0.75),
