@@ -52,7 +52,9 @@ def find_volumes(
     Args:
         dataset_dir: the folder.
         datalist: a datalist JSON to use instead of what the folder says.
-        val_fraction: share of the training cases that becomes `validation` where none is named.
+        val_fraction: share of the training cases that becomes `validation` where none is named. With 0 all are trained
+            on, and the labelled test cases, or else the training cases, are scored in their place: nothing may be
+            selected by them.
         seed: seed of that split.
         on_error: "raise" stops at the first case that cannot be used; "skip" logs its sentence, leaves it out and goes
             on. The split is made before, so that no other case moves between training and validation.
@@ -65,7 +67,12 @@ def find_volumes(
     check_choice("on_error", on_error, ("raise", "skip"))
     cases, source = list_cases(dataset_dir, datalist)
     if not cases["validation"]:
-        cases["training"], cases["validation"] = draw(cases["training"], val_fraction, seed)
+        if val_fraction:
+            cases["training"], cases["validation"] = draw(cases["training"], val_fraction, seed)
+        else:
+            scored = "test" if any("label" in case for case in cases["test"]) else "training"
+            cases["validation"] = [case for case in cases[scored] if "label" in case]
+            logger.warning("%s: no case is kept for validation; %s cases take their place", source, scored)
     faults = _find_faults([(c, name != "test") for name, group in cases.items() for c in group], on_error)
     usable = {name: [c for c in group if c["image"] not in faults] for name, group in cases.items()}
     for name in [name for name, group in cases.items() if group and not usable[name]]:
