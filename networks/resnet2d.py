@@ -1,7 +1,5 @@
 """The 2D twin of `ResNet3D`: what 2D pre-training trains, and conversions to 3D start from."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

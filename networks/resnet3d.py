@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.checkpoints import record_architecture
+from networks.norms import InstanceNorm
 
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 STEMS = ("strided", "unet", "flat")
@@ -42,7 +43,7 @@ def norm_layer(norm: str, channels: int, axes: int = 3) -> nn.Module:
         return nn.BatchNorm3d(channels) if axes == 3 else nn.BatchNorm2d(channels)
     if norm == "group":
         return nn.GroupNorm(gcd(64, channels) // 2 or 1, channels)
-    return (nn.InstanceNorm3d if axes == 3 else nn.InstanceNorm2d)(channels, affine=True)
+    return InstanceNorm(channels, channels)
 
 
 def conv3x3x3(in_channels: int, out_channels: int, stride: Stride = (1, 1, 1)) -> nn.Conv3d:
@@ -241,8 +242,7 @@ class ResNet3D(nn.Module):
         frozen_stages: -1 trains everything, 0 freezes the stem, k also freezes the first k stages (their batch norms
             then use the stored statistics).
         norm_eval: batch norms use, and do not update, the stored statistics while training.
-        zero_init_residual: the last norm of every block starts at zero, so that the block starts as an identity, as
-            published; short trainings from scratch learn sooner without.
+        zero_init_residual: the last norm of every block starts at zero, as published; without, training starts sooner.
         checkpointing: recompute each stage in the backward pass, which saves memory for about a third more time.
 
     Attributes:

@@ -31,7 +31,7 @@ PRETRAINING = "imagenet_vdt_pretraining"
 TRANSFER = {
     **{"spacing": "own", "window": "none", "mean": "own", "std": "own", "pairs": [], "overlap": 0.25},
     "stem": "strided",  # half the resolution, an eighth of the time
-    "train::random_transforms::2::prob": 0.0,  # no flips: they hide on which side an organ lies
+    "mirror": 0.0,  # no flips: they hide on which side an organ lies
 }
 
 

@@ -58,7 +58,8 @@ class CheckLabels(Transform):
             few = ", ".join(f"{v:g}" for v in wrong[:5])
             raise ValueError(
                 f"{name_of(img)}: label values {few} are out of range; expected whole numbers from 0 to"
-                f" {self.num_classes - 1}, one for each of the {self.num_classes} label names"
+                f" {self.num_classes - 1}, one for each of the {self.num_classes} label names; name all of them by"
+                " --label_names, or let vdt prepare volumes choose some"
             )
         return img
 

@@ -1,7 +1,5 @@
 """The series of CT and MR that a folder, an archive, a file or a name stands for, with their headers read once."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import Counter, defaultdict

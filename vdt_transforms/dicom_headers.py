@@ -1,7 +1,5 @@
 """What the headers of all DICOM files below a folder say."""
 
-from __future__ import annotations
-
 import io
 import os
 import zipfile

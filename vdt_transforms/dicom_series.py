@@ -1,7 +1,5 @@
 """A DICOM series of CT or MR as a volume: its slices, its geometry, and what makes it no volume."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

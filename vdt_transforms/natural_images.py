@@ -4,8 +4,6 @@ Images are uint8 tensors (channels, rows, columns). Nothing here makes a `MetaTe
 a few hundred images a second the bookkeeping would cost more than the crop.
 """
 
-from __future__ import annotations
-
 import math
 from io import BytesIO
 from pathlib import Path

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import fire
 
+from vdt_workflows.errors import REMEDIES, explanation, in_one_line
+
 
 class Command(NamedTuple):
     """What a command runs, and its line of `vdt --help`."""
@@ -126,7 +128,8 @@ def run_function(function: Callable[..., Any], argv: Sequence[str] | None = None
     try:
         result = function(*args, **kwargs)
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        sys.exit(f"{name}: {error}")
+        helped = explanation(error) if isinstance(error, OSError) and error.errno in REMEDIES else None
+        sys.exit(f"{name}: {in_one_line(helped or error)}")
     except KeyboardInterrupt:
         print(f"{name}: stopped; give the same command again to go on", file=sys.stderr)
         sys.exit(130)  # as shells have it

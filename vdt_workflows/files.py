@@ -6,7 +6,9 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +22,7 @@ from vdt_workflows.errors import not_written
 from vdt_workflows.locks import LOCK, hold
 
 UNFINISHED = ".part"  # how names of files end that are being written
-
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 SYSTEM = {  # names, in small letters, that Synology, QNAP, NetApp, Linux, macOS and Windows give their own files
     *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found"),
     *("__macosx", ".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
@@ -45,6 +47,14 @@ def stamp_of(path: str | os.PathLike) -> list[int]:
 def mark_of(path: str | os.PathLike) -> dict[str, Any]:
     """Give what `has_mark` compares: the stamp of a file and its hash."""
     return {"stamp": stamp_of(path), "sha256": hash_file(path)}
+
+
+def read_mark(record: Path) -> Any:
+    """Read a mark that was kept as JSON; None if there is none, or a damaged one."""
+    try:
+        return json.loads(record.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def has_mark(path: str | os.PathLike, mark: Any) -> bool:
@@ -111,7 +121,9 @@ def claim(folder: str | os.PathLike, settings: Mapping[str, Any], *, empty: bool
         raise FileExistsError(f"output_dir {folder} has files that are not from this script; name a new folder")
     if alone:
         hold(folder)
-    kept = json.loads(record.read_text()) if record.is_file() else settings
+    kept = read_json(record, "another folder, or remove this one") if record.is_file() else settings
+    if not isinstance(kept, dict):
+        raise ValueError(f"{record}: not the settings of earlier results; give another folder, or remove this one")
     differ = [f"{k} {kept.get(k)!r}, not {settings.get(k)!r}" for k in settings if kept.get(k) != settings.get(k)]
     if differ:
         raise ValueError(f"output_dir {folder} holds results made with {'; '.join(differ)}; name another folder")
@@ -128,7 +140,7 @@ def write_record(record: Path, root: Path, files: Sequence[str], made_from: Any,
         made_from: plain values that make the files what they are.
         content: what else to keep.
     """
-    write_json(record, {**content, "made_from": made_from, "files": {name: mark_of(root / name) for name in files}})
+    write_json(record, {**content, "made_from": made_from, "files": {name: hash_file(root / name) for name in files}})
 
 
 def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | None:
@@ -136,7 +148,7 @@ def read_record(record: Path, root: Path, made_from: Any) -> dict[str, Any] | No
     try:
         content = json.loads(record.read_bytes())
         same = content["made_from"] == json.loads(json.dumps(made_from))
-        same = same and all(has_mark(root / name, mark) for name, mark in content["files"].items())
+        same = same and all(hash_file(root / name) == kept for name, kept in content["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return content if same else None
@@ -175,13 +187,65 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
+def read_json(path: Path, meant: str = "the step that writes it again") -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: naming the file, if it is none, damaged or cut short.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give {meant}")
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no whole JSON ({error}); give {meant}") from error
+
+
+def read_number(
+    text: str, column: str, place: str, low: float = 0, high: float = float("inf"), *, whole: bool = False
+) -> float:
+    """Read a decimal number within bounds; `nan`, `inf`, `1_0`, blanks inside and other digits are none.
+
+    Args:
+        text: the number, maybe among blanks.
+        column: what it is, for the message.
+        place: file and line, for the message.
+        low: least value.
+        high: greatest value; infinity itself never is.
+        whole: whether a fraction is refused.
+
+    Raises:
+        ValueError: naming the place, the column, the text and the bounds.
+    """
+    value = float(text) if NUMBER.fullmatch(text.strip()) else math.nan
+    if not low <= value <= high or math.isinf(value) or (whole and value % 1):
+        wanted = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
+        raise ValueError(f"{place}: {column} is {text!r}; expected a {'whole ' * whole}number {wanted}")
+    return value
+
+
 def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
-    """Make a CSV table of rows by column; a value that a row lacks is empty, and one of no column is left out."""
+    """Make a CSV table of rows by column; a value that a row lacks is empty, and one of no column is left out.
+
+    Text is no formula for a spreadsheet: such a one gets an apostrophe before it, which `read_lines` takes off.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_guard, columns))
+    writer.writerows([_guard(row.get(column, "")) for column in columns] for row in rows)
     return text.getvalue().encode("utf-8", "surrogateescape")  # file names may be of any bytes
+
+
+def _guard(value: Any) -> Any:
+    """Put an apostrophe before a text that spreadsheets would take for a formula; `read_lines` takes it off again."""
+    if not isinstance(value, str) or not re.match(r"'*[=+\-@\t\r]", value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
@@ -218,7 +282,7 @@ def read_lines(path: Path) -> tuple[list[str], list[list[str]]]:
     """Read the heading and the lines of a CSV file, without empty ones."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
+            lines = [[re.sub(r"^'('*[=+\-@\t\r])", r"\1", cell) for cell in line] for line in csv.reader(file) if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file of text ({error})") from error
     return (lines[0], lines[1:]) if lines else ([], [])

@@ -33,7 +33,7 @@ from monai.bundle.config_item import ConfigComponent
 from monai.utils import ensure_tuple
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from vdt_workflows.errors import explanation, root_cause
+from vdt_workflows.errors import explanation, in_one_line, root_cause
 from vdt_workflows.naming import literal, plain
 
 __all__ = ["check_command_line"]
@@ -92,10 +92,12 @@ def _explain(kind: type[BaseException], error: BaseException, traceback: Traceba
         except BaseException as cause:  # torch records the exception that is being handled
             get_error_handler().record_exception(cause)
     sentence = explanation(error, _settings_of(sys.argv[1:]))
+    if isinstance(root_cause(error), KeyboardInterrupt):
+        sentence = "stopped; give the same command again to go on"
     if sentence is None:
         sys.__excepthook__(kind, error, traceback)
     else:
-        print(f"monai.bundle: {sentence}", file=sys.stderr)
+        print(f"monai.bundle: {in_one_line(sentence)}", file=sys.stderr)
 
 
 def _settings_of(argv: Sequence[str]) -> list[str]:
@@ -111,6 +113,15 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], tuple]:
     given = _read_arguments(_COMMANDS[argv[0].replace("-", "_")], argv[1:])
     settings = update_kwargs(given.get("args_file"), ignore_none=False, **given)
     return given, settings, ensure_tuple(settings["config_file"])
+
+
+def given_files() -> list[Path]:
+    """JSON files that `python -m monai.bundle run` was given as `--args_file`, if this process is one."""
+    try:
+        given = _read(sys.argv[1:])[0].get("args_file") if _is_bundle_process() else None
+    except Exception:  # what is wrong with it was said before
+        given = None
+    return [Path(given)] if isinstance(given, str) and given.endswith(".json") else []
 
 
 def _is_bundle_process() -> bool:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import monai.bundle
@@ -33,7 +31,6 @@ from tests.support.bundle_runs import (
     BUNDLES,
     ROOT,
     TINY,
-    command,
     config_files,
     history,
     infer,
@@ -111,27 +108,6 @@ def test_a_run_that_breaks_goes_on_and_ends_with_the_same_weights(bundle, data, 
     run_twice(bundle, tmp_path, data, monkeypatch)
     assert same_weights(trained(bundle) / "models", tmp_path / "models")
     assert history(trained(bundle)) == history(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_run_killed_twice_at_random_moments_ends_with_the_same_weights(images, tmp_path):
-    run(PRETRAINING, BASE, tmp_path / "whole", images, epochs=8)
-    words = [sys.executable, "-W", "ignore", "-m", *command(PRETRAINING, BASE, tmp_path / "killed", images, epochs=8)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: the order of sums is part of the bits
-    models, state = tmp_path / "killed" / "models", tmp_path / "killed" / "eval" / "resume.pt"
-    random, seen = np.random.default_rng(), 0
-    for _ in range(2):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == seen):
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.5))
-        process.kill()
-        process.wait()
-        seen = state.stat().st_mtime_ns if state.exists() else seen
-        for path in models.glob("*.pt"):
-            weights(path)  # whole, or not there
-    subprocess.run(words, check=True, capture_output=True, env=environment)
-    assert same_weights(tmp_path / "whole" / "models", models)
 
 
 def test_properties_are_all_there(bundle, data, volumes, trained, tmp_path):

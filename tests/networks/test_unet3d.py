@@ -68,7 +68,7 @@ def test_strided_stem_interpolates_the_logits_of_half_the_resolution():
     network = randomise(narrow(stem="strided")).eval()
     x = torch.randn(1, 1, 32, 32, 64)
     with torch.inference_mode():
-        half = network.decode_head(network.neck(network.backbone(x)))
+        half = network.decode_head(network.neck(network.backbone(x))[0])
         assert half.shape == (1, 3, 16, 16, 32)
         want = nn.functional.interpolate(half, scale_factor=2, mode="trilinear", align_corners=False)
         torch.testing.assert_close(network(x), want)
@@ -105,10 +105,10 @@ def test_the_published_head_starts_small_around_zero_and_ours_as_pytorch_starts_
 
 def test_a_network_from_scratch_tells_a_bright_block_from_its_surroundings_within_thirty_steps():
     torch.manual_seed(0)
-    label = torch.zeros(2, 16, 32, 32, dtype=torch.long)
-    label[0, 5:10, 8:16, 8:16] = 1
-    label[1, 4:9, 14:24, 6:12] = 1
-    image = label[:, None] + 0.3 * torch.randn(2, 1, 16, 32, 32)
+    label = torch.zeros(2, 16, 16, 16, dtype=torch.long)
+    label[0, 5:10, 6:12, 4:9] = 1
+    label[1, 4:9, 3:8, 6:12] = 1
+    image = label[:, None] + 0.3 * torch.randn(2, 1, 16, 16, 16)
     network = narrow(num_classes=2, dropout=0.0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.003)
     for _ in range(30):
@@ -129,3 +129,25 @@ def test_each_image_of_a_batch_is_segmented_as_if_alone():
     network = randomise(narrow()).eval()
     x = torch.randn(2, 1, 16, 17, 32)
     torch.testing.assert_close(network(x), torch.cat([network(x[:1]), network(x[1:])]))
+
+
+def test_deep_supervision_gives_logits_of_coarser_maps_once_and_leaves_forward_as_it_is():
+    torch.manual_seed(0)
+    plain, deep = narrow(dropout=0.0), narrow(dropout=0.0, deep_supervision=2)
+    deep.load_state_dict(plain.state_dict())  # which has no heads of coarser maps
+    x = torch.randn(2, 1, 16, 32, 48)
+    assert torch.equal(plain(x), deep(x))
+    sizes = [tuple(side.shape) for side in deep.take_side_logits()]
+    assert sizes == [(2, 3, 8, 16, 24), (2, 3, 4, 8, 12)]
+    assert deep.take_side_logits() == plain.take_side_logits() == []
+    deep.eval()(x)
+    assert deep.take_side_logits() == []
+    plain.load_state_dict(deep.state_dict())  # its heads of coarser maps are left out
+    assert torch.equal(plain.eval()(x), torch.jit.script(deep)(x))
+
+
+def test_heads_of_coarser_maps_learn_with_the_others():
+    network = narrow(dropout=0.0, deep_supervision=3)
+    logits = network(torch.randn(2, 1, 17, 35, 50))
+    sum(level.square().mean() for level in (logits, *network.take_side_logits())).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())

@@ -1,7 +1,6 @@
-from __future__ import annotations
-
 import inspect
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -222,3 +221,24 @@ def test_a_first_word_without_a_kind_means_the_usual_one(words, found):
 def test_a_misspelt_command_is_refused_with_the_nearest(words, near):
     with pytest.raises(SystemExit, match=near.replace("?", r"\?")):
         main(words)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("networks.py", "-m vdt_workflows --version"),
+        ("vdt_transforms/__init__.py", "-m vdt_workflows --version"),
+        pytest.param("vdt_workflows.py", "-m monai.bundle run --config_file config.json", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_that_hides_one_of_the_packages_is_named(tmp_path, file, words):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    (tmp_path / "config.json").write_text(json.dumps({"imports": ["$import vdt_transforms"], "run": ["$print(1)"]}))
+    command = [sys.executable, "-W", "ignore", *words.split()]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    name = file.partition("/")[0].removesuffix(".py")
+    assert f"/{file}: hides the package {name} in {ROOT / name}; rename it" in done.stderr.splitlines()[-1]

@@ -19,10 +19,11 @@ from monai.data import Dataset, MetaTensor
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, RandomizableTrait, Transform
 
+from vdt_transforms.slice_stacks import SLICE_NAME
 from vdt_workflows.data.headers import check_checksum
 from vdt_workflows.data.sampling import Key, SharedState, without_wrapping
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import save_atomic
+from vdt_workflows.files import has_mark, mark_of, read_mark, save_atomic, stamp_of, write_json
 from vdt_workflows.parallel import track
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,10 @@ class SeededCacheDataset(Dataset):
             processes of the machine find them, and maps them into memory, so that a crop reads little more than itself;
             "none" prepares a sample each time it is asked for. The first two take 4 bytes for each float32 voxel of an
             image and 1 for each uint8 voxel of a label.
-        cache_dir: folder of the "disk" cache. A file there belongs to the sample's own files (path, size and time of
-            change) and to the transforms, and is never used for others. Nothing is deleted: remove the folder yourself.
+        cache_dir: folder of the "disk" cache. A file there belongs to the sample's own files (path, size and times of
+            change; all slices of its folder) and to the transforms, and is never used for others. Its hash is kept
+            beside it: what is damaged or was changed is named and made again. Nothing is deleted: remove the folder
+            yourself.
         num_workers: threads that prepare the samples at the start.
         on_error: "raise" stops at a sample that cannot be prepared; "skip" names it, leaves it out and goes on. With
             the "none" cache each sample is then prepared once more, at the start, to know.
@@ -84,6 +87,8 @@ class SeededCacheDataset(Dataset):
         self.cache = cache
         self.cache_dir = cache_dir
         self.kept: list[Any] = []
+        self.stamps: dict[Path, list[int]] = {}  # of the files of the "disk" cache
+        self.folders: dict[str, Any] = {}
         if cache != "none" or on_error == "skip":
             self._prepare_all(num_workers, on_error, progress)
 
@@ -117,9 +122,14 @@ class SeededCacheDataset(Dataset):
             prepared = self._prepare(item)
             return prepared if self.cache == "memory" else None
         path = Path(self.cache_dir or "", f"{self._identity(item)}.pt")
-        if not path.is_file():
+        record = path.with_suffix(".json")
+        if not has_mark(path, read_mark(record)):
+            if path.is_file():
+                logger.warning("%s: damaged, or changed since it was written; it is made again", path)
             _check_files(item)
             save_atomic(_to_plain(self._prepare(item)), path)
+            write_json(record, mark_of(path))
+        self.stamps[path] = stamp_of(path)
         return path
 
     def _prepare(self, item: Any) -> Any:
@@ -133,17 +143,30 @@ class SeededCacheDataset(Dataset):
         parts: dict[str, Any] = {"item": item, "transforms": self.recipe}
         for key, value in item.items():
             if isinstance(value, str) and os.path.exists(value):
-                status = os.stat(value)
-                parts[str(key)] = [os.path.abspath(value), status.st_size, status.st_mtime_ns]
+                parts[str(key)] = [os.path.abspath(value), self._stamp(value)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def _stamp(self, path: str) -> Any:
+        """Stamp of a file, or of all files of a folder; so of a numbered slice, read with its neighbours."""
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        if folder != path and not SLICE_NAME.match(os.path.basename(path)):
+            return stamp_of(path)
+        if folder not in self.folders:
+            self.folders[folder] = {entry.name: stamp_of(entry) for entry in os.scandir(folder) if entry.is_file()}
+        return self.folders[folder]
 
     def __getitem__(self, key: Key | int) -> Any:
         index = self.random.seed_for(key, self.transform)
         if self.cache == "memory":
             prepared = self.kept[index]
         elif self.cache == "disk":
+            path = self.kept[index]
+            if (stamp := stamp_of(path)) != self.stamps[path]:
+                if not has_mark(path, read_mark(path.with_suffix(".json"))):  # as it has, if another process wrote it
+                    raise ValueError(f"{path}: changed while in use; start again, and what is damaged is made again")
+                self.stamps[path] = stamp
             # A private map: what is written to it changes neither the file nor another map.
-            prepared = _from_plain(torch.load(self.kept[index], map_location="cpu", mmap=True, weights_only=True))
+            prepared = _from_plain(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
         else:
             prepared = self._prepare(self.data[index])
         steps = len(self.transform.transforms)

@@ -1,7 +1,5 @@
 """Class folders are listed once: the index file that keeps the paths and labels of their images."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from vdt_workflows.data.headers import check_checksum, read_header, voxel_size
 from vdt_workflows.data.volumes import list_volumes
-from vdt_workflows.files import few, read_csv
+from vdt_workflows.files import few, read_csv, read_number
 
 Nodule = dict[str, Any]
 
@@ -71,22 +71,6 @@ def read_nodules(root: Path, table: Path | None = None) -> list[Nodule]:
     return nodules
 
 
-def read_number(text: str, column: str, place: str, low: float = 0, high: float = float("inf")) -> float:
-    """Read a number within bounds.
-
-    Raises:
-        ValueError: naming the place, the column, the text and the bounds.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not low <= value <= high:
-        wanted = f"from {low:g} to {high:g}" if high < float("inf") else f"of {low:g} or more"
-        raise ValueError(f"{place}: {column} is {text!r}; expected a number {wanted}")
-    return value
-
-
 def _read_own_table(path: Path) -> list[Nodule]:
     nodules = []
     for number, row in enumerate(read_csv(path, COLUMNS), 2):
@@ -129,9 +113,7 @@ def _read_published_table(path: Path, root: Path) -> list[Nodule]:
 def _nodule(
     nodule_id: str, patient_id: str, image: str, mask: str, average: float, row: dict[str, str], place: str
 ) -> Nodule:
-    mode = read_number(row["malignancy_mode"], "malignancy_mode", place, 1, 5)
-    if mode % 1:
-        raise ValueError(f"{place}: malignancy_mode is {row['malignancy_mode']!r}; expected a whole number from 1 to 5")
+    mode = read_number(row["malignancy_mode"], "malignancy_mode", place, 1, 5, whole=True)
     return {
         "image": image,
         "mask": mask,
@@ -139,7 +121,7 @@ def _nodule(
         "patient_id": patient_id,
         "malignancy_mode": int(mode),
         "malignancy_mean": average,
-        "diameter_mm": read_number(row["diameter_mm"], "diameter_mm", place),
+        "diameter_mm": read_number(row["diameter_mm"], "diameter_mm", place, 0, 1000),
     }
 
 

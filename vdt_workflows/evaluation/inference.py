@@ -19,6 +19,10 @@ from vdt_workflows.errors import check_choice
 from vdt_workflows.training.losses import class_weights as loss_weights
 
 Flips = Sequence[Sequence[int]]
+# Share of a class weight's logarithm that Dice and weighted cross-entropy leave in the logits: not all, since Dice
+# pulls the other way. On 60 hippocampus cases, background 0.05: Dice 0.766 with none of it taken back, 0.801 with half,
+# 0.803 with two thirds, 0.788 with all; volumes 1.42, 1.14, 1.06 and 0.89 times the true ones.
+PULL = 2 / 3
 
 
 class SlabInferer(Inferer):
@@ -40,8 +44,8 @@ class SlabInferer(Inferer):
             none. The value is one of the network's input, so that of air after normalisation.
         flips: axes to flip for test-time averages, such as `[[0], [0, 1]]`; the unflipped window always counts.
         swap: pairs of labels that exchange their names when axis 0 (left-right, in RAS) is flipped.
-        class_weights: of the cross-entropy that the network was trained with, if any. Such a network overrates a class
-            as many times as its weight says, so the weight's logarithm is taken from its logits.
+        class_weights: of the cross-entropy that the network was trained with, or "none". Such a network overrates a
+            class of high weight, so `PULL` of the weight's logarithm is taken from its logits.
         progress: whether to show a bar.
 
     Raises:
@@ -58,7 +62,7 @@ class SlabInferer(Inferer):
         skip_below: float | str = "none",
         flips: Flips = (),
         swap: Sequence[Sequence[int]] = (),
-        class_weights: Sequence[float] | None = None,
+        class_weights: Sequence[float] | str = "none",
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -81,7 +85,7 @@ class SlabInferer(Inferer):
         self.flips = [tuple(axes) for axes in flips]
         self.swap = [tuple(pair) for pair in swap]
         pull = loss_weights(class_weights)
-        self.pull = None if pull is None else pull.log().view(1, -1, 1, 1, 1)
+        self.pull = None if pull is None else PULL * pull.log().view(1, -1, 1, 1, 1)
         self.progress = progress
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -24,10 +24,10 @@ from typing import Any
 import yaml
 from monai.bundle import ConfigParser
 
-from vdt_workflows.files import hash_file, write_atomic
+from vdt_workflows.files import hash_file, read_json, write_atomic
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.naming import plain
-from vdt_workflows.training.checkpoints import load_weights, read_provenance
+from vdt_workflows.training.checkpoints import check_settings, load_weights, read_provenance
 
 ROOT = Path(__file__).resolve().parents[2]  # of the packages
 # what a zip leaves out of vdt_workflows: no bundle reaches it
@@ -95,7 +95,9 @@ def package_bundle(
     settings: dict[str, Any] = {}
     files = dict(collect_code())
     if weights:
-        settings, record = read_run(Path(run) if run else Path(weights).parent / "run.json")
+        run_file = Path(run) if run else Path(weights).parent / "run.json"
+        settings, record = read_run(run_file)
+        check_settings(run_file, weights)
         refuse_others(weights, record)
         load_weights(ConfigParser({**defaults, **settings}).get_parsed_content("network_def"), weights)  # if they fit
         files["models/run.json"] = to_json(settings)
@@ -272,12 +274,10 @@ def read_scores(path: Path) -> dict[str, float]:
 
 
 def _read_json(path: Path, meant: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give {meant}")
-    try:
-        return dict(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error}); give {meant}") from error
+    content = read_json(path, meant)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object; give {meant}")
+    return content
 
 
 def list_packages(metadata: Mapping[str, Any]) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
@@ -36,7 +35,16 @@ from vdt_transforms.dicom_folders import DicomFolder, find_series
 from vdt_transforms.dicom_series import DicomSeries
 from vdt_workflows.data.nodule_tables import COLUMNS, RATINGS
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, read_record, remove_unfinished, write_atomic, write_csv, write_json, write_record
+from vdt_workflows.files import (
+    claim,
+    read_json,
+    read_record,
+    remove_unfinished,
+    write_atomic,
+    write_csv,
+    write_json,
+    write_record,
+)
 from vdt_workflows.locks import leaving
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.lidc import Annotation, Annotations, consensus, read_annotations
@@ -128,7 +136,7 @@ def prepare_lidc(
             errors[name] = error
             _report_errors({name: error}, on_error)
 
-    records = {file.stem: json.loads(file.read_text()) for file in sorted((root / "scans").glob("*.json"))}
+    records = {file.stem: read_json(file) for file in sorted((root / "scans").glob("*.json"))}
     rows = [row for record in records.values() for row in record["rows"]]
     if todo or not finished:
         draw_sheets(root, rows, workers)
@@ -251,7 +259,8 @@ def _prepare_scan(root: Path, settings: dict[str, Any], scan: Scan) -> None:
     """Write the files of a scan's nodules, and at last its record, which says that all are there."""
     series, size, record = scan.series, settings["size"], _record_of(root, scan)
     if record.is_file():  # of other annotations, which may have had more nodules
-        for file in json.loads(record.read_text())["sizes"]:
+        kept = read_json(record, "no such file: remove it")
+        for file in kept.get("files", kept.get("sizes", ())):
             (root / file).unlink(missing_ok=True)
         record.unlink()
     read_slice = cache(series.read_slice)

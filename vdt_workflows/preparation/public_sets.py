@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import math
 import os
 import re
 import shutil
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TypeVar
 
+import nibabel as nib
 import numpy as np
 
 from vdt_workflows.data.volumes import ROLE, SUFFIX, draw
@@ -21,6 +25,7 @@ from vdt_workflows.files import stamp_of
 T = TypeVar("T")
 Lists = dict[str, list[T]]
 
+SURPLUS = 1 << 20  # bytes that a file may have beside its voxels
 IMAGE_WORDS = ("image", "img", "volume")
 LABEL_WORDS = ("label", "seg", "mask")
 
@@ -142,11 +147,30 @@ class StoredFile:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / self.name
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as source, target.open("wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+            with zipfile.ZipFile(self.path) as archive:
+                self._check_size(archive, shutil.disk_usage(folder).free)
+                with archive.open(self.member) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # damaged, or encrypted
             raise ValueError(f"{self}: cannot be unpacked ({error}); download the archive again") from error
         return target
+
+    def _check_size(self, archive: zipfile.ZipFile, free: int) -> None:
+        """Refuse a member that unpacks to more than its header speaks of, as none but a bomb does, or than there is."""
+        size = archive.getinfo(self.member).file_size
+        with archive.open(self.member) as file:
+            head = (gzip.GzipFile(fileobj=file) if self.name.lower().endswith(".gz") else file).read(1024)
+        kind = nib.Nifti2Header if 540 in (int.from_bytes(head[:4], order) for order in ("little", "big")) else None
+        try:
+            header = (kind or nib.Nifti1Header).from_fileobj(io.BytesIO(head), check=False)
+            voxels = math.prod(map(int, header.get_data_shape())) * header.get_data_dtype().itemsize
+        except Exception as error:  # broken bytes raise whatever they lead to
+            raise ValueError(f"{self}: not a readable NIfTI volume ({error})") from error
+        expected = voxels + int(max(header["vox_offset"], 0))
+        if size > expected + expected // 50 + SURPLUS:
+            raise ValueError(f"{self}: unpacks to {size} bytes, but its header speaks of {expected}; not unpacked")
+        if size > free:
+            raise ValueError(f"{self}: unpacks to {size} bytes, but {free} are free; free space or name another folder")
 
 
 def find_files(paths: Sequence[str | os.PathLike]) -> list[StoredFile]:

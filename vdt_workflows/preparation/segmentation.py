@@ -12,7 +12,6 @@ folder to a bundle as `--dataset_dir`. A run that was interrupted goes on where 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -24,7 +23,7 @@ from typing import Any
 
 from vdt_workflows.data.volumes import draw, list_cases
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, write_atomic, write_json
+from vdt_workflows.files import claim, read_json, write_atomic, write_json
 from vdt_workflows.locks import leaving
 from vdt_workflows.naming import tell_apart
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
@@ -196,7 +195,7 @@ def _plan_own(
         raise ValueError(f"own data must be one folder or list, got {len(paths)}: {', '.join(map(str, paths))}")
     found, listing = list_cases(paths[0], paths[0] if paths[0].suffix == ".json" else None)
     listing = listing if listing.is_file() else listing / "dataset.json"
-    listed = json.loads(listing.read_text()) if listing.is_file() else {}
+    listed = read_json(listing, "a whole one") if listing.is_file() else {}
     if unlabelled := [pair for pair in found["test"] if "label" not in pair]:
         logger.info("%s: %d test images have no label and are left alone", paths[0], len(unlabelled))
         found["test"] = [pair for pair in found["test"] if "label" in pair]
@@ -313,7 +312,7 @@ def _write_list(root: Path, content: dict[str, Any]) -> Path:
     """Write dataset.json, or where that holds another split, a list named after this one."""
     words = re.sub(r"[^\w.]+", "_", content["split"]).strip("_")
     for target in (root / "dataset.json", root / f"dataset_{words}.json"):
-        if not target.is_file() or json.loads(target.read_text())["split"] == content["split"]:
+        if not target.is_file() or read_json(target, "another output_dir")["split"] == content["split"]:
             break
     write_json(target, content)
     return target

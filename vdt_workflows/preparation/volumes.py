@@ -23,7 +23,7 @@ from nibabel.spatialimages import SpatialImage
 
 from vdt_workflows.data.headers import check_same_grid, check_voxel_size, grid_difference, read_header, voxel_size
 from vdt_workflows.drawing import cut_planes, find_centre
-from vdt_workflows.files import read_record, remove_unfinished, to_csv, write_atomic, write_record
+from vdt_workflows.files import UNFINISHED, read_record, remove_unfinished, to_csv, write_atomic, write_record
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.case_sheets import draw_case
 from vdt_workflows.preparation.public_sets import StoredFile
@@ -270,7 +270,7 @@ def _with_affine(file: Path, affine: np.ndarray) -> bytes:
 def _place(file: Path, target: Path, *, copy: bool, moves: bool) -> None:
     """Bring a whole file to its final name: move it, make a hard link where the disk allows, or copy it."""
     source = os.path.realpath(file)
-    temporary = target.with_name(f".{target.name}")
+    temporary = target.with_name(f".{os.getpid()}{UNFINISHED}")  # its own name with a dot may be too long
     linked = False
     if not (copy or moves):
         with suppress(OSError):  # another file system, or one without hard links

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import platform
@@ -23,7 +22,7 @@ import torch
 
 from networks import read_checkpoint
 from vdt_workflows.errors import root_cause
-from vdt_workflows.files import write_atomic, write_json
+from vdt_workflows.files import read_json, write_atomic, write_json
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.parallel import follow_parent
 
@@ -77,7 +76,7 @@ class Cell:
     def result(self) -> dict[str, Any] | None:
         """Read `result.json`: what each stage took, and which versions ran; None before the end."""
         path = Path(self.folder) / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_json(path, "the command again without it") if path.is_file() else None
 
     def error(self) -> str | None:
         """Read the sentence of the error that the last try ended with, if it did."""
@@ -254,7 +253,7 @@ def _describe(cell: Cell) -> dict[str, Any]:
     return {
         "parameters": sum(value.numel() for value in state.values() if value.is_floating_point()),
         "commit": find_commit(),
-        "stages": {s.name: json.loads((stages / f"{s.name}.json").read_text()) for s in cell.stages},
+        "stages": {s.name: read_json(stages / f"{s.name}.json") for s in cell.stages},
         "machine": f"{platform.node()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device}",
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "monai": monai.__version__},
         "threads": cell.threads,

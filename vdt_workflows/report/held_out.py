@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from vdt_workflows.data.nodules import find_nodules
 from vdt_workflows.data.volumes import find_volumes
+from vdt_workflows.files import read_json
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def count_cases(share: float, available: int) -> int:
 def find_label_names(dataset_dir: str, datalist: str | None, cases: Sequence[Mapping[str, Any]]) -> list[str]:
     """Take the names from dataset.json, or number the values that the labels of the cases hold."""
     listing = Path(datalist or Path(dataset_dir, "dataset.json"))
-    found = json.loads(listing.read_text()).get("labels", {}) if listing.is_file() else {}
+    found = read_json(listing, "a whole one").get("labels", {}) if listing.is_file() else {}
     if found:
         named = {int(k): v for k, v in found.items()} if "0" in found else {int(v): k for k, v in found.items()}
         return [named[value] for value in sorted(named)]

@@ -227,7 +227,8 @@ def _plan_stages(
     """Plan the runs of a cell, which leave `weights` in the folder models/ of the cell's."""
     models, folder = weights.parent, weights.parents[1]
     configs = ("configs/train.yaml", *([overlay] if overlay else []), *row.configs)
-    settings = {n: literal(plain(v)) if n in NAMES else v for n, v in merge_settings(shared, row).items()}
+    settings = {"norm": "batch"}  # of all rows, since pre-trained files have it
+    settings |= {n: literal(plain(v)) if n in NAMES else v for n, v in merge_settings(shared, row).items()}
     start = literal({"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained}))
     folders = literal({"ckpt_dir": str(models), "output_dir": str(folder / "eval")})
     train = {"num_workers": 0, **settings, **start, **train, **folders}

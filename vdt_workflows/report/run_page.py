@@ -8,7 +8,6 @@ volumes with their masks or boxes.
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -20,7 +19,7 @@ import nibabel as nib
 import numpy as np
 from monai.transforms import LoadImage
 
-from vdt_workflows.files import read_lines, write_atomic
+from vdt_workflows.files import read_json, read_lines, write_atomic
 from vdt_workflows.naming import bare_name, plain
 from vdt_workflows.report.pages import render, to_base64
 from vdt_workflows.report.viewer import Case, describe_viewer, draw_boxes
@@ -134,12 +133,7 @@ def _read_tables(files: Mapping[str, Path]) -> list[Table]:
 
 
 def _read_json(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); run the step that writes it again") from error
+    content = read_json(path) if path is not None else {}
     return plain(content) if isinstance(content, dict) else {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -12,11 +13,13 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from networks import load_pretrained, read_checkpoint
-from networks.checkpoints import describe_damage, load_whole
+from networks.checkpoints import check_types, check_values, describe_damage, load_whole
 from vdt_workflows.files import save_atomic
+from vdt_workflows.naming import plain
+from vdt_workflows.overrides import given_files
 from vdt_workflows.training.ownership import RunFolders
 from vdt_workflows.training.processes import is_first_process
 
@@ -53,9 +56,11 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is unreadable (see `networks.read_checkpoint`) or was made by another architecture.
+        ValueError: if the file cannot be used (see `networks.read_checkpoint`), was made by another architecture, or
+            has whole numbers for weights.
     """
     state = read_checkpoint(path)
+    check_types(path, state, bare(network).state_dict())
     hint = "build the network as in training, for instance with --args_file and the run.json beside the checkpoint"
     if getattr(state, "_metadata", None):
         try:
@@ -70,13 +75,38 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
             ) from None
         return
     report = load_pretrained(bare(network), path)
-    if report.left_random:
-        raise ValueError(f"{path}: has no weights for {report.left_random[0]} and maybe others; {hint}")
+    missing = [name for name in report.left_random if not name.startswith("side_heads.")]  # which serve training alone
+    if missing:
+        raise ValueError(f"{path}: has no weights for {missing[0]} and maybe others; {hint}")
+
+
+def check_settings(record: Path, weights: str | os.PathLike) -> None:
+    """Refuse a `run.json` that contradicts what its checkpoint says of its own training; one alone is taken as it is.
+
+    Raises:
+        ValueError: naming both files and the settings that differ, or if `record` is no JSON.
+    """
+    if not record.is_file():
+        return
+    try:
+        settings = plain(json.loads(record.read_bytes()))
+        own = json.loads(json.dumps(read_provenance(weights), default=str))
+        differ = [f"{k} {settings[k]!r}, not {v!r}" for k, v in own.items() if settings.get(k, v) != v]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{record}: no settings of a run ({error}); give the run.json that training wrote") from error
+    if differ:
+        raise ValueError(
+            f"{record}: contradicts {weights}, which was trained otherwise ({'; '.join(differ)}); give the run.json"
+            " that was written with it, and settings that shall differ on the command line"
+        )
 
 
 @dataclass(eq=False)
 class LoadWeights:
-    """Handler: load a whole network when the engine starts (see `load_weights`)."""
+    """Handler: load a whole network when the engine starts (see `load_weights`).
+
+    The `run.json` beside the file, and the `--args_file` of the process, must not contradict it (see `check_settings`).
+    """
 
     network: nn.Module
     path: str
@@ -87,6 +117,8 @@ class LoadWeights:
 
     def __call__(self, engine: Engine) -> None:
         """Load the weights."""
+        for record in {Path(self.path).parent / "run.json", *given_files()}:
+            check_settings(record, self.path)
         load_weights(self.network, self.path)
         logger.info("%s: loaded", self.path)
 
@@ -192,11 +224,17 @@ class ResumeRun:
     def _read(self) -> dict[str, Any]:
         try:
             kept = load_whole(self.path)
-            if {"epoch", "iteration", "objects", "scaler"} <= kept.keys():
+            kept = kept if isinstance(kept, dict) else {}
+            kinds = {"epoch": int, "iteration": int, "objects": dict, "scaler": dict}
+            if all(isinstance(kept.get(name), kind) for name, kind in kinds.items()):
+                if not 0 < kept["epoch"] <= kept["iteration"]:
+                    raise ValueError(f"epoch {kept['epoch']}, step {kept['iteration']}")
+                for name, state in kept["objects"].items():
+                    check_values(name, {key: value for key, value in state.items() if isinstance(value, Tensor)})
                 return kept
             reason = "not written by ResumeRun"
         except Exception as error:  # a damaged pickle may raise anything
-            reason = describe_damage(error)
+            reason = str(error) if isinstance(error, ValueError) else describe_damage(error)
         raise ValueError(f"{self.path}: not a whole state of a run ({reason}); delete it to start afresh")
 
     def save(self, engine: Engine) -> None:

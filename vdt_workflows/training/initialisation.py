@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from networks import GenesisUNet3D, ResNet3D, constrain, load_pretrained
+from networks import GenesisUNet3D, ResNet3D, constrain, load_pretrained, read_checkpoint
+from networks.published_names import describe_encoder
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import hash_file
 from vdt_workflows.training.checkpoints import read_provenance
@@ -71,6 +72,15 @@ def initialise(
         if part is network or name.endswith("backbone"):  # the encoder may be saved alone
             part.origin = origin
     return network
+
+
+def pick_norm(init: str, pretrained: str | os.PathLike | None, scratch: str = "instance") -> str:
+    """Give the norm that a network needs for its first weights: that of the file, or `scratch` without one."""
+    if init == "scratch" or pretrained is None or not os.path.isfile(pretrained):
+        return scratch
+    tensors = read_checkpoint(pretrained)
+    written = [part["architecture"] for part in getattr(tensors, "_metadata", {}).values() if "architecture" in part]
+    return next((a["norm"] for a in written if "norm" in a), None) or describe_encoder(tensors).get("norm", "batch")
 
 
 def describe_weights(path: str | os.PathLike) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Devices and processes of a run: one process alone, or one for each GPU, started by torchrun."""
 
-from __future__ import annotations
-
 from collections.abc import Sized
 
 import torch

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,7 @@ from monai.transforms import (
     Transform,
 )
 
+from tests.makers.pictures import make_files
 from tests.makers.volumes import make_affine, write_pair, write_volume
 from tests.support.augmented import RandCount, augmentation, images, loaded, same
 from vdt_transforms import CheckFinited
@@ -120,7 +122,59 @@ def test_disk_cache_serves_the_next_run(cases, tmp_path):
     again = make(loading(counted, RandScaleIntensityd("image", 0.5)))  # what is random is not part of what is kept
     assert again[0]["image"].shape == (1, 4, 5, 6)
     assert counted.calls == 0
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(list((tmp_path / "cache").glob("*.pt"))) == 3
+
+
+def save_again(file):
+    """Change one voxel, with checksums of the zip that fit."""
+    content = torch.load(file, weights_only=True)
+    content["image"]["_volume_"].flatten()[0] += 1
+    torch.save(content, file)
+
+
+DAMAGE = {
+    "byte": lambda file: file.write_bytes((data := file.read_bytes())[:900] + bytes([data[900] ^ 4]) + data[901:]),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-100]),
+    "pickle": lambda file: file.write_bytes(pickle.dumps(Counted())),
+    "another": save_again,
+    "no record": lambda file: file.with_suffix(".json").unlink(),
+    "cut record": lambda file: file.with_suffix(".json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_of_the_disk_cache_is_named_and_made_again(cases, tmp_path, caplog, damage):
+    make = partial(SeededCacheDataset, cases, cache="disk", cache_dir=tmp_path / "cache", progress=False)
+    first = make(loading())
+    expected, file = first[0]["image"].as_tensor().clone(), first.kept[0]  # not the map of a file that is cut
+    times = (status := file.stat()).st_atime_ns, status.st_mtime_ns
+    damage(file)
+    os.utime(file, ns=times)
+    again = make(loading())
+    assert f"{file}: damaged, or changed since it was written; it is made again" in caplog.text
+    assert torch.equal(again[0]["image"].as_tensor(), expected)
+    caplog.clear()
+    again = make(loading())
+    assert "made again" not in caplog.text
+    file.write_bytes(file.read_bytes())  # as another process of the run does that prepares the same sample
+    assert torch.equal(again[0]["image"].as_tensor(), expected)
+    save_again(file)
+    with pytest.raises(ValueError, match=rf"{file}: changed while in use; start again"):
+        again[0]
+
+
+def test_disk_cache_notices_a_slice_that_changed_in_its_folder_whatever_its_time_says(tmp_path):
+    folder = make_files(tmp_path / "series", "a.dcm", "b.dcm")
+    item = {"image": str(folder)}
+    make = partial(SeededCacheDataset, [item], Lambdad("image", measure), cache="disk", progress=False)
+    assert make(cache_dir=tmp_path / "cache")[0]["image"] == 0
+    (folder / "b.dcm").write_bytes(b"1")
+    os.utime(folder / "b.dcm", ns=(1, 1))
+    assert make(cache_dir=tmp_path / "cache")[0]["image"] == 1
+
+
+def measure(folder):
+    return sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
 
 
 def test_disk_cache_notices_a_changed_file_and_changed_transforms(cases, tmp_path):

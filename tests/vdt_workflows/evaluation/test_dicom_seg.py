@@ -1,7 +1,5 @@
 """DICOM SEG: what is written, read back by highdicom and pydicom, against the NIfTI of the same labels."""
 
-from __future__ import annotations
-
 import sys
 
 import nibabel as nib

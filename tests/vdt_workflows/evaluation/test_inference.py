@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.makers.volumes import make_affine
 from vdt_transforms import Spacingd
-from vdt_workflows.evaluation.inference import SlabInferer
+from vdt_workflows.evaluation.inference import PULL, SlabInferer
 
 WINDOW = {"roi_size": (24, 32, 16), "overlap": (0.5, 0.5, 0.625)}
 CHANNELS = 5
@@ -151,8 +151,8 @@ def test_the_pull_of_class_weights_is_taken_from_the_logits():
     odds = torch.sigmoid(x)  # of class 1 against class 0, as it is in the data
     weights = [0.1, 2]
 
-    def learnt(x):  # what a weighted cross-entropy makes of them
-        return torch.cat([(1 - torch.sigmoid(x)) * weights[0], torch.sigmoid(x) * weights[1]], 1).log()
+    def learnt(x):  # what weights make of them, beside an unweighted Dice
+        return torch.cat([torch.sigmoid(-x) * weights[0] ** PULL, torch.sigmoid(x) * weights[1] ** PULL], 1).log()
 
     assert torch.equal(SlabInferer(**WINDOW, class_weights=weights)(x, learnt), (odds > 0.5).to(torch.uint8))
     assert SlabInferer(**WINDOW)(x, learnt).sum() > 1.5 * (odds > 0.5).sum()

@@ -1,14 +1,7 @@
-from __future__ import annotations
-
 import csv
 import io
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -293,29 +286,6 @@ def test_two_pictures_of_one_name_are_refused(source):
     write(source / "train/cat/a.png.jpg")
     with pytest.raises(ValueError, match=r"a\.png\.jpg: two pictures would get this name"):
         prepare(source)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path):
-    for label in ("cat", "dog"):
-        for i in range(80):
-            write(tmp_path / "source" / "train" / label / f"{i}.jpg", smooth(375, 500, seed=i))
-    source = tmp_path / "source"
-    words = f"prepare images --images {source} --output_dir {tmp_path / 'out'} --short_side 32 --workers 2"
-    command = [sys.executable, "-m", "vdt_workflows.cli", *words.split()]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(written(tmp_path / "out")) < 20 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 20 <= len(written(tmp_path / "out")) < 160
-    time.sleep(1.5)  # the workers notice within a second that the script is gone
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1])["training_images"] == 144
-    whole = prepare_images(str(source), str(tmp_path / "whole"), 32, workers=1)
-    assert whole["written_anew"] == 160
-    assert contents(tmp_path / "out", JPEG) == contents(tmp_path / "whole", JPEG)
 
 
 def test_a_loaded_image_stays_as_it_is_while_others_are_loaded():

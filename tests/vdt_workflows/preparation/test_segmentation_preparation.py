@@ -404,7 +404,7 @@ BAD_LABELS = {
     "missing label": (lambda file: file.unlink(), r"c_5_0000\.nii\.gz: has no label, which training"),
     "extra label": (
         lambda file: overwrite(file, make_label((1, 9)), np.uint8),
-        r"c_5\.nii\.gz: unknown label values 9; expected 0, 1, 2$",
+        r"c_5\.nii\.gz: unknown label values 9; expected 0, 1, 2; choose by --label_names$",
     ),
     "half a label": (
         lambda file: overwrite(file, LABEL * 0.75),

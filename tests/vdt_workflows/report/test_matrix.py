@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -18,6 +17,7 @@ import yaml
 from networks import ResNet3D
 from tests.makers.comparison import TINY, plan
 from tests.support.bundle_runs import ROOT
+from tests.support.bundle_runs import rows as read_csv
 from vdt_workflows.report.matrix import compare
 from vdt_workflows.training.checkpoints import save_weights
 
@@ -69,8 +69,7 @@ def test_a_row_may_bring_another_network_and_settings(volumes, tmp_path):
     plan(volumes, tmp_path, rows, seeds=1, fractions=1, protocols="recommended,paper,short")
     folder = tmp_path / "out" / "cells" / "UNet-MONAI"
     assert json.loads((folder / "settings.json").read_text())["settings"] == {"momentum": 0.5}
-    with (tmp_path / "out" / "results.csv").open() as file:
-        found = list(csv.DictReader(file))
+    found = read_csv(tmp_path / "out" / "results.csv")
     assert [(r["protocol"], r["state"]) for r in found] == [(p, "not run") for p in ("recommended", "paper", "short")]
 
 

@@ -18,7 +18,7 @@ from monai.engines import SupervisedTrainer
 from monai.transforms import RandGaussianNoised
 from torch import nn
 
-from networks import ResNet3D, ResNet3DClassifier
+from networks import ResNet3D, ResNet3DClassifier, load_pretrained
 from vdt_transforms import RandSliceShuffled
 from vdt_workflows.data.sampling import SeededDataset, SeededSampler, SeedEpochs
 from vdt_workflows.training.checkpoints import (
@@ -30,7 +30,7 @@ from vdt_workflows.training.checkpoints import (
     read_provenance,
     save_weights,
 )
-from vdt_workflows.training.runs import RunLog
+from vdt_workflows.training.runs import RememberRun, RunLog
 
 FORK = multiprocessing.get_context("fork")  # a process of its own without the seconds of importing torch again
 
@@ -112,6 +112,85 @@ def test_a_file_of_other_origin_must_fill_the_whole_network(tmp_path):
     torch.save({k: v for k, v in plain.items() if "fc" not in k}, tmp_path / "part.pt")
     with pytest.raises(ValueError, match=r"part\.pt: has no weights for .*fc\.weight"):
         load_weights(other, tmp_path / "part.pt")
+
+
+VALUES = {  # what a weight of a damaged file, or of a failed training, may become
+    "nan": ("backbone.conv1.weight", lambda t: t.fill_(float("nan"))),
+    "inf": ("head.fc.bias", lambda t: t.index_fill_(0, torch.tensor(1), float("-inf"))),
+    "absurd": ("backbone.layer1.0.conv1.weight", lambda t: t.flatten()[3:4].fill_(1e38)),
+    "variance": ("backbone.bn1.running_var", lambda t: t[2:3].fill_(-1e-3)),
+    "whole numbers": ("backbone.bn1.weight", lambda t: t.to(torch.int8)),
+    "truth values": ("backbone.conv1.weight", lambda t: t > 0),
+}
+
+
+@pytest.mark.parametrize("load", [load_weights, load_pretrained, load_at_the_start])
+@pytest.mark.parametrize("bare_dict", [False, True], ids=["written by save_weights", "of other origin"])
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_no_trained_network_has_are_refused_by_tensor_and_file(tmp_path, load, bare_dict, name):
+    network, other = classifier(), classifier(seed=1)
+    before = {name: value.clone() for name, value in tensors(other).items()}
+    state, (key, change) = network.state_dict(), VALUES[name]
+    changed = change(state[key])
+    state[key] = changed if changed.dtype != torch.float32 else state[key]
+    torch.save(dict(state) if bare_dict else state, tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match=rf"model\.pt: {key} (holds values from|is (int8|bool), the network has float32)"
+    ):
+        load(other, str(tmp_path / "model.pt"))
+    assert same(tensors(other), before)
+
+
+def test_weights_in_half_precision_and_large_variances_are_taken(tmp_path):
+    network, other = classifier(), classifier(seed=1)
+    network.backbone.bn1.running_var.fill_(1e12)
+    torch.save(dict(network.state_dict()), tmp_path / "model.pt")
+    load_weights(other, tmp_path / "model.pt")
+    assert same(tensors(other), tensors(network))
+    torch.save({k: v.half() for k, v in classifier().state_dict().items()}, tmp_path / "half.pt")
+    load_weights(other, tmp_path / "half.pt")
+
+
+def test_a_run_json_that_contradicts_its_checkpoint_is_refused(tmp_path, monkeypatch):
+    network = classifier()
+    model, record = tmp_path / "model.pt", tmp_path / "run.json"
+    provenance = {"mean": 1.0, "patch_size": (8, 8), "class_names": ["@home", "b"], "init": "scratch"}
+    save_weights(network, model, provenance)
+    load_at_the_start(network, str(model))  # one alone
+    engine = Engine(lambda engine, batch: None)
+    engine.state.device = "cpu"
+    settings = {name: value for name, value in provenance.items() if name != "init"}
+    RememberRun(str(record), settings)(engine)
+    load_at_the_start(network, str(model))
+    content = record.read_text()
+    record.write_text(content.replace('"mean": 1.0', '"mean": 100.0'))
+    with pytest.raises(ValueError, match=r"run\.json: contradicts .*model\.pt, .* \(mean 100\.0, not 1\.0\); give the"):
+        load_at_the_start(network, str(model))
+    record.write_text(content[:-5])
+    with pytest.raises(ValueError, match=r"run\.json: no settings of a run"):
+        load_at_the_start(network, str(model))
+    record.write_text(content)
+    other = tmp_path / "other.json"
+    other.write_text('{"patch_size": [8, 9]}')
+    monkeypatch.setattr("vdt_workflows.training.checkpoints.given_files", lambda: [other])
+    with pytest.raises(ValueError, match=r"other\.json: contradicts .*\(patch_size \[8, 9\], not \[8, 8\]\)"):
+        load_at_the_start(network, str(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"epoch": 0}, "epoch 0, step 2"),
+        ({"epoch": 3}, "epoch 3, step 2"),
+        ({"iteration": "2"}, "not written by ResumeRun"),
+        ({"objects": {"network": {"a.weight": torch.full((2,), float("nan"))}}}, "network: a.weight holds values"),
+    ],
+)
+def test_a_state_of_a_run_with_values_that_cannot_be_is_refused(tmp_path, change, reason):
+    state = {"settings": {}, "epoch": 1, "iteration": 2, "objects": {}, "scaler": {}} | change
+    torch.save(state, tmp_path / "resume.pt")
+    with pytest.raises(ValueError, match=rf"resume\.pt: not a whole state of a run \({reason}.*; delete it to start"):
+        ResumeRun(str(tmp_path / "resume.pt"), {}).load(None)
 
 
 def test_a_missing_or_damaged_file_is_refused_with_a_sentence(tmp_path):

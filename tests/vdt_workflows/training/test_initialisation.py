@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import hashlib
 import re
 
@@ -24,7 +22,7 @@ from networks import (
 )
 from tests.support.network_checks import count, randomise
 from vdt_workflows.training.checkpoints import load_weights, read_provenance, save_weights
-from vdt_workflows.training.initialisation import initialise
+from vdt_workflows.training.initialisation import initialise, pick_norm
 
 
 @pytest.fixture
@@ -290,3 +288,13 @@ def test_genesis_fills_its_own_network_all_but_the_last_layer(tmp_path):
 def test_an_init_for_another_network_is_refused(init, network, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         initialise(network(**options, base_channels=4), init, "weights.pt")
+
+
+def test_the_norm_is_that_of_the_file_and_from_scratch_one_that_small_batches_bear(tmp_path):
+    path = tmp_path / "encoder.pt"
+    assert pick_norm("scratch", None) == "instance"
+    for norm in ("batch", "group", "instance"):
+        save_weights(ResNet3D(18, base_channels=4, norm=norm), path)
+        assert pick_norm("vdt", path) == norm
+    torch.save(ResNet3D(18, base_channels=4).state_dict(), path)  # without what these packages write beside
+    assert pick_norm("vdt", path) == "batch"
