@@ -39,7 +39,7 @@ _NAMES = {
     "evaluation.detection_report": ["DetectionReport", "DetectionScores"],
     "evaluation.dicom_seg": ["SaveDicomSegd", "writes_dicom"],
     "evaluation.inference": ["SlabInferer"],
-    "evaluation.outputs": ["SaveLesions", "SavePredictions", "unbatch_lesions"],
+    "evaluation.outputs": ["SaveLesions", "SavePredictions", "VolumeWriter", "unbatch_lesions"],
     "evaluation.segmentation": ["CaseScores"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -197,7 +197,7 @@ def read_json(path: Path, meant: str = "the step that writes it again") -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give {meant}")
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(path.read_bytes())  # of UTF-8 or UTF-16, with or without their marks
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no whole JSON ({error}); give {meant}") from error
 
@@ -279,10 +279,19 @@ def read_csv(path: Path, columns: Sequence[str], *, others: bool = False) -> lis
 
 
 def read_lines(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Read the heading and the lines of a CSV file, without empty ones."""
+    """Read the heading and the lines of a CSV file, without empty ones.
+
+    Files of Excel are read too: in UTF-16, or with semicolons or tabs, where numbers may have decimal commas.
+    """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [[re.sub(r"^'('*[=+\-@\t\r])", r"\1", cell) for cell in line] for line in csv.reader(file) if line]
+        content = path.read_bytes()
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        heading = text.lstrip().partition("\n")[0]
+        separator = max(",;\t", key=heading.count)  # the first of equals
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        lines = [[re.sub(r"^'('*[=+\-@\t\r])", r"\1", cell) for cell in line] for line in reader if line]
+        if separator != ",":
+            lines = [[re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", value) for value in line] for line in lines]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file of text ({error})") from error
     return (lines[0], lines[1:]) if lines else ([], [])

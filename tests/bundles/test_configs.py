@@ -38,7 +38,7 @@ def test_metadata_meets_the_schema_and_its_changelog_has_the_version(bundle):
 def test_metadata_lists_what_the_package_requires(bundle):
     listed = read(bundle / "configs" / "metadata.json")["required_packages_version"]
     block = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[1]
-    required = set(re.findall(r'"([a-z-]+)[>=]', block)) - {"torch", "monai", "numpy"}
+    required = set(re.findall(r'"([A-Za-z-]+)[>=]', block)) - {"torch", "monai", "numpy"}
     assert set(listed) == required | {"jsonschema"}  # for `monai.bundle verify_metadata`
 
 

@@ -33,6 +33,7 @@ import numpy as np
 
 from vdt_transforms.dicom_folders import DicomFolder, find_series
 from vdt_transforms.dicom_series import DicomSeries
+from vdt_transforms.geometry import to_nifti
 from vdt_workflows.data.nodule_tables import COLUMNS, RATINGS
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import (
@@ -51,7 +52,6 @@ from vdt_workflows.preparation.lidc import Annotation, Annotations, consensus, r
 from vdt_workflows.preparation.nodule_cubes import Nodule, cube_affine, cut_image, cut_masks, find_nodules
 from vdt_workflows.preparation.nodule_sheets import draw_sheets, take_views
 from vdt_workflows.preparation.patients import name_patients
-from vdt_workflows.preparation.volumes import to_nifti
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from typing import TypeVar
 import nibabel as nib
 import numpy as np
 
-from vdt_workflows.data.volumes import ROLE, SUFFIX, draw
+from vdt_transforms.geometry import SUFFIX
+from vdt_workflows.data.volume_files import ROLE, draw, patient_of
 from vdt_workflows.files import stamp_of
 
 T = TypeVar("T")
@@ -174,7 +175,7 @@ class StoredFile:
 
 
 def find_files(paths: Sequence[str | os.PathLike]) -> list[StoredFile]:
-    """List the NIfTI files in folders (at any depth) and zip archives, sorted; hidden ones are left out.
+    """List the volume files in folders (at any depth) and zip archives, sorted; hidden ones are left out.
 
     Raises:
         FileNotFoundError: if there is nothing at a path.
@@ -193,7 +194,7 @@ def find_files(paths: Sequence[str | os.PathLike]) -> list[StoredFile]:
         if not files:
             archives = sorted(path.glob("*.zip")) if path.is_dir() else []
             hint = f"; it holds {archives[0].name}, so name that instead" if archives else ""
-            raise ValueError(f"{path}: no .nii or .nii.gz file in it{hint}")
+            raise ValueError(f"{path}: no volume file (.nii, .nii.gz, .nrrd, .mha) in it{hint}")
         found += files
     return sorted(found)
 
@@ -300,12 +301,13 @@ class Split:
         Raises:
             ValueError: if there is no such fold, or there are too few cases.
         """
-        if not 2 <= self.folds <= len(cases):
-            raise ValueError(f"folds must be 2 to {len(cases)}, the number of cases, got {self.folds}")
+        patients = list(dict.fromkeys(map(patient_of, cases)))
+        if not 2 <= self.folds <= len(patients):
+            raise ValueError(f"folds must be 2 to {len(patients)}, the number of cases, got {self.folds}")
         if not 0 <= self.fold < self.folds:
             raise ValueError(f"fold must be 0 to {self.folds - 1}, got {self.fold}")
-        order = np.random.default_rng(self.seed).permutation(len(cases))
-        tested = set(np.array_split(order, self.folds)[self.fold].tolist())
-        rest = [case for i, case in enumerate(cases) if i not in tested]
+        order = np.random.default_rng(self.seed).permutation(len(patients))
+        tested = {patients[i] for i in np.array_split(order, self.folds)[self.fold]}
+        rest = [case for case in cases if patient_of(case) not in tested]
         training, validation = draw(rest, self.val_fraction, self.seed, self.fold)
-        return {"training": training, "validation": validation, "test": [c for i, c in enumerate(cases) if i in tested]}
+        return {"training": training, "validation": validation, "test": [c for c in cases if patient_of(c) in tested]}

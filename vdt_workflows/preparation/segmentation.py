@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vdt_workflows.data.volumes import draw, list_cases
+from vdt_transforms.geometry import GEOMETRIES
+from vdt_workflows.data.volume_files import LeftOut, conclude, draw
+from vdt_workflows.data.volumes import list_cases
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, read_json, write_atomic, write_json
 from vdt_workflows.locks import leaving
@@ -62,6 +64,7 @@ class Plan:
     split: str
     about: dict[str, Any]  # for dataset.json
     missing: dict[str, str] = field(default_factory=dict)  # sentences by case
+    left_out: LeftOut = field(default_factory=dict)
 
 
 @leaving
@@ -79,6 +82,7 @@ def prepare_segmentation(
     label_names: Sequence[str] | Mapping[str, Any] | None = None,
     modality: str | None = None,
     affine: str = "strict",
+    geometry: str = "refuse",
     copy: bool = False,
     on_error: str = "raise",
     workers: int = 0,
@@ -103,6 +107,8 @@ def prepare_segmentation(
             labels alone and numbers them from 1. By default from the data's JSON, or else numbers.
         modality: own data: CT refuses what cannot be HU, and draws a fixed window. By default from the data's JSON.
         affine: whose affine counts where image and label of one shape differ: `image`, `label`, or `strict` to refuse.
+        geometry: what says where the voxels of a NIfTI file lie: `refuse` a file in which sform, qform and pixdim
+            disagree, or take its `sform` or `qform`; what is written then has it in both forms.
         copy: copy the files rather than link them.
         on_error: `raise` stops at the first bad case; `skip` leaves it out, counts it and goes on.
         workers: processes; 0 takes as many as there are cores, 8 at most. Each holds one volume.
@@ -116,6 +122,7 @@ def prepare_segmentation(
     """
     check_choice("source", source, (*DATA_SETS, "own"))
     check_choice("affine", affine, ("strict", "image", "label"))
+    check_choice("geometry", geometry, GEOMETRIES)
     check_choice("on_error", on_error, ("raise", "skip"))
     if split not in (known := ("recommended",) if source == "own" else ("published", "recommended")):
         raise ValueError(f"split of --source {source} must be {' or '.join(known)}, got {split!r}")
@@ -137,7 +144,7 @@ def prepare_segmentation(
         plan = _plan_numbered(DATA_SETS[source], paths, wanted, tumour)
     if plan.missing and on_error == "raise":
         raise ValueError(f"{next(iter(plan.missing.values()))}; --on_error skip goes on without the missing ones")
-    rules = replace(plan.rules, affine=affine, copy=copy)
+    rules = replace(plan.rules, affine=affine, geometry=geometry, copy=copy)
     made_from = {"source": source, "data": [str(path.resolve()) for path in paths]}
     claim(root, {**made_from, **asdict(rules)}, empty=True)
 
@@ -193,11 +200,11 @@ def _plan_own(
     """Plan own data, whose lists, label names and modality may come with them in a JSON file."""
     if len(paths) != 1:
         raise ValueError(f"own data must be one folder or list, got {len(paths)}: {', '.join(map(str, paths))}")
-    found, listing = list_cases(paths[0], paths[0] if paths[0].suffix == ".json" else None)
+    found, listing, left_out = list_cases(paths[0], paths[0] if paths[0].suffix == ".json" else None)
     listing = listing if listing.is_file() else listing / "dataset.json"
     listed = read_json(listing, "a whole one") if listing.is_file() else {}
     if unlabelled := [pair for pair in found["test"] if "label" not in pair]:
-        logger.info("%s: %d test images have no label and are left alone", paths[0], len(unlabelled))
+        left_out["test images without label"] = [pair["image"] for pair in unlabelled]
         found["test"] = [pair for pair in found["test"] if "label" in pair]
     by_image = {pair["image"]: pair for group in found.values() for pair in group}
     names_of = tell_apart(by_image, lambda image: StoredFile(image).stem)
@@ -207,15 +214,15 @@ def _plan_own(
         )
         for image, name in names_of.items()
     }
-    lists = {part: [names_of[pair["image"]] for pair in group] for part, group in found.items()}
-    drawn_test = not (split.folds or lists["test"])
+    drawn_test = not (split.folds or found["test"])
     if split.folds:
-        lists = split.divide_folds(list(cases))
+        found = split.divide_folds(list(by_image.values()))
     else:
         if drawn_test and split.test_fraction:
-            lists["training"], lists["test"] = draw(lists["training"], split.test_fraction, split.seed, 0)
-        if not lists["validation"]:
-            lists["training"], lists["validation"] = draw(lists["training"], split.val_fraction, split.seed, 1)
+            found["training"], found["test"] = draw(found["training"], split.test_fraction, split.seed, 0)
+        if not found["validation"]:
+            found["training"], found["validation"] = draw(found["training"], split.val_fraction, split.seed, 1)
+    lists = {part: [names_of[pair["image"]] for pair in group] for part, group in found.items()}
     names, values, only_these = _choose_labels(label_names, listed.get("labels"), listing)
     channels = listed.get("modality") or listed.get("channel_names")
     modality = modality or str(channels.get("0", "unknown") if isinstance(channels, dict) else channels or "unknown")
@@ -227,6 +234,7 @@ def _plan_own(
         names=names,
         rules=CaseRules(values=values, only_these=only_these, hounsfield=modality.upper() == "CT"),
         split=split.describe(drawn_test=drawn_test),
+        left_out=left_out,
         about={"modality": {"0": modality}, **{key: listed[key] for key in kept if listed.get(key)}},
     )
 
@@ -298,11 +306,13 @@ def _finish(root: Path, plan: Plan, records: Sequence[Record]) -> dict[str, Any]
         old.unlink()
     for number, page in enumerate(pages, 1):
         write_atomic(root / "pictures" / f"cases_{number:02d}.png", page)
+    faults = [record["case"] for record in records if "fault" in record]
+    conclude(plan.title, len(good), {**plan.left_out, "unusable, see above": faults})
     print(f"{plan.title}, {plan.split}\n{describe(records, lists, names)}", file=sys.stderr)
     return {
         "datalist": str(datalist),
         **{part: len(cases) for part, cases in lists.items()},
-        "left_out": len(records) - len(good),
+        "left_out": len(faults) + sum(map(len, plan.left_out.values())),
         "summary": str(root / "summary.csv"),
         "pictures": f"{root / 'pictures'}, {len(pages)} pages",
     }

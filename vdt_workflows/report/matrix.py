@@ -161,13 +161,14 @@ def compare(
     if steps % points or seeds < 1:
         raise ValueError(f"steps must be a multiple of points, and seeds at least 1; got {steps=}, {points=}, {seeds=}")
     base = choose_reference(plan, reference)
+    geometry = str(shared.get("geometry", "refuse"))
 
     if bundle.startswith("lidc"):
         split = split_nodules(bundle, dataset_dir, shared, held_out, curve_cases, training_cases)
     else:
-        split = split_volumes(dataset_dir, datalist, held_out, curve_cases, training_cases)
+        split = split_volumes(dataset_dir, datalist, held_out, curve_cases, training_cases, geometry)
         if bundle.startswith("bcv") and "label_names" not in shared:
-            shared["label_names"] = find_label_names(dataset_dir, datalist, split.pool)
+            shared["label_names"] = find_label_names(dataset_dir, datalist, split.pool, geometry)
     counts = {share: count_cases(share, split.size) for share in shares}
     described, data_dir = describe_cases(split.scored), str(Path(dataset_dir).resolve())
     common = {
@@ -237,7 +238,7 @@ def _plan_stages(
     stages = (Stage("training", configs, train), Stage("scoring", (*configs, "configs/evaluate.yaml"), score))
     if example is None:
         return stages
-    own = {name: value for name, value in settings.items() if name.startswith("network_def")}
+    own = {name: value for name, value in settings.items() if name.startswith(("network_def", "geometry"))}
     shown = {**own, **left, **literal({"dataset_dir": example["image"], "output_dir": str(folder / "example")})}
     return (*stages, Stage("example", ("configs/inference.yaml", *row.configs), shown))
 

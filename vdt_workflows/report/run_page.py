@@ -15,10 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from monai.transforms import LoadImage
 
+from vdt_transforms.geometry import open_volume, read_voxels
+from vdt_transforms.readers import VolumeReader
 from vdt_workflows.files import read_json, read_lines, write_atomic
 from vdt_workflows.naming import bare_name, plain
 from vdt_workflows.report.pages import render, to_base64
@@ -91,17 +92,18 @@ def find_cases(files: dict[str, Path], number: int) -> list[Case]:
     """Load the first volumes of a run that were segmented or searched, with their masks, or boxes drawn as masks."""
     cases: list[Case] = []
     record = _read_json(files.get("inference.json"))
-    load = LoadImage(reader="vdt_transforms.VolumeReader", image_only=True)
+    geometry = record.get("geometry", "refuse")
+    load = LoadImage(VolumeReader(geometry=geometry))
     for source in record.get("volumes", []):
         names = record.get("results", {}).get(source, [f"{bare_name(source)}_seg.nii.gz"])
         mask = next((files[name] for name in names if name in files and name.endswith(".nii.gz")), None)
         if len(cases) < number and mask is not None and Path(source).exists():
             label_names = record.get("label_names", [])
-            labels, title = nib.load(mask), mask.name.removesuffix("_seg.nii.gz")
+            labels, title = open_volume(mask, geometry), mask.name.removesuffix("_seg.nii.gz")
             image = load(source)
             if not np.allclose(image.affine.numpy(), labels.affine, atol=1e-3):
                 raise ValueError(f"{mask}: lies on another grid than {source}; run the inference again")
-            cases.append(Case(title, image.numpy(), np.asarray(labels.dataobj), labels.affine, label_names))
+            cases.append(Case(title, image.numpy(), read_voxels(labels), labels.affine, label_names))
     for name, path in files.items():
         if name.endswith("_lesions.json") and len(cases) < number:
             found = _read_json(path)

@@ -139,7 +139,7 @@ def test_a_missing_folder_or_list_is_named(tmp_path):
 
 
 def test_a_folder_without_pairs_is_named_with_what_was_expected(tmp_path):
-    message = re.escape(str(tmp_path)) + r": no training cases; expected pairs of NIfTI"
+    message = re.escape(str(tmp_path)) + r": no training cases; expected pairs of volume"
     with pytest.raises(ValueError, match=message):
         find_volumes(tmp_path)
     write_list(tmp_path / "dataset.json", training=[])
@@ -255,17 +255,18 @@ def write_raw(path, values, *, affine=None, pixdim=None):
     image = nib.Nifti1Image(values, np.eye(4))
     content = bytearray(image.to_bytes())
     if affine is not None:
+        content[80:92] = np.linalg.norm(affine[:3, :3], axis=0).astype("<f4").tobytes()  # pixdim
         content[280:328] = affine[:3].astype("<f4").tobytes()  # sform
     if pixdim is not None:
         content[80:92] = np.array(pixdim, "<f4").tobytes()
-        content[252:256] = bytes(4)  # neither qform nor sform
+        content[252:256] = bytes([1, 0, 0, 0])  # qform alone
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
 GREY = np.zeros((2, 3, 4), np.int16)
 FLAT = np.array([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-SIZE = r"voxel size \({}\) mm in its header; expected numbers above 0$"
+SIZE = r"voxel size \({}\) mm in its header; expected 0.001 to 100 mm$"
 UNUSABLE = {
     "4D": (np.zeros((2, 3, 4, 5), np.int16), {}, r"4D, of shape \(2, 3, 4, 5\); expected one"),
     "2D": (GREY[0], {}, r"2D, of shape \(3, 4\); expected one 3D volume in a file$"),
@@ -341,12 +342,12 @@ def test_bad_cases_are_left_out_counted_and_named_and_no_other_changes_sides(tmp
     for part in ("training", "validation"):
         assert after[part] == [case for case in before[part] if any(name in case["image"] for name in good)]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 5
+    assert len(warnings) == 6
     for i, sentence in enumerate(sentences):
-        [line] = [w for w in warnings if f"c{i:03d}.nii.gz" in w]
+        [line] = [w for w in warnings[:-1] if f"c{i:03d}.nii.gz" in w]
         assert sentence in line
         assert line.endswith("; the case is left out")
-    assert caplog.messages[-1].endswith("0 test; 5 left out")
+    assert ": 7 used, 5 left out; 5 training, 2 validation, 0 test; 5 unusable, see above (c000" in caplog.messages[-1]
 
 
 def test_a_listed_case_is_left_out_and_a_missing_file_with_it(tmp_path):
@@ -430,9 +431,9 @@ def test_test_images_go_before_training_images(tmp_path):
 
 
 def test_nothing_to_list_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"/none: no such file or folder; expected a NIfTI volume or a folder"):
+    with pytest.raises(FileNotFoundError, match=r"/none: no such file or folder; expected a volume or a folder"):
         list_volumes(tmp_path / "none")
-    with pytest.raises(ValueError, match=r": no \.nii or \.nii\.gz file in it .*, and no DICOM series below it$"):
+    with pytest.raises(ValueError, match=r": no volume file .* nor DICOM series in or below it$"):
         list_volumes(tmp_path)
 
 

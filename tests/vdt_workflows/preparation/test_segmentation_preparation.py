@@ -211,6 +211,7 @@ SPOILT_AFFINES = {
 def write_with_sform(path, values, affine):
     """Write a NIfTI file whose affine may be any matrix."""
     content = bytearray(nib.Nifti1Image(values, np.eye(4)).to_bytes())
+    content[80:92] = np.linalg.norm(affine[:3, :3], axis=0).astype("<f4").tobytes()  # pixdim
     content[280:328] = affine[:3].astype("<f4").tobytes()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
