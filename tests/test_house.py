@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "preparation": BUNDLE_ROOMS,
     "report": BUNDLE_ROOMS,
     "packaging": BUNDLE_ROOMS,
-    "cli": BUNDLE_ROOMS | {"preparation", "report", "packaging"},
+    "planning": BUNDLE_ROOMS | {"preparation"},
+    "cli": BUNDLE_ROOMS | {"preparation", "planning", "report", "packaging"},
     "__main__": {"cli"},
     "names": BUNDLE_ROOMS,  # vdt_workflows/__init__.py, which configs name and no module imports
 }

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import pydicom
+import pydicom.uid
 from pydicom.config import disable_value_validation
-from pydicom.pixels import pixel_array
 
 from vdt_transforms.dicom_headers import Header, open_dicom, syntax_of
 
 logger = logging.getLogger(__name__)
 
 AIR = -1024  # HU
+FRAMEWISE = hasattr(pydicom, "pixels")  # since pydicom 3; MONAI Label needs an older one
 INT16 = np.iinfo(np.int16)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 ROUNDING = 0.05  # mm, that a position written to a tenth of a mm may be off: slices of 0.625 mm are often written so
@@ -101,12 +102,12 @@ class DicomSeries:
         file, frame, dataset = self.files[index], self.frames[index], pydicom.Dataset()
         try:
             with open_dicom(file) as opened, disable_value_validation():
-                dataset = pydicom.dcmread(opened, stop_before_pixels=frame is not None, force=True)
-                if frame is None:
-                    dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax_of(dataset))
-                    stored = pixel_array(dataset)
+                dataset = pydicom.dcmread(opened, stop_before_pixels=frame is not None and FRAMEWISE, force=True)
+                dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax_of(dataset))
+                if frame is None or not FRAMEWISE:
+                    stored = dataset.pixel_array if frame is None else dataset.pixel_array[frame]
                 else:
-                    stored = pixel_array(opened, index=frame)
+                    stored = pydicom.pixels.pixel_array(opened, index=frame)
         except Exception as error:  # broken bytes and missing decoders raise whatever they lead to
             reason = " ".join(str(error).split())
             hint = "install one of these decoders" if "missing dependencies" in reason else "copy or download it again"

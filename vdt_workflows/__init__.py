@@ -33,6 +33,7 @@ _NAMES = {
         "warm_up",
     ],
     "training.processes": ["join_processes", "leave_processes", "pick_device", "place", "share_batch", "share_out"],
+    "training.timing": ["fit_to_time"],
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],
     "training.ownership": ["RunFolders"],
     "evaluation.classification": ["ReportNodules", "SaveMalignancy"],

@@ -46,6 +46,10 @@ COMMANDS = {
     "prepare deeplesion": Command(
         "preparation.deeplesion", "prepare_deeplesion", "FOLDER", "DeepLesion, or volumes with labels: key slices"
     ),
+    "plan": Command("planning.plan", "plan", "PREPARED", "settings of a segmentation, from what the data are like"),
+    "train": Command(
+        "planning.train", "train", "VOLUMES", "a segmentation of your own data, planned and fitted to a time"
+    ),
     "compare": Command("report.matrix", "compare", "ROWS DATASET_DIR", "starts of training compared in many runs"),
     "report": Command("report.run_page", "report_run", "RUN", "a page about a finished run"),
     "convert": Command("preparation.convert", "convert_weights", "SOURCE OUTPUT", "weights of other code, made to fit"),
@@ -122,6 +126,8 @@ def run_function(function: Callable[..., Any], argv: Sequence[str] | None = None
     if {"-h", "--help"} & {*words}:
         print(describe_function(function, name))
         return
+    if "output_dir" in inspect.signature(function).parameters:
+        words = ["--output_dir" if word == "-o" else word for word in words]
     _refuse_unknown(function, words, name)
     args, kwargs = _read_words(function, words, name)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -153,6 +159,8 @@ def describe_function(function: Callable[..., Any], name: str) -> str:
         text = " ".join((texts.get(parameter.name) or "").split())
         if parameter.kind is parameter.VAR_POSITIONAL:
             option = f"{parameter.name.upper()} ..."
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            option = "--NAME VALUE ..."
         elif parameter.default is parameter.empty:
             option = parameter.name.upper()
         else:
@@ -187,7 +195,7 @@ def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -
     readers = {n: _reader(p.annotation) for n, p in inspect.signature(function).parameters.items()}
 
     @fire.decorators.SetParseFns(**readers)
-    @fire.decorators.SetParseFn(str)  # of *names
+    @fire.decorators.SetParseFn(fire.parser.DefaultParseValue if _is_free(function) else str)  # of **settings, *names
     @wraps(function)
     def stand_in(*args: Any, **kwargs: Any) -> None:
         given[:] = args, kwargs
@@ -202,6 +210,11 @@ def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -
             sys.exit(f"{name}: {' '.join(reason.split())}; {name} --help lists the arguments")
         raise
     return given[0], given[1]
+
+
+def _is_free(function: Callable[..., Any]) -> bool:
+    """Whether a function takes settings of any name."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
 def _reader(annotation: str) -> Callable[[str], Any]:
@@ -225,6 +238,7 @@ def _read_value(word: str, *, text: bool, texts: bool) -> Any:
 
 def _refuse_unknown(function: Callable[..., Any], words: Sequence[str], name: str) -> None:
     parameters = inspect.signature(function).parameters
+    free = _is_free(function)
     known = list(parameters)
     for word, following in zip(words, [*words[1:], "--"], strict=False):
         if word == "--":  # what follows is for fire itself
@@ -232,9 +246,13 @@ def _refuse_unknown(function: Callable[..., Any], words: Sequence[str], name: st
         option, has_value, _ = word[2:].partition("=")
         option = option.replace("-", "_")
         if word.startswith("--") and option in known:
-            if parameters[option].annotation != "bool" and not has_value and re.match(r"--|-[a-zA-Z]", following):
+            if (
+                parameters[option].annotation not in ("bool", bool)
+                and not has_value
+                and re.match(r"--|-[a-zA-Z]", following)
+            ):
                 sys.exit(f"{name}: --{option}: needs a value; one that begins with - is written --{option}=-x")
-        elif word.startswith("--") and option.removeprefix("no") not in known:
+        elif word.startswith("--") and option.removeprefix("no") not in known and not free:  # a bundle knows its own
             near = get_close_matches(option, known, n=1) or known
             sys.exit(f"{name}: --{option}: no such option; did you mean {' or '.join(f'--{n}' for n in near)}?")
 

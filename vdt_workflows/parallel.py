@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -62,6 +65,25 @@ def _begin(workers: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent()
+
+
+def free_memory() -> float:
+    """Give the bytes that processes may still take here or in this container; infinite if Linux does not say."""
+    limits = [math.inf]
+    with suppress(OSError, ValueError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
+    with suppress(OSError, ValueError):  # "max" is no number
+        group = Path("/sys/fs/cgroup")
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        most, now = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        limits.append(most - now + int(used["inactive_file"]))
+    return min(limits)
+
+
+def local_share() -> tuple[int, int]:
+    """Give the number of this process among those that torchrun started on this machine, and how many they are."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def follow_parent() -> None:

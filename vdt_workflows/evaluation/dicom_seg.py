@@ -106,7 +106,7 @@ class SaveDicomSegd(MapTransform):
                     f"{source}: no DICOM series, whose images a DICOM SEG must refer to; use output_format: nifti"
                 )
             series = find_one_series(source)
-            series.check()
+            series.check(irregular=True)  # which the reader refuses unless it is asked not to
             frames = place_on_slices(np.asarray(labels[0].cpu()), np.asarray(labels.affine, float), series)
             path = self.output_dir / f"{result_name(source)}_seg.dcm"
             write_atomic(path, make_segmentation(frames, series, self.label_names, self.algorithm))

@@ -31,7 +31,7 @@ from vdt_workflows.training.checkpoints import check_settings, load_weights, rea
 
 ROOT = Path(__file__).resolve().parents[2]  # of the packages
 # what a zip leaves out of vdt_workflows: no bundle reaches it
-LEFT_OUT = ("preparation", "report", "packaging", "weights", "cli.py", "locator.py", "__main__.py")
+LEFT_OUT = ("preparation", "planning", "report", "packaging", "weights", "cli.py", "locator.py", "__main__.py")
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
 COMPLETE = ("train", "inference")  # configs that stand alone; the others are overlays
 OURS = ("scratch", "vdt", "i3d", "acs", "2.5d")  # initialisations that can rest on weights of our own

@@ -29,6 +29,7 @@ from vdt_workflows.files import claim, read_json, write_atomic, write_json
 from vdt_workflows.locks import leaving
 from vdt_workflows.naming import tell_apart
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
+from vdt_workflows.preparation.fingerprint import FILE
 from vdt_workflows.preparation.public_sets import (
     DATA_SETS,
     LITS,
@@ -50,6 +51,7 @@ from vdt_workflows.preparation.volumes import (
 )
 
 logger = logging.getLogger(__name__)
+ALONE = "one case alone is there to learn from, and it is the validation too"
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,10 @@ def _plan_own(
             found["training"], found["test"] = draw(found["training"], split.test_fraction, split.seed, 0)
         if not found["validation"]:
             found["training"], found["validation"] = draw(found["training"], split.val_fraction, split.seed, 1)
+    alone = not (split.folds or found["validation"])
+    if alone:
+        found["validation"] = found["training"]
+        logger.warning("%s: %s; scores on it say nothing of other cases", paths[0], ALONE)
     lists = {part: [names_of[pair["image"]] for pair in group] for part, group in found.items()}
     names, values, only_these = _choose_labels(label_names, listed.get("labels"), listing)
     channels = listed.get("modality") or listed.get("channel_names")
@@ -235,7 +241,11 @@ def _plan_own(
         rules=CaseRules(values=values, only_these=only_these, hounsfield=modality.upper() == "CT"),
         split=split.describe(drawn_test=drawn_test),
         left_out=left_out,
-        about={"modality": {"0": modality}, **{key: listed[key] for key in kept if listed.get(key)}},
+        about={
+            "modality": {"0": modality},
+            **{key: listed[key] for key in kept if listed.get(key)},
+            **({"shared_cases": ALONE} if alone else {}),
+        },
     )
 
 
@@ -296,6 +306,8 @@ def _finish(root: Path, plan: Plan, records: Sequence[Record]) -> dict[str, Any]
             **{part: [entries[case] for case in cases] for part, cases in lists.items()},
         },
     )
+    measured = {case: {**record["measured"], "range": record["range"]} for case, record in good.items()}
+    write_json(root / FILE, {"labels": names, "modality": plan.about["modality"]["0"], "cases": measured}, indent=None)
     write_atomic(root / "summary.csv", write_table(records, names))
     tiles = [
         draw_fault(record["case"], record["fault"]) if "fault" in record else (root / picture_of(record)).read_bytes()

@@ -27,6 +27,7 @@ from vdt_workflows.drawing import cut_planes, find_centre
 from vdt_workflows.files import UNFINISHED, read_record, remove_unfinished, to_csv, write_atomic, write_record
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.case_sheets import draw_case
+from vdt_workflows.preparation.fingerprint import measure_case
 from vdt_workflows.preparation.public_sets import StoredFile
 from vdt_workflows.preparation.volume_checks import read_intensities, read_labels, scaled
 
@@ -188,6 +189,8 @@ def _prepare(
     labelled = cut_planes(labels, affine, centre)
     size = voxel_size(image if affine is image.affine else label)
     dtype = label.get_data_dtype()
+    measured = measure_case(voxels, labels, affine, size)
+    measured["quantiles"] = sorted(scaled(image, np.array(measured["quantiles"])).tolist())
     anew = renumbered or is_scaled or dtype.kind == "f"
     millilitres = np.prod(size) / 1000
     notes = {
@@ -210,6 +213,7 @@ def _prepare(
         "range": [low, high],
         "ml": {str(v): round(float(n * millilitres), 3) for v, n in enumerate(counts.tolist()) if v and n},
         "notes": [note for note, holds in notes.items() if holds],
+        "measured": measured,
     }
     for (kind, file), opened in zip(files.items(), (image, label), strict=True):
         target = folder / record[kind]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tests.makers.pictures import make_files
 from tests.makers.volumes import make_affine, write_pair, write_volume
 from tests.support.augmented import RandCount, augmentation, images, loaded, same
 from vdt_transforms import CheckFinited
+from vdt_workflows.data import cache
 from vdt_workflows.data.cache import SeededCacheDataset
 from vdt_workflows.data.sampling import SeededDataset
 
@@ -251,3 +253,36 @@ def test_errors_show_the_sentence_that_helps(cached):
 def test_wrong_argument_is_named(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         SeededCacheDataset(images(), augmentation(), **arguments)
+
+
+def test_samples_that_do_not_fit_the_memory_go_to_disk(cases, tmp_path, monkeypatch, caplog):
+    expected = SeededCacheDataset(cases, loading())
+    monkeypatch.setattr(cache, "free_memory", lambda: 100.0)
+    dataset = SeededCacheDataset(cases, loading(), cache_dir=tmp_path / "cache")
+    assert (dataset.cache, len(list((tmp_path / "cache").glob("*.pt")))) == ("disk", 3)
+    assert "do not fit the 6e-08 GB of memory for them; they go to disk" in caplog.text
+    assert all(torch.equal(dataset[i]["image"], expected[i]["image"]) for i in range(3))
+    assert SeededCacheDataset(cases, loading()).cache == "memory"  # nowhere to go
+
+
+def test_the_memory_that_samples_take_is_said_before_the_training(cases, caplog):
+    caplog.set_level("INFO")
+    dataset = SeededCacheDataset(cases, loading())
+    voxels = sum(sample["image"].numel() for sample in dataset.kept)
+    assert sum(dataset.sizes) == 5 * voxels  # float32 and uint8
+    assert "3 samples are kept in memory" in caplog.text
+
+
+def test_processes_of_one_machine_map_the_same_files(cases, tmp_path, monkeypatch):
+    """Two processes in turn, as torchrun names them: each prepares its share, and the files hold the data once."""
+    counts, made = [], {}
+    processes = SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setattr(cache, "distributed", processes)
+    processes.barrier = lambda: counts.append(len(list(tmp_path.glob("shared/*.pt"))))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        made[rank] = SeededCacheDataset(cases, loading(), cache_dir=tmp_path / "shared")
+    assert counts == [1, 3]  # before the second process came the first had to prepare the others too
+    assert made["0"].kept == made["1"].kept
+    assert torch.equal(made["0"][2]["image"], SeededCacheDataset(cases, loading())[2]["image"])
