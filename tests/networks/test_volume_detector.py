@@ -201,7 +201,7 @@ def test_damaged_dicom_series_is_named_rather_than_read_by_another_reader(tmp_pa
 def test_what_is_no_scan_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a volume or a folder of volumes"):
         list_scans(tmp_path / "absent")
-    with pytest.raises(ValueError, match="no volume file .* nor DICOM series in or below it"):
+    with pytest.raises(ValueError, match=r"no volume file .* nor DICOM series in or below it"):
         list_scans(tmp_path)
     (tmp_path / "a.nii.gz").write_bytes(b"")
     with pytest.raises(ValueError, match=r"a\.nii\.gz: not a readable NIfTI volume"):
