@@ -23,7 +23,7 @@ _NAMES = {
     "data.volumes": ["find_volumes", "list_scans", "list_volumes"],
     "training.checkpoints": ["LoadWeights", "ResumeRun", "SaveWeights"],
     "training.initialisation": ["initialise", "pick_norm"],
-    "training.losses": ["DeepSupervision", "class_weights"],
+    "training.losses": ["DeepSupervision", "SharedDiceCELoss", "class_weights"],
     "training.optimisation": [
         "AverageWeights",
         "ClipGradients",
@@ -32,7 +32,7 @@ _NAMES = {
         "polynomial_rate",
         "warm_up",
     ],
-    "training.processes": ["join_processes", "leave_processes", "pick_device", "place", "share_out"],
+    "training.processes": ["join_processes", "leave_processes", "pick_device", "place", "share_batch", "share_out"],
     "training.timing": ["fit_to_time"],
     "training.runs": ["Attach", "RememberRun", "RunLog", "SaveScores", "SkippedImages"],
     "training.ownership": ["RunFolders"],
