@@ -1,7 +1,7 @@
 """Damage files, kill processes and take the disk away, and count what becomes of it.
 
     python -m tests.faults files --number 2000 --json files.json      images, volumes, tables, weights, caches
-    python -m tests.faults kills --times 20 --json kills.json         kill -9 in training, preparation, packaging
+    python -m tests.faults kills --times 20 --json kills.json         kills in training, preparation, packaging
     python -m tests.faults places --json places.json                  full disk, read-only disk
     python -m tests.faults processes --json processes.json            a loader process and a rank that die
     python -m tests.faults training --json training.json              a loss of NaN, and too little memory
@@ -18,6 +18,7 @@ import fire
 from tests.faults.damage import files
 from tests.faults.interruptions import kills, places, processes, training
 
+COMMANDS = {"files": files, "kills": kills, "places": places, "processes": processes, "training": training}
+
 if __name__ == "__main__":
-    commands = {"files": files, "kills": kills, "places": places, "processes": processes, "training": training}
-    fire.Fire(commands, name="tests.faults", serialize=lambda result: None)  # the table says it
+    fire.Fire(COMMANDS, name="tests.faults", serialize=lambda result: None)  # the table says it

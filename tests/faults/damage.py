@@ -107,7 +107,7 @@ def _try(kind: Kind, folder: Path, file: Path, expected: Any) -> tuple[str, str]
         names = {str(file), str(file.parent), file.name}
         clear = sentence is not None and "\n" not in sentence and any(name in sentence for name in names)
         return ("refused", "") if clear else ("unclear", f"{type(error).__name__}: {str(error)[:300]}")
-    if agree(values, expected):
+    if agree(values, expected, kind.tolerance):
         return "survived", ""
     if any(("left out" in line and file.name in line) or "other files: 1" in line for line in said):
         content = file.read_bytes()

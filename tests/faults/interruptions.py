@@ -57,7 +57,7 @@ def kills(
     after: str = "",
     json: str | None = None,
 ) -> dict[str, Any]:
-    """Kill -9 at random moments, give the same command again, and compare with a run that nothing disturbed.
+    """Kill at random moments (-9, every second time -15), give the command again, and compare with an undisturbed run.
 
     A killed training must end with the same weights and history, a killed preparation with the same files and a killed
     packaging with the same zip, bit for bit. After the kill no file under a final name may be cut short, what was
@@ -171,8 +171,9 @@ def _kill_often(
     for i in range(times):
         folder = root / f"killed{i}"
         limit = 0.0 if after else float(rng.uniform(0.01, whole))
-        status, _ = in_child(lambda folder=folder: run(folder), limit, folder / after if after else None)
-        counts["killed"] += status == -signal.SIGKILL
+        end = signal.SIGTERM if i % 2 else signal.SIGKILL
+        status, _ = in_child(lambda folder=folder: run(folder), limit, folder / after if after else None, end)
+        counts["killed"] += status == -end
         time.sleep(1.2)  # processes that follow it notice within a second
         wrong, before = cut_short(folder), _finished(folder)
         status, output = in_child(lambda folder=folder: run(folder))

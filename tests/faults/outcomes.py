@@ -152,8 +152,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 # Processes
 
 
-def in_child(function: Callable[[], Any], limit: float | None = None, after: Path | None = None) -> tuple[int, str]:
-    """Run a function in a forked process, which needs no imports; kill -9 `limit` seconds after a file is there.
+def in_child(
+    function: Callable[[], Any], limit: float | None = None, after: Path | None = None, end: int = signal.SIGKILL
+) -> tuple[int, str]:
+    """Run a function in a forked process, which needs no imports; kill it `limit` seconds after a file is there.
 
     Returns:
         The exit status, -9 if it was killed, and what it wrote and raised: the sentence alone, or a traceback.
@@ -183,7 +185,7 @@ def in_child(function: Callable[[], Any], limit: float | None = None, after: Pat
             if after is not None and limit is not None and after.is_file():
                 deadline, after = time.monotonic() + limit, None
             if deadline is not None and time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, end)
                 deadline = None
             time.sleep(0.002)
         output.seek(0)

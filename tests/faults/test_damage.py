@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
+import fire
 import numpy as np
 import pytest
 import torch
 from monai.transforms import LoadImaged
 
+from tests.faults import __main__ as faults
 from tests.faults import kinds
 from tests.faults.damage import WAYS, damage, damage_kind, files
 from tests.faults.kinds import KINDS
-from tests.faults.outcomes import quiet, split_names
+from tests.faults.outcomes import outcome, quiet, split_names
 from tests.makers.volumes import write_volume
+from tests.support.bundle_runs import ROOT
 from vdt_transforms import LoadNaturalImage
 from vdt_workflows.data.cache import SeededCacheDataset
 from vdt_workflows.data.volumes import find_volumes
@@ -32,6 +36,20 @@ def test_damaged_files_are_read_or_refused_in_a_sentence_that_names_them(name, t
     result = count(BY_NAME[name], tmp_path)
     assert result["unclear"] == result["lost"] == 0, result["details"]
     assert sum(result[name] for name in ("survived", "undetectable", "named", "refused")) == 13
+
+
+def test_documented_commands_run(monkeypatch, capsys):
+    text = (ROOT / "docs" / "faults.md").read_text() + faults.__doc__
+    commands = re.findall(r"python -m tests\.faults ((?:files|kills)\b[^`\n]*?)(?:`|   |\n)", text)
+    assert len(commands) >= 4
+    monkeypatch.setattr("tests.faults.interruptions._kill_often", lambda *arguments: outcome("survived"))
+    monkeypatch.setattr("tests.faults.kinds.KINDS", [BY_NAME["image"], BY_NAME["csv"]])
+    for command in [*commands, "files --kinds image,csv"]:
+        words = [word for word in command.split() if not word.endswith(".json") and word != "--json"]
+        fire.Fire(faults.COMMANDS, [*words, *(["--number", "4"] if words[0] == "files" else [])])
+    printed = capsys.readouterr().out
+    assert "packaging" in printed
+    assert "csv" in printed
 
 
 @pytest.mark.slow
