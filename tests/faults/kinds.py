@@ -400,7 +400,7 @@ KINDS = (
         if VolumeReader().verify_suffix(["a.nrrd"])
         else []
     ),
-    Kind("DICOM", _make_series, _read_series, _voxels, tolerance=1e-3),
+    Kind("DICOM", _make_series, _read_series, _voxels, tolerance=1e-3, several=True),
     Kind("DICOM frames", _make_frames, _read_series, _voxels, tolerance=1e-3),
     Kind("npz", _make_cubes, _read_cubes, _look_at_cubes, tolerance=1e-3, exact=True),
     Kind("checkpoint", _make_checkpoints, _read_checkpoints, _list_weights, exact=True),
