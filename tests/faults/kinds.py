@@ -396,7 +396,7 @@ KINDS = (
     Kind("prepared images", _make_copy, _read_copy, _encode_again, exact=True, mends=True),
     Kind("NIfTI", _make_volumes, _read_volumes, _look_at_volumes, tolerance=1e-6),
     *(
-        [Kind("NRRD, MetaImage", _make_other_volumes, _read_listed, _look_at_other_volumes, tolerance=1e-6)]
+        [Kind("NRRD and MetaImage", _make_other_volumes, _read_listed, _look_at_other_volumes, tolerance=1e-6)]
         if VolumeReader().verify_suffix(["a.nrrd"])
         else []
     ),
