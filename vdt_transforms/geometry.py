@@ -220,7 +220,9 @@ def _check_meta(path: str, text: bytes) -> None:
     for name, (pattern, count) in expected.items():
         values = fields.get(name, [])
         if not axes or len(values) != count or not all(re.fullmatch(pattern, value) for value in values):
-            raise ValueError(f"{path}: {name} of its header is {' '.join(values)!r}; copy or download it again")
+            raise ValueError(
+                f"{path}: not a readable MetaImage, {name} is {' '.join(values)!r}; copy or download it again"
+            )
 
 
 class _ItkVoxels:
