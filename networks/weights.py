@@ -111,7 +111,11 @@ def load_pretrained(
     _merge_biases(source, target, report)
     new: dict[str, Tensor] = {}
     problems: list[str] = []
-    for name, tensor in source.items():
+    for name, tensor in list(source.items()):
+        if GROUP_TRANSFORMS.match(name) and name in target and tensor.shape != target[name].shape:
+            report.skipped[name] = f"for {tensor.shape[1]} slices, the network has {target[name].shape[1]}"
+            del source[name]
+            continue
         if name not in target:
             if STATISTICS.search(name) and STATISTICS.sub(".weight", name) in target:
                 raise ValueError(

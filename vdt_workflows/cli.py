@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import fire
 
 from vdt_workflows.errors import REMEDIES, explanation, in_one_line
+from vdt_workflows.naming import TEXTS
 
 
 class Command(NamedTuple):
@@ -193,6 +194,8 @@ def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -
     """
     given: list[Any] = []
     readers = {n: _reader(p.annotation) for n, p in inspect.signature(function).parameters.items()}
+    if _is_free(function):
+        readers = {**dict.fromkeys(TEXTS, str), **readers}
 
     @fire.decorators.SetParseFns(**readers)
     @fire.decorators.SetParseFn(fire.parser.DefaultParseValue if _is_free(function) else str)  # of **settings, *names
@@ -217,12 +220,13 @@ def _is_free(function: Callable[..., Any]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
-def _reader(annotation: str) -> Callable[[str], Any]:
+def _reader(annotation: Any) -> Callable[[str], Any]:
     """Choose how the words of an argument are read, by its annotation."""
-    kinds = {kind.strip() for kind in str(annotation).split("|")}
+    written = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    kinds = {kind.strip() for kind in written.split("|")}
     if kinds <= {"str", "None"}:
         return str
-    return partial(_read_value, text="str" in kinds, texts="Sequence[str]" in kinds)
+    return partial(_read_value, text="str" in kinds, texts="Sequence[str]" in written)
 
 
 def _read_value(word: str, *, text: bool, texts: bool) -> Any:

@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 ENDING = re.compile(r"(?<=.)\.(nii(\.gz)?|nrrd|nhdr|mha|mhd|dcm|npz|zip)$", re.IGNORECASE)  # of volumes
 RESULTS = ("_seg.nii.gz", "_seg.dcm", "_lesions.json", "_lesions.mrk.json")  # endings of what is written of a volume
 LONGEST = 160  # bytes of a name; most disks take 255 with all that is put before and after it
+TEXTS = (  # ids whose values are paths and names, which fire and MONAI may take for something else
+    *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "cache_dir", "pretrained", "datalist"),
+    *("split", "positions", "table", "train_dir", "val_dir", "best_name", "last_name", "series"),
+)
+NAMES = ("label_names", "class_names")  # ids whose values are lists of names
 _NAMED: dict[str, str] = {}  # names of results by the path of their volume, of what this process has listed
 
 

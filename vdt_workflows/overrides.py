@@ -34,18 +34,13 @@ from monai.utils import ensure_tuple
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from vdt_workflows.errors import explanation, in_one_line, root_cause
-from vdt_workflows.naming import literal, plain
+from vdt_workflows.naming import NAMES, TEXTS, literal, plain
 
 __all__ = ["check_command_line"]
 
 _COMMANDS: dict[str, Callable] = {"run": run, "run_workflow": run_workflow}
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MODULE = ("monai", "bundle", "__main__.py")
-TEXTS = (  # ids whose values are paths and names, which fire and MONAI may take for something else
-    *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "cache_dir", "pretrained", "datalist"),
-    *("split", "positions", "table", "train_dir", "val_dir", "best_name", "last_name", "series"),
-)
-NAMES = ("label_names", "class_names")  # ids whose values are lists of names
 
 
 def check_command_line(argv: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ ADDED = {
     *("ckpt_path", "part", "surfaces", "intervals", "pictures", "scores"),
     *("network_def::network::head_std", "network_def::network::zero_init_residual"),
     *("sync_bn", "finalize", "pretrained", "network_def::network", "network_def::network::shortcut"),
+    *("minutes", "began", "timing", "recipe::timing"),
 }
 
 

@@ -305,7 +305,8 @@ def shorten(words: list[str], folder: Path, given: dict) -> list[str]:
         more = {"num_workers": 0}
     elif "configs/train.yaml" in " ".join(words) or words[0] == "sbatch":
         bundle = Path(words[2]).name if words[0] == "sbatch" else folder.name
-        more = {name: value for name, value in TINY[bundle].items() if name in COSTS} | {"epochs": 1}
+        more = {name: value for name, value in TINY[bundle].items() if name in COSTS}
+        more |= {"epochs": 1, "overwrite": "true"}  # a page's alternatives train in the same folders
     else:
         more = dict(OPTIONS.get(script_of(words), {}))
         if script_of(words) == "vdt compare" and "--settings" not in words:

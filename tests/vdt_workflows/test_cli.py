@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 
 from tests.support.bundle_runs import ROOT
-from vdt_workflows.cli import COMMANDS, describe_function, find_command, main, run_function
+from vdt_workflows.cli import COMMANDS, _reader, describe_function, find_command, main, run_function
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,7 @@ def test_texts_are_handed_over_as_they_are(capsys, text, tmp_path, monkeypatch):
     def take(one: str, several: str | list[str], *rest: str, named: str | None = None):
         return [one, several, named, *rest]
 
+    assert _reader(str) is _reader("str") is _reader(str | None) is str
     take.__annotations__ = {"one": "str", "several": "str | Sequence[str]", "rest": "str", "named": "str | None"}
     monkeypatch.chdir(tmp_path)
     (tmp_path / text).touch()

@@ -63,7 +63,9 @@ def find_volumes(
     Args:
         dataset_dir: the folder.
         datalist: a datalist JSON to use instead of what the folder says.
-        val_fraction: share of the training cases that becomes `validation` where none is named.
+        val_fraction: share of the training cases that becomes `validation` where none is named. With 0 all are trained
+            on, and the labelled test cases, or else the training cases, are scored in their place: nothing may be
+            selected by them.
         seed: seed of that split.
         on_error: "raise" stops at the first case that cannot be used; "skip" logs its sentence, leaves it out and goes
             on. The split is made before, so that no other case moves between training and validation.
@@ -77,7 +79,12 @@ def find_volumes(
     check_choice("on_error", on_error, ("raise", "skip"))
     cases, source, left_out = list_cases(dataset_dir, datalist)
     if not cases["validation"]:
-        cases["training"], cases["validation"] = draw(cases["training"], val_fraction, seed)
+        if val_fraction:
+            cases["training"], cases["validation"] = draw(cases["training"], val_fraction, seed)
+        else:
+            scored = "test" if any("label" in case for case in cases["test"]) else "training"
+            cases["validation"] = [case for case in cases[scored] if "label" in case]
+            logger.warning("%s: no case is kept for validation; %s cases take their place", source, scored)
     faults = _find_faults([(c, name != "test") for name, group in cases.items() for c in group], on_error, geometry)
     usable = {
         name: [{k: v for k, v in c.items() if k != "patient_id"} for c in group if c["image"] not in faults]

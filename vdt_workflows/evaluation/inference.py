@@ -138,16 +138,17 @@ class SlabInferer(Inferer):
         done = 0  # slices of labels
         kept: Tensor | None = None  # the last slice of the slab before, for the positions between the two
         for start, slab in self._slabs(volume, predict):
-            slab = _interpolate(_interpolate(slab, x, 3), y, 2)
             if kept is None:  # what lies below the first slab stays background
                 done = int(np.searchsorted(z, start))
             else:
                 slab, start = torch.cat([kept, slab], 1), start - 1
             top = start + slab.shape[1] - 1
             end = len(z) if top == last else int(np.searchsorted(z, top))
-            if end > done:
-                labels[done:end] = _interpolate(slab, z[done:end] - start, 1).argmax(0).to(labels)
-                done = end
+            while done < end:  # a few slices at a time, since each has the logits of all classes
+                few = slice(done, min(done + 8, end))
+                logits = _interpolate(slab, z[few] - start, 1)
+                labels[few] = _interpolate(_interpolate(logits, x, 3), y, 2).argmax(0).to(labels)
+                done = few.stop
             kept = slab[:, -1:].clone()
         return labels.permute(2, 1, 0)[None]
 

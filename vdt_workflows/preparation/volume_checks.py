@@ -79,9 +79,7 @@ def read_labels(
     wrong = [str(value) for value in found if value and value not in values]
     if wrong and only_these:
         known = ", ".join(map(str, sorted({0, *values})))
-        raise ValueError(
-            f"{name}: unknown label values {few(wrong)}; expected {known}; name all or choose some by --label_names"
-        )
+        raise ValueError(f"{name}: unknown label values {few(wrong)}; expected {known}; choose by --label_names")
     table = np.zeros(len(counts), np.uint8 if max(values.values(), default=0) < 256 else np.uint16)
     for value in found:
         table[value] = values.get(value, 0) if value else 0

@@ -28,8 +28,8 @@ from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, hash_file, write_atomic, write_json
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.locks import leaving
-from vdt_workflows.naming import literal, plain
-from vdt_workflows.overrides import NAMES, check_command_line
+from vdt_workflows.naming import NAMES, literal, plain
+from vdt_workflows.overrides import check_command_line
 from vdt_workflows.parallel import track
 from vdt_workflows.report.cells import Cell, Stage, run_cells
 from vdt_workflows.report.comparison_page import write_page

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,6 @@ from torch import distributed
 from vdt_workflows.data.fingerprint import describe_data, find_differences
 from vdt_workflows.files import few, hash_file, hold, remove_unfinished, write_json
 from vdt_workflows.training.processes import is_first_process
-
-logger = logging.getLogger(__name__)
 
 RECORD = ".vdt_run.json"
 STATE = "resume.pt"
@@ -75,7 +72,8 @@ class RunFolders:
         if isinstance(answer[0], Exception):
             raise answer[0]
         if answer[0]:
-            logger.info(answer[0])
+            if is_first_process():
+                print(answer[0], file=sys.stderr)  # whatever the log shows
             sys.exit(0)
 
     def finish(self) -> None:

@@ -293,7 +293,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(archive, pre
     options = {"annotations": str(archive.database), "size": SIZE, "workers": 1, "identity": "keep"}
     run_until_killed(killed_after, writes, str(archive.root), str(tmp_path / "killed"), **options)
     assert not (tmp_path / "killed" / "prepare.json").exists()
-    (tmp_path / "killed" / "images" / ".half.nii.gz.x1").write_bytes(b"what a kill in the middle of a file leaves")
+    (tmp_path / "killed" / "images" / f".half.nii.gz.x1{files.UNFINISHED}").write_bytes(b"of a kill within a file")
     assert contents(prepare("killed", sheets=True)) == whole
 
 

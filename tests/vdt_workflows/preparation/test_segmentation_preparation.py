@@ -577,3 +577,28 @@ def test_the_command_prints_json_or_one_sentence(own, tmp_path):
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("vdt prepare volumes: output_dir")
     assert "Traceback" not in result.stderr
+
+
+def test_a_chosen_form_and_scaled_labels_are_written_so_that_all_read_them_alike(tmp_path):
+    root = tmp_path / "own"
+    for n in range(3):
+        write_case(root / f"images/c{n}.nii.gz", root / f"labels/c{n}.nii.gz")
+    image = nib.load(root / "images/c0.nii.gz")
+    image.set_qform(make_affine(origin=(9, 0, 0)) @ image.affine, 1)
+    nib.save(image, root / "images/c0.nii.gz")
+    label = nib.load(root / "labels/c1.nii.gz")
+    values = np.asarray(label.dataobj)
+    label = nib.Nifti1Image((values * 100).astype(np.uint8), label.affine)
+    label.header.set_slope_inter(0.01, 0)
+    content = bytearray(label.to_bytes())
+    content[112:120] = np.array([0.01, 0], "<f4").tobytes()
+    (root / "labels/c1.nii.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=r"c0\.nii\.gz: its sform and its qform disagree by up to 9 mm"):
+        prepare(root, tmp_path / "strict")
+    prepare(root, tmp_path / "out", geometry="sform")
+    assert rows(tmp_path / "out")["c0"]["notes"] == "sform taken"
+    assert "label was scaled" in rows(tmp_path / "out")["c1"]["notes"]
+    written = nib.load(tmp_path / "out/images/c0.nii.gz")
+    np.testing.assert_allclose(written.get_qform(), written.get_sform(), atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "out/labels/c1.nii.gz").dataobj), values)
+    assert sum(map(len, find_volumes(tmp_path / "out").values())) == 3

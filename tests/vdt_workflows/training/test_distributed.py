@@ -35,18 +35,21 @@ def run_by_two(bundle, overlays, folder, data, **settings):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("bundle", [PRETRAINING, SEGMENTATION, NODULES], ids=lambda bundle: bundle.name)
+def assert_same_scores(*folders):
+    one, two = (read(folder / "eval" / "scores.json") for folder in folders)
+    assert one.keys() == two.keys()
+    for name in {name for name in one if not isinstance(one[name], dict)} - {"confusion_matrix"}:
+        assert two[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("bundle", [PRETRAINING, NODULES], ids=lambda bundle: bundle.name)  # segmentation: two nodes
 def test_evaluation_by_two_processes_equals_evaluation_by_one(bundle, data_of, trained, tmp_path):
     more = {"ckpt_path": str(trained(bundle) / "models" / "model.pt")}
     if bundle != PRETRAINING:
         more["part"] = "training"
-    # Nine images, five cases, an odd number of nodules: none that two processes can share evenly.
+    # Nine images, an odd number of nodules: none that two processes can share evenly.
     folders = run_twice(bundle, ["evaluate"], tmp_path, data_of(bundle), **more)
-    one, two = (read(folder / "eval" / "scores.json") for folder in folders)
-    assert one.keys() == two.keys()
-    numbers = {name for name in one if not isinstance(one[name], dict)} - {"confusion_matrix"}
-    for name in numbers:
-        assert two[name] == pytest.approx(one[name], abs=1e-5), name
+    assert_same_scores(*folders)
     if bundle == NODULES:
         a, b = (rows(folder / "eval" / "predictions.csv") for folder in folders)
         assert len(a) % 2
@@ -81,13 +84,12 @@ def last_lines(folder, number):
 
 
 def test_evaluation_on_two_nodes_equals_evaluation_by_one_process(volumes, trained, tmp_path):
-    more = {"ckpt_path": str(trained(SEGMENTATION) / "models" / "model.pt"), "part": "training"}
+    more = {"ckpt_path": str(trained(SEGMENTATION) / "models" / "model.pt"), "part": "training"}  # five cases
     names = ["train", "multi_gpu_train", "evaluate"]
     nodes = start_nodes(command(SEGMENTATION, names, tmp_path / "two", volumes, **more), tmp_path)
     assert [node.wait(600) for node in nodes] == [0, 0], last_lines(tmp_path, 0)
     run(SEGMENTATION, ["train", "evaluate"], tmp_path / "one", volumes, **more)
-    two, one = (read(tmp_path / name / "eval" / "scores.json") for name in ("two", "one"))
-    assert two["val_mean_dice"] == pytest.approx(one["val_mean_dice"], abs=1e-6)
+    assert_same_scores(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_killed_process_ends_the_other_node_within_a_minute_with_its_cause(volumes, tmp_path):

@@ -298,3 +298,9 @@ def test_the_norm_is_that_of_the_file_and_from_scratch_one_that_small_batches_be
         assert pick_norm("vdt", path) == norm
     torch.save(ResNet3D(18, base_channels=4).state_dict(), path)  # without what these packages write beside
     assert pick_norm("vdt", path) == "batch"
+
+
+def test_a_resnets_file_is_refused_for_a_detector_in_a_sentence(encoder):
+    detector = LesionDetector("18ba", base_channels=4, pyramid_channels=8, head_channels=8)
+    with pytest.raises(ValueError, match=r"holds a ResNet, .* pre-train a P3D with configs/p3d\.yaml of imagenet_vdt"):
+        initialise(detector, "vdt", encoder[0])

@@ -108,13 +108,12 @@ def test_another_run_is_refused_naming_what_differs_unless_it_may_overwrite(tmp_
     assert not (tmp_path / "eval" / "resume.pt").exists()  # anew
 
 
-def test_a_finished_run_is_not_repeated_and_not_replaced_by_more_epochs(tmp_path, data, caplog):
+def test_a_finished_run_is_not_repeated_and_not_replaced_by_more_epochs(tmp_path, data, capsys):
     end(tmp_path, data)
-    caplog.set_level("INFO")
     with pytest.raises(SystemExit) as ended:
         make(tmp_path, data).take()
     assert ended.value.code == 0
-    assert "this run is finished; give --overwrite true" in caplog.text
+    assert "this run is finished; give --overwrite true" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"there is a finished run, but epochs was 30, is 31; name another --ckpt_dir"):
         make(tmp_path, data, settings={**SETTINGS, "epochs": 31}).take()
     make(tmp_path, data, overwrite=True).take()
