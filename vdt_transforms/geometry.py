@@ -206,7 +206,7 @@ def _check_meta(path: str, text: bytes) -> None:
     number, truth = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", "True|False"
     order = next((name for name in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB") if name in fields), "byte order")
     packed = fields.get("CompressedData", ["False"]) == ["True"]
-    expected = {
+    expected: dict[str, tuple[str, int]] = {
         "NDims": (str(axes), 1),
         "DimSize": (r"[1-9]\d*", axes),
         "ElementSpacing": (number, axes),
@@ -221,7 +221,7 @@ def _check_meta(path: str, text: bytes) -> None:
         values = fields.get(name, [])
         if not axes or len(values) != count or not all(re.fullmatch(pattern, value) for value in values):
             raise ValueError(
-                f"{path}: not a readable MetaImage, {name} is {' '.join(values)!r}; copy or download it again"
+                f"{path}: not a readable NRRD or MetaImage volume ({name} is {' '.join(values)!r}); copy or download it again"
             )
 
 
