@@ -221,7 +221,7 @@ def _check_meta(path: str, text: bytes) -> None:
         values = fields.get(name, [])
         if not axes or len(values) != count or not all(re.fullmatch(pattern, value) for value in values):
             raise ValueError(
-                f"{path}: not a readable NRRD or MetaImage volume ({name} is {' '.join(values)!r}); copy or download it again"
+                f"{path}: not a readable NRRD or MetaImage volume ({name} is {' '.join(values)!r}); copy it again"
             )
 
 
