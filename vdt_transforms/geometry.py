@@ -167,6 +167,8 @@ def _open_itk(path: str) -> SpatialImage:
     try:
         with open(path, "rb") as file:
             text = file.read(1 << 16)
+        if not is_nrrd:
+            _check_meta(path, text)  # ITK fills in what is missing, and may crash where fields contradict
         reader.ReadImageInformation()
     except RuntimeError as error:
         reason = " ".join(str(error).split("ERROR:")[-1].split())
@@ -185,12 +187,42 @@ def _open_itk(path: str) -> SpatialImage:
     directions = np.reshape(reader.GetDirection(), (len(size), len(size)))[:3, :3]
     affine[:3, :3], affine[:3, 3] = directions * reader.GetSpacing()[:3], reader.GetOrigin()[:3]
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # from LPS
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine)) > 1e-9:
+        raise ValueError(f"{path}: directions and spacing {affine[:3, :3].tolist()} are no grid; save it again")
     header = nib.Nifti1Header()
     header.set_data_shape(size[:3])
     header.set_data_dtype(f"{number[2] or ''}{'int' if number[3] else 'float'}{number[1]}".replace("unint", "uint"))
     image = nib.Nifti1Image(_ItkVoxels(path, size[:3], header.get_data_dtype()), affine, header)
     image.file_map["image"].filename = path
     return image
+
+
+def _check_meta(path: str, text: bytes) -> None:
+    """Refuse a MetaImage header that lacks a field which says what the voxels are, or has a value that cannot be."""
+    head, _, _ = text.partition(b"ElementDataFile")
+    lines = [line.partition("=") for line in head.decode("latin-1").splitlines()]
+    fields = {name.strip(): value.split() for name, _, value in lines}
+    axes = len(fields.get("DimSize", ()))
+    number, truth = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", "True|False"
+    order = next((name for name in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB") if name in fields), "byte order")
+    packed = fields.get("CompressedData", ["False"]) == ["True"]
+    expected: dict[str, tuple[str, int]] = {
+        "NDims": (str(axes), 1),
+        "DimSize": (r"[1-9]\d*", axes),
+        "ElementSpacing": (number, axes),
+        "ElementType": ("MET_[A-Z_]+", 1),
+        order: (truth, 1),
+        **({"CompressedData": (truth, 1)} if "CompressedData" in fields else {}),
+        **({"CompressedDataSize": (r"\d+" if packed else "none", 1)} if "CompressedDataSize" in fields else {}),
+        **{name: (number, axes**2) for name in ("TransformMatrix", "Rotation", "Orientation") if name in fields},
+        **{name: (number, axes) for name in ("Offset", "Position", "Origin") if name in fields},
+    }
+    for name, (pattern, count) in expected.items():
+        values = fields.get(name, [])
+        if not axes or len(values) != count or not all(re.fullmatch(pattern, value) for value in values):
+            raise ValueError(
+                f"{path}: not a readable NRRD or MetaImage volume ({name} is {' '.join(values)!r}); copy it again"
+            )
 
 
 class _ItkVoxels:
@@ -204,6 +236,17 @@ class _ItkVoxels:
     def get_unscaled(self) -> np.ndarray:
         import SimpleITK
 
+        if self.path.lower().endswith(".mha"):  # of a damaged stream ITK leaves voxels at random
+            with open(self.path, "rb") as file:
+                head, _, rest = file.read().partition(b"ElementDataFile")
+            stream = zlib.decompressobj()
+            try:
+                packed = re.search(rb"CompressedData\s*=\s*True", head)
+                size = len(stream.decompress(rest.partition(b"\n")[2])) if packed else prod(self.shape)
+            except zlib.error as error:
+                raise ValueError(f"{self.path}: damaged ({error}); copy or download it again") from error
+            if packed and (not stream.eof or size != prod(self.shape) * self.dtype.itemsize):
+                raise ValueError(f"{self.path}: cut short or damaged, {size} bytes; copy or download it again")
         return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(self.path)).transpose().reshape(self.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

@@ -396,11 +396,11 @@ KINDS = (
     Kind("prepared images", _make_copy, _read_copy, _encode_again, exact=True, mends=True),
     Kind("NIfTI", _make_volumes, _read_volumes, _look_at_volumes, tolerance=1e-6),
     *(
-        [Kind("NRRD, MetaImage", _make_other_volumes, _read_listed, _look_at_other_volumes, tolerance=1e-6)]
+        [Kind("NRRD and MetaImage", _make_other_volumes, _read_listed, _look_at_other_volumes, tolerance=1e-6)]
         if VolumeReader().verify_suffix(["a.nrrd"])
         else []
     ),
-    Kind("DICOM", _make_series, _read_series, _voxels, tolerance=1e-3),
+    Kind("DICOM", _make_series, _read_series, _voxels, tolerance=1e-3, several=True),
     Kind("DICOM frames", _make_frames, _read_series, _voxels, tolerance=1e-3),
     Kind("npz", _make_cubes, _read_cubes, _look_at_cubes, tolerance=1e-3, exact=True),
     Kind("checkpoint", _make_checkpoints, _read_checkpoints, _list_weights, exact=True),

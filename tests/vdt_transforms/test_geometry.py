@@ -174,6 +174,10 @@ def replace(old, new):
     return lambda path: path.write_bytes(path.read_bytes().replace(old, new))
 
 
+def edit(old, new):
+    return lambda path: path.write_bytes(path.read_bytes().replace(old, new))
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "sentence"),
     [
@@ -190,9 +194,10 @@ def replace(old, new):
         ("x.mha", cut, "its voxels cannot be read"),
         ("x.nrrd", cut, "its voxels cannot be read"),
         ("x.mha", lambda path: path.write_bytes(b"nonsense"), "not a readable NRRD or MetaImage volume"),
+        ("x.mha", edit(b"ElementSpacing", b"ElementSpaci9g"), "volume \\(ElementSpacing is ''\\)"),
         ("x.nrrd", lambda path: path.write_bytes(b""), "not a readable NRRD or MetaImage volume"),
     ],
-    ids=["no-matrix", "no-space", "cut-mha", "cut-nrrd", "nonsense", "empty"],
+    ids=["no-matrix", "no-space", "cut-mha", "cut-nrrd", "nonsense", "field", "empty"],
 )
 def test_a_damaged_or_placeless_nrrd_or_metaimage_is_refused_by_name(tmp_path, name, spoil, sentence):
     spoil(write_itk(tmp_path / name))
