@@ -274,7 +274,7 @@ def test_in_monai_label_an_image_alone_gives_a_vector_of_scores(nodules, scan, t
         (BASE, {"watched": "tests"}, "part must be one of training, validation, test, got 'tests'"),
         (BASE, {"split": "nodule"}, "split must be 'patient', 'all', or the path"),
         (BASE, {"init": "vdt"}, "init 'vdt' needs pretrained"),
-        (EVALUATE, {"ckpt_path": "absent/model.pt"}, "split absent/split.json: no such file"),
+        (EVALUATE, {"ckpt_path": "absent/model.pt"}, "absent/split.json: no such file; give the split.json of a run"),
     ],
 )
 def test_a_wrong_setting_is_refused_in_one_sentence(nodules, tmp_path, names, more, reason):

@@ -267,7 +267,7 @@ def change(**values):
         (change(diameter_mm="-1"), COLUMNS, "line 2: diameter_mm is '-1'; expected a number from 0 to 1000"),
         (change(diameter_mm="inf"), COLUMNS, "line 2: diameter_mm is 'inf'; expected a number from 0 to 1000"),
         (change(diameter_mm="1_0"), COLUMNS, "line 2: diameter_mm is '1_0'; expected a number from 0 to 1000"),
-        (change(diameter_mm=" "), COLUMNS, "line 2: diameter_mm is ' '; expected a number from 0 to 1000"),
+        (change(diameter_mm=" "), COLUMNS, "line 2: diameter_mm is ''; expected a number from 0 to 1000"),
         (change(patient_id=""), COLUMNS, "line 2: patient_id is empty"),
         (change(image="images/gone.nii.gz"), COLUMNS, r"1 of the files it lists are missing: .*gone\.nii\.gz"),
         (change(), COLUMNS[1:], "wrong columns, missing 'nodule_id'"),
