@@ -78,12 +78,19 @@ def test_the_split_is_seeded_disjoint_and_of_the_asked_size(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "fraction", "expected"), [(1, 0.5, 0), (2, 0.0, 0), (2, 0.1, 1), (2, 1.0, 1), (5, 0.2, 1), (5, 0.5, 2)]
+    ("count", "fraction", "expected"), [(1, 0.5, 0), (2, 0.1, 1), (2, 1.0, 1), (5, 0.2, 1), (5, 0.5, 2)]
 )
-def test_both_parts_get_a_case_where_there_are_two_unless_none_is_wanted(tmp_path, count, fraction, expected):
+def test_both_parts_get_a_case_where_there_are_two(tmp_path, count, fraction, expected):
     make_cases(tmp_path, count)
     cases = find_volumes(tmp_path, val_fraction=fraction)
     assert (len(cases["training"]), len(cases["validation"])) == (count - expected, expected)
+
+
+def test_without_a_part_for_validation_all_cases_are_trained_on_and_scored(tmp_path):
+    make_cases(tmp_path, 3)
+    cases = find_volumes(tmp_path, val_fraction=0)
+    assert len(cases["training"]) == 3
+    assert cases["validation"] == cases["training"]
 
 
 # Datalists
