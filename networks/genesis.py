@@ -1,5 +1,7 @@
 """The U-Net of Models Genesis, for the comparison with its published weights."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 
 import torch

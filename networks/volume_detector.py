@@ -1,5 +1,7 @@
 """Lesions in a whole CT: the key-slice detector on every slice, and its boxes linked through the slices."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -8,6 +8,8 @@ with the same number of threads; medians and quartiles are of the repeats; the r
 measured.
 """
 
+from __future__ import annotations
+
 import inspect
 import platform
 from collections.abc import Callable

@@ -31,7 +31,8 @@ PRETRAINING = "imagenet_vdt_pretraining"
 TRANSFER = {
     **{"spacing": "own", "window": "none", "mean": "own", "std": "own", "pairs": [], "overlap": 0.25},
     "stem": "strided",  # half the resolution, an eighth of the time
-    "mirror": 0.0,  # no flips: they hide on which side an organ lies
+    "class_weights": "$[0.2] + [1.0] * (@num_classes - 1)",  # small organs drown in a heavier background
+    "train::random_transforms::2::prob": 0.0,  # no flips: they hide on which side an organ lies
 }
 
 

@@ -6,6 +6,8 @@ shows a picture, the volume of three slices that it is read as, the same volume 
 depth goes through a ResNet3D: three slices in pre-training, as many as there are in transfer.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure

@@ -10,6 +10,8 @@ makes, in about twenty seconds and the same for the same seed:
     demo/volumes/dataset.json                      lists of cases, as in the Medical Segmentation Decathlon
 """
 
+from __future__ import annotations
+
 import shutil
 from pathlib import Path
 from typing import Any

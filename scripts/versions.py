@@ -4,7 +4,6 @@
 
 uv finds the interpreters and installs the packages; its own variables, such as UV_CONSTRAINT and UV_FIND_LINKS, hold.
 Nothing is installed into the environment that this runs in. Each environment is kept and brought up to date later.
-Interpreters that uv does not find are downloaded by it; UV_PYTHON_DOWNLOADS=never forbids that.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ ENVIRONMENTS = {  # name: version of Python, and which versions of the packages 
     "python3.10": ("3.10", "highest"),
     "python3.13": ("3.13", "highest"),
 }
-QUICK = ("-q", "-n", "2", "--dist", "loadfile", "-m", "not slow and not gpu")
 SHOWN = ("torch", "monai", "numpy")
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ def check_environment(place: Path, name: str, uv: str, tests: str) -> tuple[str,
         f"Python {version} is not to be had": [uv, "venv", "--quiet", "--allow-existing", "--python", version, name],
         "the packages could not be installed": [
             *(uv, "pip", "install", "--quiet", "--python", str(python), "--resolution", resolution),
-            *("--editable", f"{ROOT}[dev]"),
+            *("--extra", "dev", "-r", str(ROOT / "pyproject.toml")),
         ],
     }
     with (place / f"{name}.log").open("w") as log:
@@ -80,7 +78,19 @@ def check_environment(place: Path, name: str, uv: str, tests: str) -> tuple[str,
                 return "", f"{failure}: {last_line(Path(log.name))}"
         shown = f"import importlib.metadata as m; print(*(f'{{n}} {{m.version(n)}}' for n in {SHOWN}), sep=', ')"
         versions = subprocess.run([python, "-c", shown], capture_output=True, text=True, check=True).stdout.strip()
-        words = [str(python), "-m", "pytest", *QUICK, tests]
+        words = [
+            str(python),
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            "-m",
+            "not slow and not gpu",
+            tests,
+        ]
         logger.info("%s: %s", name, versions)
         subprocess.run(words, cwd=ROOT, stdout=log, stderr=log, check=False)
     return versions, last_line(Path(log.name))

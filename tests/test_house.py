@@ -17,7 +17,7 @@ from tests.support.bundle_runs import ROOT
 from vdt_workflows.packaging.package import LEFT_OUT
 
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
-GROUND = {"files", "parallel", "errors", "drawing", "overrides", "locator", "naming", "locks"}
+GROUND = {"files", "parallel", "errors", "drawing", "overrides", "locator"}
 BUNDLE_ROOMS = {"networks", "vdt_transforms", "data", "training", "evaluation"}
 
 # Room: what it may import beside itself and, inside vdt_workflows, the ground files.
@@ -31,8 +31,7 @@ MAY_IMPORT = {
     "preparation": BUNDLE_ROOMS,
     "report": BUNDLE_ROOMS,
     "packaging": BUNDLE_ROOMS,
-    "planning": BUNDLE_ROOMS | {"preparation"},
-    "cli": BUNDLE_ROOMS | {"preparation", "planning", "report", "packaging"},
+    "cli": BUNDLE_ROOMS | {"preparation", "report", "packaging"},
     "__main__": {"cli"},
     "names": BUNDLE_ROOMS,  # vdt_workflows/__init__.py, which configs name and no module imports
 }

@@ -1,5 +1,7 @@
 """The wheel holds the packages and the bundles, and works away from the clone without writing into itself."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil

@@ -12,10 +12,6 @@ Conventions, for every transform of this package:
 - Inputs are never changed in place. Random transforms draw from `self.R` alone.
 """
 
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd, CheckOverflow, CheckOverflowd
 from vdt_transforms.grids import RestoreGrid, RestoreGridd, Spacing, Spacingd
 from vdt_transforms.intensity import NormalizeWindow, NormalizeWindowd
@@ -41,15 +37,7 @@ from vdt_transforms.vdt import (
     RandSliceShuffled,
     VolumeToImage,
 )
-from vdt_transforms.volumes import (
-    ForegroundSlices,
-    ForegroundSlicesd,
-    RandFlipLeftRightd,
-    RandRotateScale,
-    RandRotateScaled,
-    RandSlab,
-    RandSlabd,
-)
+from vdt_transforms.volumes import ForegroundSlices, ForegroundSlicesd, RandFlipLeftRightd, RandSlab, RandSlabd
 
 __all__ = [
     "MEAN",
@@ -81,8 +69,6 @@ __all__ = [
     "RandResizedCropImaged",
     "RandRotateCube",
     "RandRotateCubed",
-    "RandRotateScale",
-    "RandRotateScaled",
     "RandSlab",
     "RandSlabd",
     "RandSliceShuffle",
@@ -102,10 +88,3 @@ __all__ = [
     "VolumeReader",
     "VolumeToImage",
 ]
-
-# MONAI passes over an `import` that fails, so that a file that hides vdt_workflows would go unnamed.
-_other = find_spec(__name__.replace("vdt_transforms", "vdt_workflows"))
-_place = Path(__file__).resolve().parents[1] / "vdt_workflows"
-if _other is not None and _other.origin and Path(_other.origin).resolve().parent != _place:
-    _sentence = f"{_other.origin}: hides the package vdt_workflows in {_place}; rename it, or start in another folder"
-    raise (SystemExit if Path(sys.argv[0]).name == "__main__.py" else ImportError)(_sentence)

@@ -1,5 +1,7 @@
 """Voxel grids: resampling to a voxel size, how one grid lies in another, label maps back on their file's grid."""
 
+from __future__ import annotations
+
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any

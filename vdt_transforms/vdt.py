@@ -8,6 +8,8 @@ before green before blue".
 Source: arXiv 2201.01426; the pipeline of its published pre-training configs.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 from monai.config import NdarrayOrTensor

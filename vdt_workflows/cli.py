@@ -8,21 +8,17 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from functools import partial, wraps
+from functools import wraps
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import fire
-
-from vdt_workflows.errors import REMEDIES, explanation, in_one_line
-from vdt_workflows.naming import TEXTS
 
 
 class Command(NamedTuple):
@@ -46,10 +42,6 @@ COMMANDS = {
     ),
     "prepare deeplesion": Command(
         "preparation.deeplesion", "prepare_deeplesion", "FOLDER", "DeepLesion, or volumes with labels: key slices"
-    ),
-    "plan": Command("planning.plan", "plan", "PREPARED", "settings of a segmentation, from what the data are like"),
-    "train": Command(
-        "planning.train", "train", "VOLUMES", "a segmentation of your own data, planned and fitted to a time"
     ),
     "compare": Command("report.matrix", "compare", "ROWS DATASET_DIR", "starts of training compared in many runs"),
     "report": Command("report.run_page", "report_run", "RUN", "a page about a finished run"),
@@ -111,8 +103,6 @@ def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
 def run_function(function: Callable[..., Any], argv: Sequence[str] | None = None, name: str | None = None) -> None:
     """Run a function with the words of the command line; what it returns is printed as one line of JSON.
 
-    The exit status is 1 where that counts something as `failed`.
-
     Args:
         function: with documented arguments, which are the options.
         argv: the words, those of the process by default.
@@ -127,23 +117,18 @@ def run_function(function: Callable[..., Any], argv: Sequence[str] | None = None
     if {"-h", "--help"} & {*words}:
         print(describe_function(function, name))
         return
-    if "output_dir" in inspect.signature(function).parameters:
-        words = ["--output_dir" if word == "-o" else word for word in words]
     _refuse_unknown(function, words, name)
     args, kwargs = _read_words(function, words, name)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         result = function(*args, **kwargs)
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        helped = explanation(error) if isinstance(error, OSError) and error.errno in REMEDIES else None
-        sys.exit(f"{name}: {in_one_line(helped or error)}")
+        sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         print(f"{name}: stopped; give the same command again to go on", file=sys.stderr)
         sys.exit(130)  # as shells have it
     if result is not None:
         print(json.dumps(result))
-    if isinstance(result, dict) and result.get("failed"):
-        sys.exit(1)
 
 
 def describe_function(function: Callable[..., Any], name: str) -> str:
@@ -160,8 +145,6 @@ def describe_function(function: Callable[..., Any], name: str) -> str:
         text = " ".join((texts.get(parameter.name) or "").split())
         if parameter.kind is parameter.VAR_POSITIONAL:
             option = f"{parameter.name.upper()} ..."
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            option = "--NAME VALUE ..."
         elif parameter.default is parameter.empty:
             option = parameter.name.upper()
         else:
@@ -188,17 +171,9 @@ def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -> tuple[tuple, dict[str, Any]]:
-    """Let fire read the words for a stand-in, so that what does not fit is refused before the function is called.
-
-    What the signature has as text is handed over as it is, where fire would read numbers, lists and comments.
-    """
+    """Let fire read the words for a stand-in, so that what does not fit is refused before the function is called."""
     given: list[Any] = []
-    readers = {n: _reader(p.annotation) for n, p in inspect.signature(function).parameters.items()}
-    if _is_free(function):
-        readers = {**dict.fromkeys(TEXTS, str), **readers}
 
-    @fire.decorators.SetParseFns(**readers)
-    @fire.decorators.SetParseFn(fire.parser.DefaultParseValue if _is_free(function) else str)  # of **settings, *names
     @wraps(function)
     def stand_in(*args: Any, **kwargs: Any) -> None:
         given[:] = args, kwargs
@@ -215,50 +190,16 @@ def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -
     return given[0], given[1]
 
 
-def _is_free(function: Callable[..., Any]) -> bool:
-    """Whether a function takes settings of any name."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-
-
-def _reader(annotation: Any) -> Callable[[str], Any]:
-    """Choose how the words of an argument are read, by its annotation."""
-    written = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    kinds = {kind.strip() for kind in written.split("|")}
-    if kinds <= {"str", "None"}:
-        return str
-    return partial(_read_value, text="str" in kinds, texts="Sequence[str]" in written)
-
-
-def _read_value(word: str, *, text: bool, texts: bool) -> Any:
-    """Read a value as fire does, but for a text that is not written as a list, or is a file."""
-    if text and (not word.startswith(("[", "(", "{")) or os.path.exists(word)):
-        return word
-    value = fire.parser.DefaultParseValue(word)
-    numbers = [name for name in value if not isinstance(name, str)] if texts and isinstance(value, Iterable) else []
-    if numbers:
-        sys.exit(f"vdt: {word}: {numbers[0]!r} is no text; quote each, as \"['a', 'b']\"")
-    return value
-
-
 def _refuse_unknown(function: Callable[..., Any], words: Sequence[str], name: str) -> None:
-    parameters = inspect.signature(function).parameters
-    free = _is_free(function)
-    known = list(parameters)
-    for word, following in zip(words, [*words[1:], "--"], strict=False):
+    known = list(inspect.signature(function).parameters)
+    for word in words:
         if word == "--":  # what follows is for fire itself
             return
-        option, has_value, _ = word[2:].partition("=")
-        option = option.replace("-", "_")
-        if word.startswith("--") and option in known:
-            if (
-                parameters[option].annotation not in ("bool", bool)
-                and not has_value
-                and re.match(r"--|-[a-zA-Z]", following)
-            ):
-                sys.exit(f"{name}: --{option}: needs a value; one that begins with - is written --{option}=-x")
-        elif word.startswith("--") and option.removeprefix("no") not in known and not free:  # a bundle knows its own
-            near = get_close_matches(option, known, n=1) or known
-            sys.exit(f"{name}: --{option}: no such option; did you mean {' or '.join(f'--{n}' for n in near)}?")
+        option = word[2:].partition("=")[0].replace("-", "_")
+        if not word.startswith("--") or option in known or option.removeprefix("no") in known:
+            continue
+        near = get_close_matches(option, known, n=1) or known
+        sys.exit(f"{name}: --{option}: no such option; did you mean {' or '.join(f'--{n}' for n in near)}?")
 
 
 if __name__ == "__main__":

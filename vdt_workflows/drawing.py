@@ -18,8 +18,6 @@ import nibabel as nib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vdt_workflows.errors import in_one_line
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -209,7 +207,7 @@ def get_font(size: int) -> ImageFont.FreeTypeFont:
 def draw_tile(picture: np.ndarray, title: str, details: str = "") -> np.ndarray:
     """Put a title, and fainter details beside it, above a picture (rows, columns, 3)."""
     height, width = picture.shape[:2]
-    tile, title = Image.new("RGB", (width, height + CAPTION), PAPER), in_one_line(title)
+    tile = Image.new("RGB", (width, height + CAPTION), PAPER)
     draw, font = ImageDraw.Draw(tile), get_font(15)
     draw.text((GAP, CAPTION // 2), title, TEXT, font, anchor="lm")
     place = (3 * GAP + draw.textlength(title, font), CAPTION // 2)
@@ -234,7 +232,7 @@ def draw_sheet(
 
 
 def _draw_head(title: str, legend: Mapping[int, str], width: int) -> Image.Image:
-    font, legend, title = get_font(15), {v: in_one_line(name) for v, name in legend.items()}, in_one_line(title)
+    font = get_font(15)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     places: list[tuple[float, int]] = []
     left, top = 2.0 * GAP, 40

@@ -4,6 +4,8 @@ Each network is timed in a process of its own, so that its peak memory is its ow
 PyTorch's `FlopCounterMode`, and set against the rate of a large matrix product in the same process.
 """
 
+from __future__ import annotations
+
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence

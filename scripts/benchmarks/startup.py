@@ -1,5 +1,7 @@
 """The benchmark of what passes before work begins, each figure of a process that has imported what comes before."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

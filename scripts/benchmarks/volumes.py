@@ -1,5 +1,7 @@
 """The benchmarks of whole-volume inference and of training patches, each implementation in a process of its own."""
 
+from __future__ import annotations
+
 import tempfile
 import time
 from collections.abc import Mapping, Sequence

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import monai.bundle
@@ -31,6 +33,7 @@ from tests.support.bundle_runs import (
     BUNDLES,
     ROOT,
     TINY,
+    command,
     config_files,
     history,
     infer,
@@ -45,7 +48,7 @@ from tests.support.bundle_runs import (
     weights,
 )
 from tests.support.documents import blocks
-from vdt_transforms.dicom_folders import find_series
+from vdt_transforms.dicom_series import find_series
 from vdt_workflows.training.initialisation import initialise
 
 BCV, LITS, NODULES, DETECTION, PRETRAINING = (
@@ -80,11 +83,15 @@ SCORES = {
 
 def test_training_leaves_its_files_and_a_history(bundle, trained):
     folder = trained(bundle)
-    left = sorted(path.name for path in (folder / "models").iterdir())
-    assert left == [".vdt.lock", ".vdt_run.json", *FILES.get(bundle.name, LEFT)]
+    assert sorted(path.name for path in (folder / "models").iterdir()) == FILES.get(bundle.name, LEFT)
     assert [row["epoch"] for row in history(folder)] == ["1", "2"]
     assert Image.open(folder / "eval" / "curves.png").size[0] > 500
     assert not (folder / "eval" / "resume.pt").exists()
+
+
+def test_training_again_gives_the_same_weights(bundle, data, trained, tmp_path):
+    run(bundle, BASE, tmp_path, data)
+    assert same_weights(trained(bundle) / "models", tmp_path / "models")
 
 
 def run_twice(bundle, folder, data, monkeypatch, **more) -> None:
@@ -110,7 +117,28 @@ def test_a_run_that_breaks_goes_on_and_ends_with_the_same_weights(bundle, data, 
     assert history(trained(bundle)) == history(tmp_path)
 
 
-def test_properties_are_all_there(bundle, data, volumes, trained, tmp_path):
+@pytest.mark.slow
+def test_a_run_killed_twice_at_random_moments_ends_with_the_same_weights(images, tmp_path):
+    run(PRETRAINING, BASE, tmp_path / "whole", images, epochs=8)
+    words = [sys.executable, "-W", "ignore", "-m", *command(PRETRAINING, BASE, tmp_path / "killed", images, epochs=8)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: the order of sums is part of the bits
+    models, state = tmp_path / "killed" / "models", tmp_path / "killed" / "eval" / "resume.pt"
+    random, seen = np.random.default_rng(), 0
+    for _ in range(2):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == seen):
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+        seen = state.stat().st_mtime_ns if state.exists() else seen
+        for path in models.glob("*.pt"):
+            weights(path)  # whole, or not there
+    subprocess.run(words, check=True, capture_output=True, env=environment)
+    assert same_weights(tmp_path / "whole" / "models", models)
+
+
+def test_properties_are_all_there(bundle, data, volumes, trained):
     folder = trained(bundle)
     searched = volumes / "images" if bundle.name == "deeplesion_lesion_detection" else data
     for names, kind in ((BASE, "train"), (["inference"], "inference")):
@@ -123,7 +151,7 @@ def test_properties_are_all_there(bundle, data, volumes, trained, tmp_path):
             bundle_root=str(bundle),
             dataset_dir=str(data if kind == "train" else searched),
             **settings,
-            **places(bundle, tmp_path, names),
+            **places(bundle, folder, names),
         )
         workflow.initialize()
         assert workflow.check_properties() == []
@@ -434,43 +462,43 @@ DOCUMENTED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def given(images, volumes, nodules, key_slices, trained, tmp_path_factory):
-    """What the words in capitals of the bundles' pages stand for."""
-    root = tmp_path_factory.mktemp("given")
-    write_published(root / "published", patients=20, most=2, size=20)
-    names = sorted(path.name for path in (root / "published").glob("*.npz"))
-    write_published_split(root / "split.csv", names[len(names) // 3 :], names[: len(names) // 3])
-    (root / "positions.csv").write_text("column,row,slice\n10,11,7\n")
-    write_series(root / "ct", shape=(20, 22, 15), StudyInstanceUID="1.2.3", FrameOfReferenceUID="1.2.4")
-    return {
-        "DICOM_FOLDER": root / "ct",
-        "IMAGES": images,
-        "IMAGE_OR_FOLDER": images / "val",
-        "POSITIONS": root / "positions.csv",
-        "PUBLISHED": root / "published",
-        "SPLIT_CSV": root / "split.csv",
-        "ENCODER": trained(PRETRAINING) / "models" / "encoder.pt",
-        "DEEPLESION": key_slices,
-        "DETECTOR": trained(DETECTION) / "models" / "model_last.pt",
-        **dict.fromkeys(("VOLUMES", "VOLUME_OR_FOLDER"), volumes),
-        **dict.fromkeys(("NODULES", "CUBE_OR_FOLDER", "CROP"), nodules),
-        **dict.fromkeys(("SCAN", "CT"), volumes / "images" / "case0.nii.gz"),
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("bundle", "documented"), DOCUMENTED)
-def test_every_command_of_the_documents_runs(bundle, documented, given, trained, preloaded, tmp_path):
+def test_every_command_of_the_documents_runs(
+    bundle, documented, images, volumes, nodules, key_slices, trained, preloaded, tmp_path
+):
     folder = tmp_path / bundle.name
     shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("models", "eval"))
     shutil.copytree(trained(bundle) / "models", folder / "models")
-    words = [str(given.get(word, word)) for word in shlex.split(documented)]
+    shutil.copytree(trained(PRETRAINING) / "models", tmp_path / "pretrained")
+    write_published(tmp_path / "published", patients=20, most=2, size=20)
+    names = sorted(path.name for path in (tmp_path / "published").glob("*.npz"))
+    write_published_split(tmp_path / "split.csv", names[len(names) // 3 :], names[: len(names) // 3])
+    (tmp_path / "positions.csv").write_text("column,row,slice\n10,11,7\n")
+    study = {"StudyInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.4"}
+    write_series(tmp_path / "ct", shape=(20, 22, 15), **study)
+    given = {
+        "DICOM_FOLDER": str(tmp_path / "ct"),
+        "IMAGES": str(images),
+        "IMAGE_OR_FOLDER": str(images / "val"),
+        "VOLUMES": str(volumes),
+        "VOLUME_OR_FOLDER": str(volumes),
+        "NODULES": str(nodules),
+        "CUBE_OR_FOLDER": str(nodules),
+        "CROP": str(nodules),
+        "SCAN": str(volumes / "images" / "case0.nii.gz"),
+        "POSITIONS": str(tmp_path / "positions.csv"),
+        "PUBLISHED": str(tmp_path / "published"),
+        "SPLIT_CSV": str(tmp_path / "split.csv"),
+        "ENCODER": str(tmp_path / "pretrained" / "encoder.pt"),
+        "DEEPLESION": str(key_slices),
+        "DETECTOR": str(folder / "models" / "model_last.pt"),
+        "CT": str(volumes / "images" / "case0.nii.gz"),
+    }
+    words = [given.get(word, word) for word in shlex.split(documented)]
     if "configs/train.yaml" in documented:
         for name, value in TINY[bundle.name].items():
             words += [f"--{name}", value if isinstance(value, str) else repr(value)]
-        if "evaluate.yaml" not in documented:
-            words += ["--overwrite", "true"]  # the folder has a finished run, for the commands that need one
     log = tmp_path / "log.txt"
     if words[0] == "python":
         status = preloaded.run(words[1:], folder, {}, log)

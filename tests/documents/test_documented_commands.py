@@ -76,7 +76,7 @@ NOT_RUN = {
         "needs a Ray cluster, which tests/vdt_workflows/report/test_matrix.py starts"
     ),
     "python scripts/benchmarks/slice_context.py lesion_context": (
-        "takes minutes; tests/scripts/test_slice_context.py does the same with less"
+        "takes minutes; tests/scripts/test_slice_context.py runs one seed"
     ),
     "python scripts/benchmark.py": "measures; tests/scripts/test_benchmarks.py runs each, small",
     "python -m tests.faults": "takes hours; tests/faults runs each part, fewer times",
@@ -179,9 +179,8 @@ PAGES = {
 }
 EVERY = [(page, line) for page, found in PAGES.items() for block in found for line in block]
 RUN = [(page, line) for page, line in EVERY if reason(line) is None]
-# The first of each kind is given to a new interpreter, as in a shell; the others begin with torch and MONAI imported.
-KINDS = ("python -m monai.bundle", "python scripts/", "vdt ")
-FIRST = [next(found for found in RUN if found[1].startswith(kind)) for kind in KINDS]
+# The first command of each script is given to a new interpreter, as in a shell; the others begin with the imports done.
+FIRST = {script_of(line.split()): (page, line) for page, line in reversed(RUN) if line.startswith(("python ", "vdt "))}
 
 
 # The table ---------------------------------------------------------------------------------------------------------
@@ -305,8 +304,7 @@ def shorten(words: list[str], folder: Path, given: dict) -> list[str]:
         more = {"num_workers": 0}
     elif "configs/train.yaml" in " ".join(words) or words[0] == "sbatch":
         bundle = Path(words[2]).name if words[0] == "sbatch" else folder.name
-        more = {name: value for name, value in TINY[bundle].items() if name in COSTS}
-        more |= {"epochs": 1, "overwrite": "true"}  # a page's alternatives train in the same folders
+        more = {name: value for name, value in TINY[bundle].items() if name in COSTS} | {"epochs": 1}
     else:
         more = dict(OPTIONS.get(script_of(words), {}))
         if script_of(words) == "vdt compare" and "--settings" not in words:
@@ -393,7 +391,7 @@ def test_the_commands_of_a_page_run_in_their_order_and_leave_what_it_promises(
                 folder = folder / words[1]
             else:
                 words, log = shorten(words, folder, given), tmp_path / "log.txt"
-                new = (page, line) in FIRST
+                new = words[0] in ("python", "vdt") and FIRST[script_of(words)] == (page, line)
                 words = ["python", "-m", "vdt_workflows.cli", *words[1:]] if words[0] == "vdt" else words
                 status = execute(words, folder, variables, log, new, preloaded)
                 assert status == 0, f"{shlex.join(words)}\n{log.read_text()[-4000:]}"

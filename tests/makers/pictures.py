@@ -1,5 +1,7 @@
 """Makers of pictures, and of class folders of them."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np

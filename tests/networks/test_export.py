@@ -1,5 +1,7 @@
 """Networks as TorchScript, as `torch.export` programs, and in ONNX Runtime, with free sizes."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import pytest

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import json
 
 import numpy as np
@@ -161,8 +163,8 @@ def test_folder_of_slices_is_listed_read_and_its_faults_are_named(tmp_path):
     reader = SliceFolderReader([1, 1, 5])
     assert reader.verify_suffix(tmp_path / "scan")
     assert not reader.verify_suffix(tmp_path / "scan" / "003.png")
-    with pytest.raises(ValueError, match=r"003.png: not a readable NIfTI volume"):
-        reader.get_data(reader.read(tmp_path / "scan" / "003.png"))
+    with pytest.raises(ValueError, match=r"003.png: not a folder of slices"):
+        reader.read(tmp_path / "scan" / "003.png")
     write_series(tmp_path / "scan", [7], size=(4, 6))
     with pytest.raises(ValueError, match=r"slice 6 is missing before 007.png"):
         list_scans(tmp_path / "scan")
@@ -199,10 +201,10 @@ def test_damaged_dicom_series_is_named_rather_than_read_by_another_reader(tmp_pa
 
 
 def test_what_is_no_scan_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected a volume or a folder of volumes"):
+    with pytest.raises(FileNotFoundError, match="expected a CT volume or a folder of them"):
         list_scans(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"no volume file .* nor DICOM series in or below it"):
+    with pytest.raises(ValueError, match="no volume in it; expected NIfTI files, one DICOM series, or slices"):
         list_scans(tmp_path)
     (tmp_path / "a.nii.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a\.nii\.gz: not a readable NIfTI volume"):
-        list_scans(tmp_path)
+    (tmp_path / "b.nii").write_bytes(b"")
+    assert [scan["image"] for scan in list_scans(tmp_path)] == [str(tmp_path / "a.nii.gz"), str(tmp_path / "b.nii")]

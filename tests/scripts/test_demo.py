@@ -9,23 +9,26 @@ import subprocess
 import sys
 
 import pytest
-from demo import demo
 from PIL import Image
 
 from tests.support.bundle_runs import ROOT
-from vdt_workflows.cli import run_function
 
 pytestmark = pytest.mark.slow  # starts half a dozen processes that import torch and MONAI
 
 SMALL = shlex.split("--epochs 1 --image_size 32 --base_channels 4 --steps 2 --points 2 --patch_size [16,16,16]")
 
 
-def test_the_demo_leaves_a_table_and_pictures_and_does_nothing_twice(images, volumes, tmp_path, capfd):
-    words = [*("--output_dir", str(tmp_path), "--images", str(images), "--volumes", str(volumes)), *SMALL]
-    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), *words]
+def demo(*words):
+    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def test_the_demo_leaves_a_table_and_pictures_and_does_nothing_twice(images, volumes, tmp_path):
+    words = ["--output_dir", tmp_path, "--images", images, "--volumes", volumes, *SMALL]
+    demo(*words)
     for name in ("vdt.png", "pretraining.png", "dice.png", "examples.png"):
         assert Image.open(tmp_path / name).size[0] > 300, name
     summary = (tmp_path / "summary.md").read_text()
@@ -33,6 +36,5 @@ def test_the_demo_leaves_a_table_and_pictures_and_does_nothing_twice(images, vol
     assert re.search(r"\| vdt \| 0\.\d{3} \| 0\.\d{3} \| [+-]0\.\d{3} \([+-]0\.\d{3} to [+-]0\.\d{3}\) \|", summary)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
     assert len(list(tmp_path.glob("comparison/cells/*/*/models/model_last.pt"))) == 2
-    run_function(demo, words)
-    assert "epoch 1/" not in capfd.readouterr().out
+    assert "epoch 1/" not in demo(*words)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == written

@@ -1,5 +1,7 @@
 """Samples with random transforms of every build, for the tests of the datasets."""
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 from monai.data import DataLoader

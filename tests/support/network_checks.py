@@ -1,13 +1,16 @@
 """What the network tests ask of every network alike."""
 
+from __future__ import annotations
+
 import copy
 import io
 import pickle
 import warnings
 
 import torch
+from torch import nn
 
-NORMS = ("batch", "group", "instance")
+NORMS = {"batch": nn.BatchNorm3d, "group": nn.GroupNorm, "instance": nn.InstanceNorm3d}
 
 
 def as_list(output):

@@ -1,7 +1,7 @@
 """Python commands in processes of their own, which begin with torch and MONAI imported: that costs more than they do.
 
-`Preloaded` starts this file once. It imports others' packages, and forks for each command; the fork then does what the
-interpreter does with the command's words, and imports ours as a new interpreter would.
+`Preloaded` starts this file once. It imports, and forks for each command; the fork then does what the interpreter does
+with the command's words.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def become(words: list[str], folder: str, environment: dict[str, str], log: str)
 
 
 if __name__ == "__main__":
-    monai = ("bundle", "engines", "handlers", "networks.nets")
-    for module in (*(f"monai.{name}" for name in monai), "torch.utils.tensorboard", "matplotlib.pyplot"):
+    from vdt_workflows.report.cells import PRELOADED
+
+    for module in (*PRELOADED, "monai.handlers", "torch.utils.tensorboard", "matplotlib.pyplot"):
         import_module(module)
     become(**serve())

@@ -1,5 +1,7 @@
 """Classes out of JSON files."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

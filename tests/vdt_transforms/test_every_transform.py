@@ -86,7 +86,6 @@ PAIRS = {
         lambda: vt.RandResizedCropImage(8), lambda k, **o: vt.RandResizedCropImaged(k, 8, **o), IMAGE, False
     ),
     "RandRotateCubed": Pair(vt.RandRotateCube, vt.RandRotateCubed, VOLUME[:, :6, :6, :6]),
-    "RandRotateScaled": Pair(lambda: vt.RandRotateScale(prob=1), lambda k, **o: vt.RandRotateScaled(k, prob=1, **o)),
     "RandSlabd": Pair(
         lambda: vt.RandSlab(4),
         lambda k, **o: vt.RandSlabd(k, "image", 4, **o),
@@ -177,7 +176,7 @@ def test_kinds_of_arrays_agree_and_types_survive(name, tmp_path):
             assert type(result) is type(given)
             assert result.dtype == given.dtype
         results.append(np.asarray(result))
-    if name not in ("CropNoduled", "RandRotateScaled", "Spacingd"):  # which go by the affine that only a MetaTensor has
+    if name not in ("CropNoduled", "Spacingd"):  # which go by the affine that only a MetaTensor has
         assert all(np.allclose(results[0], other) for other in results)
 
 

@@ -1,6 +1,7 @@
+from __future__ import annotations
+
 import inspect
 import json
-import os
 import subprocess
 import sys
 from importlib import import_module
@@ -8,7 +9,7 @@ from importlib import import_module
 import pytest
 
 from tests.support.bundle_runs import ROOT
-from vdt_workflows.cli import COMMANDS, _reader, describe_function, find_command, main, run_function
+from vdt_workflows.cli import COMMANDS, describe_function, find_command, main, run_function
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +49,6 @@ def test_the_words_are_the_functions_arguments_and_its_result_is_a_line_of_json(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"folder": "x", "size": 64, "dry_run": True}
 
 
-def test_a_result_that_counts_failures_is_printed_and_ends_with_status_1(capsys):
-    with pytest.raises(SystemExit) as end:
-        run_function(lambda: {"cells": 4, "failed": 1}, [])
-    assert end.value.code == 1
-    assert json.loads(capsys.readouterr().out) == {"cells": 4, "failed": 1}
-
-
 def nothing(folder: str) -> None:
     """Return nothing."""
 
@@ -84,44 +78,6 @@ def test_a_misspelt_option_is_refused_before_anything_runs(capsys, word, near):
     ):
         run_function(prepare, ["x", word, "3"])
     assert capsys.readouterr().out == ""
-
-
-TEXTS = (
-    "2024_01",
-    "1.20",
-    "mine#2",
-    "@x",
-    "2024",
-    "true",
-    "[a]",
-    "{b}",
-    "%x",
-    "$x",
-    "a b",
-    "None",
-    "'x'",
-    "Größe",
-    "1e3",
-)
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_texts_are_handed_over_as_they_are(capsys, text, tmp_path, monkeypatch):
-    def take(one: str, several: str | list[str], *rest: str, named: str | None = None):
-        return [one, several, named, *rest]
-
-    assert _reader(str) is _reader("str") is _reader(str | None) is str
-    take.__annotations__ = {"one": "str", "several": "str | Sequence[str]", "rest": "str", "named": "str | None"}
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / text).touch()
-    run_function(take, [text, text, text, text, f"--named={text}"])
-    assert json.loads(capsys.readouterr().out) == [text] * 5
-    run_function(take, ["x", "['a', 'b#c']"])
-    assert json.loads(capsys.readouterr().out)[1] == ["a", "b#c"]
-    with pytest.raises(SystemExit, match=r"202401 is no text; quote each, as"):
-        run_function(take, ["x", "[2024_01, b]"])
-    with pytest.raises(SystemExit, match=r"--named: needs a value; one that begins with - is written --named=-x$"):
-        run_function(take, ["x", "y", "--named"])
 
 
 @pytest.mark.parametrize(
@@ -222,24 +178,3 @@ def test_a_first_word_without_a_kind_means_the_usual_one(words, found):
 def test_a_misspelt_command_is_refused_with_the_nearest(words, near):
     with pytest.raises(SystemExit, match=near.replace("?", r"\?")):
         main(words)
-
-
-@pytest.mark.parametrize(
-    ("file", "words"),
-    [
-        ("networks.py", "-m vdt_workflows --version"),
-        ("vdt_transforms/__init__.py", "-m vdt_workflows --version"),
-        pytest.param("vdt_workflows.py", "-m monai.bundle run --config_file config.json", marks=pytest.mark.slow),
-    ],
-)
-def test_a_file_that_hides_one_of_the_packages_is_named(tmp_path, file, words):
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).touch()
-    (tmp_path / "config.json").write_text(json.dumps({"imports": ["$import vdt_transforms"], "run": ["$print(1)"]}))
-    command = [sys.executable, "-W", "ignore", *words.split()]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    name = file.partition("/")[0].removesuffix(".py")
-    assert f"/{file}: hides the package {name} in {ROOT / name}; rename it" in done.stderr.splitlines()[-1]

@@ -15,8 +15,6 @@ from ignite.engine import Engine, Events
 
 from vdt_workflows.drawing import Plane, cut_planes, draw_planes, draw_sheet, draw_tile, make_figure, to_png
 from vdt_workflows.files import write_atomic, write_csv, write_json
-from vdt_workflows.naming import result_name
-from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +202,7 @@ class ReportNodules:
 
     def _write(self, engine: Engine) -> None:
         found = {name: nodule for part in idist.all_gather(self.found) for name, nodule in part.items()}
-        if not is_first_process():
+        if idist.get_rank() > 0:
             return
         rows = [(name, *found[name], int(found[name][2] >= self.threshold)) for name in sorted(found)]
         _, patients, labels, scores, _ = zip(*rows, strict=True)
@@ -263,7 +261,7 @@ class SaveMalignancy:
             file = str(item["image"].meta["filename_or_obj"])
             x, y, z = (round(float(value), 2) for value in item["position"])
             called = self.class_names[int(score >= self.threshold)]
-            name = item.get("nodule_id", result_name(file))
+            name = item.get("nodule_id", Path(file).name.split(".")[0])
             place = {"x_mm": x, "y_mm": y, "z_mm": z}
             self.found.append({"image": file, "nodule_id": name, **place, "malignancy": score, "class": called})
             if len(self.crops) < DRAWN:

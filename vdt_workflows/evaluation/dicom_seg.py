@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,12 +17,10 @@ from pydicom import Dataset, dcmread
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from vdt_transforms.dicom_folders import find_one_series
-from vdt_transforms.dicom_series import DicomSeries
+from vdt_transforms.dicom_series import DicomSeries, find_one_series
 from vdt_transforms.grids import align_grids
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import write_atomic
-from vdt_workflows.naming import result_name
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +98,16 @@ class SaveDicomSegd(MapTransform):
         for key in self.key_iterator(data):
             labels = data[key]
             source = Path(str(labels.meta["filename_or_obj"]))
-            if re.search(r"\.(nii|nii\.gz|npz|nrrd|nhdr|mha|mhd)$", source.name, re.IGNORECASE):
+            if source.is_file() and not source.name.endswith((".nii", ".nii.gz", ".npz")):
+                source = source.parent  # one slice of its series
+            if not source.is_dir():
                 raise ValueError(
-                    f"{source}: no DICOM series, whose images a DICOM SEG must refer to; use output_format: nifti"
+                    f"{source}: no DICOM folder, whose images a DICOM SEG must refer to; use output_format: nifti"
                 )
             series = find_one_series(source)
-            series.check(irregular=True)  # which the reader refuses unless it is asked not to
+            series.check()
             frames = place_on_slices(np.asarray(labels[0].cpu()), np.asarray(labels.affine, float), series)
-            path = self.output_dir / f"{result_name(source)}_seg.dcm"
+            path = self.output_dir / f"{source.name}_seg.dcm"
             write_atomic(path, make_segmentation(frames, series, self.label_names, self.algorithm))
             logger.info("%s: written as %s", source, path)
         return dict(data)

@@ -16,14 +16,8 @@ from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 from tqdm.auto import tqdm
 
 from vdt_workflows.errors import check_choice
-from vdt_workflows.training.losses import class_weights as loss_weights
 
 Flips = Sequence[Sequence[int]]
-# Share of a class weight's logarithm that Dice and weighted cross-entropy leave in the logits: not all, since Dice
-# pulls the other way. On 60 hippocampus cases, background 0.05: Dice 0.766 with none of it taken back, 0.801 with half,
-# 0.803 with two thirds, 0.788 with all; volumes 1.42, 1.14, 1.06 and 0.89 times the true ones. One run; the share was
-# chosen on these cases.
-PULL = 2 / 3
 
 
 class SlabInferer(Inferer):
@@ -45,8 +39,6 @@ class SlabInferer(Inferer):
             none. The value is one of the network's input, so that of air after normalisation.
         flips: axes to flip for test-time averages, such as `[[0], [0, 1]]`; the unflipped window always counts.
         swap: pairs of labels that exchange their names when axis 0 (left-right, in RAS) is flipped.
-        class_weights: of the cross-entropy that the network was trained with, or "none". Such a network overrates a
-            class of high weight, so `PULL` of the weight's logarithm is taken from its logits.
         progress: whether to show a bar.
 
     Raises:
@@ -63,7 +55,6 @@ class SlabInferer(Inferer):
         skip_below: float | str = "none",
         flips: Flips = (),
         swap: Sequence[Sequence[int]] = (),
-        class_weights: Sequence[float] | str = "none",
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -85,8 +76,6 @@ class SlabInferer(Inferer):
         self.skip_below = None if skip_below == "none" else float(skip_below)
         self.flips = [tuple(axes) for axes in flips]
         self.swap = [tuple(pair) for pair in swap]
-        pull = loss_weights(class_weights)
-        self.pull = None if pull is None else PULL * pull.log().view(1, -1, 1, 1, 1)
         self.progress = progress
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -96,12 +85,7 @@ class SlabInferer(Inferer):
         """
 
         def predict(windows: Tensor) -> Tensor:
-            logits = self._with_flips(windows, lambda x: network(x, *args, **kwargs))
-            if self.pull is None:
-                return logits
-            if self.pull.numel() != logits.shape[1]:
-                raise ValueError(f"class_weights has {self.pull.numel()} values for a network of {logits.shape[1]}")
-            return logits - self.pull.to(logits)
+            return self._with_flips(windows, lambda x: network(x, *args, **kwargs))
 
         target = _target_grid(inputs) if self.inversion == "logits" else None
         volumes = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
@@ -139,17 +123,16 @@ class SlabInferer(Inferer):
         done = 0  # slices of labels
         kept: Tensor | None = None  # the last slice of the slab before, for the positions between the two
         for start, slab in self._slabs(volume, predict):
+            slab = _interpolate(_interpolate(slab, x, 3), y, 2)
             if kept is None:  # what lies below the first slab stays background
                 done = int(np.searchsorted(z, start))
             else:
                 slab, start = torch.cat([kept, slab], 1), start - 1
             top = start + slab.shape[1] - 1
             end = len(z) if top == last else int(np.searchsorted(z, top))
-            while done < end:  # a few slices at a time, since each has the logits of all classes
-                few = slice(done, min(done + 8, end))
-                logits = _interpolate(slab, z[few] - start, 1)
-                labels[few] = _interpolate(_interpolate(logits, x, 3), y, 2).argmax(0).to(labels)
-                done = few.stop
+            if end > done:
+                labels[done:end] = _interpolate(slab, z[done:end] - start, 1).argmax(0).to(labels)
+                done = end
             kept = slab[:, -1:].clone()
         return labels.permute(2, 1, 0)[None]
 

@@ -1,51 +1,24 @@
-"""What inference writes: volumes in NIfTI, classes of images as JSON and CSV, lesions as JSON and 3D Slicer markups."""
+"""What inference writes: classes of images as JSON and CSV, lesions of volumes as JSON and markups of 3D Slicer."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data import NibabelWriter, decollate_batch
+from monai.data import decollate_batch
 
-from vdt_transforms.geometry import to_nifti
-from vdt_workflows.files import write_atomic, write_csv, write_json
-from vdt_workflows.naming import result_name
+from vdt_workflows.files import write_csv, write_json
 
 logger = logging.getLogger(__name__)
 
 MARKUPS = "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/markups-schema-v1.0.3.json#"
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
-
-
-class VolumeWriter(NibabelWriter):
-    """MONAI writer of volumes as .nii.gz, whole or not at all, that keeps the place of the volume they were made from.
-
-    Give it to `SaveImaged(writer="vdt_workflows.VolumeWriter")`. On the grid of a NIfTI file, as
-    `vdt_transforms.RestoreGridd` leaves label and probability maps, the header gets both forms of that file, their
-    codes and its unit, so that every program that opens both puts them at one place, whichever form it reads. MONAI's
-    writer makes one form of the affine in mm.
-    """
-
-    def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:
-        """Take over the affine, and the forms if the volume lies on the file's grid."""
-        super().set_metadata(meta_dict, resample, **options)
-        meta = meta_dict or {}
-        on_grid = self.affine is not None and np.allclose(self.affine, np.asarray(meta.get("original_affine", np.nan)))
-        self.forms = meta.get("forms") if on_grid else None
-
-    def write(self, filename: str | PathLike, verbose: bool = False, **options: Any) -> None:
-        """Write the file."""
-        voxels = np.asarray(self.data_obj).astype(self.output_dtype, copy=False)
-        voxels = voxels.reshape(*voxels.shape, *[1] * (3 - voxels.ndim))  # MONAI drops a last axis of one slice
-        affine = np.eye(4) if self.affine is None else np.asarray(self.affine, np.float64)
-        write_atomic(filename, to_nifti(voxels, affine, forms=self.forms))
 
 
 @dataclass(eq=False)
@@ -133,7 +106,9 @@ class SaveLesions:
             _lesion(np.asarray(box, float), float(score), self.label_names[int(label)], affine, own)
             for box, score, label in zip(data["box"], data["label_scores"], data["label"], strict=True)
         ]
-        name = result_name(source)
+        name = Path(source).name
+        for ending in (".gz", ".nii", ".nrrd", ".dcm"):
+            name = name.removesuffix(ending)
         content = {
             "image": source,
             "conventions": {

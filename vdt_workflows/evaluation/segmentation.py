@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -30,8 +29,6 @@ from vdt_workflows.drawing import (
     to_png,
 )
 from vdt_workflows.files import write_atomic, write_csv, write_json
-from vdt_workflows.naming import tell_apart
-from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 SMOOTH = 1e-5  # of the published pooled Dice
@@ -213,12 +210,14 @@ class CaseScores:
 
     def _write(self, engine: Engine) -> None:
         parts = idist.all_gather((self.scores, self.shown))
-        if not is_first_process():
+        if idist.get_rank() > 0:
             return
         # Where there are fewer cases than processes, all of them score all cases.
         scores = {(s.case, s.organ): s for part, _ in parts for s in part}
         shown = {path: planes for _, part in parts for path, planes in part.items()}
-        names = tell_apart(shown, os.path.basename)
+        names = {path: Path(path).name for path in shown}
+        if len(set(names.values())) < len(names):  # files of one name in several folders
+            names = {path: path for path in names}
         renamed = (replace(s, case=names[s.case]) for s in scores.values())
         self.scores = sorted(renamed, key=lambda s: (s.case, self.label_names.index(s.organ)))
         self.shown = {names[path]: planes for path, planes in shown.items()}

@@ -30,8 +30,6 @@ from monai.bundle.config_item import ComponentLocator, ConfigComponent
 from monai.bundle.properties import InferProperties, TrainProperties
 from monai.bundle.utils import merge_kv
 
-from networks import read_checkpoint
-
 SCHEMA = Path(__file__).parent / "metadata_schema.json"
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
 LIMIT = 25_000_000  # bytes of a file that is not in large_files
@@ -181,7 +179,7 @@ def check_network(bundle: Bundle) -> Iterator[str]:
         if not weights.is_file() or not bundle.packaged:
             weights = Path(folder) / "model.pt"
             torch.save(network.state_dict(), weights)
-        network.load_state_dict(read_checkpoint(weights))
+        network.load_state_dict(torch.load(weights, weights_only=True))
         exported = str(Path(folder) / "model.ts")
         monai.bundle.ckpt_export(net_id="network_def", filepath=exported, ckpt_file=str(weights), **place)
         form = bundle.metadata["network_data_format"]["inputs"]["image"]

@@ -24,14 +24,13 @@ from typing import Any
 import yaml
 from monai.bundle import ConfigParser
 
-from vdt_workflows.files import hash_file, read_json, write_atomic
+from vdt_workflows.files import hash_file, write_atomic
 from vdt_workflows.locator import find_bundles
-from vdt_workflows.naming import plain
-from vdt_workflows.training.checkpoints import check_settings, load_weights, read_provenance
+from vdt_workflows.training.checkpoints import load_weights, read_provenance
 
 ROOT = Path(__file__).resolve().parents[2]  # of the packages
 # what a zip leaves out of vdt_workflows: no bundle reaches it
-LEFT_OUT = ("preparation", "planning", "report", "packaging", "weights", "cli.py", "locator.py", "__main__.py")
+LEFT_OUT = ("preparation", "report", "packaging", "weights", "cli.py", "locator.py", "__main__.py")
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
 COMPLETE = ("train", "inference")  # configs that stand alone; the others are overlays
 OURS = ("scratch", "vdt", "i3d", "acs", "2.5d")  # initialisations that can rest on weights of our own
@@ -95,9 +94,7 @@ def package_bundle(
     settings: dict[str, Any] = {}
     files = dict(collect_code())
     if weights:
-        run_file = Path(run) if run else Path(weights).parent / "run.json"
-        settings, record = read_run(run_file)
-        check_settings(run_file, weights)
+        settings, record = read_run(Path(run) if run else Path(weights).parent / "run.json")
         refuse_others(weights, record)
         load_weights(ConfigParser({**defaults, **settings}).get_parsed_content("network_def"), weights)  # if they fit
         files["models/run.json"] = to_json(settings)
@@ -244,7 +241,7 @@ def describe(metadata: dict[str, Any], settings: Mapping[str, Any], defaults: Ma
     """Adapt the metadata to a run's settings: labels, channels, and the network's input."""
     taken = metadata["network_data_format"]["inputs"]["image"]
     given = metadata["network_data_format"]["outputs"]["pred"]
-    names = plain(settings.get("label_names") or settings.get("class_names"))
+    names = settings.get("label_names") or settings.get("class_names")
     if names:
         given.update(num_channels=len(names), channel_def={str(i): name for i, name in enumerate(names)})
     if "crop_size" in settings:
@@ -274,10 +271,12 @@ def read_scores(path: Path) -> dict[str, float]:
 
 
 def _read_json(path: Path, meant: str) -> dict[str, Any]:
-    content = read_json(path, meant)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object; give {meant}")
-    return content
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give {meant}")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error}); give {meant}") from error
 
 
 def list_packages(metadata: Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@ STUDIES is a folder of volumes. The zips are those of `vdt package`, with weight
 MONAI Label's environment needs no package of this repository. `docs/monai_label.md` explains how to make it.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import shutil

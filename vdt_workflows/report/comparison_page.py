@@ -1,5 +1,7 @@
 """The page of a comparison: what was found, the scores, and where they come from."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Mapping

@@ -27,8 +27,6 @@ from tqdm import tqdm
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import claim, hash_file, write_atomic, write_json
 from vdt_workflows.locator import find_bundles
-from vdt_workflows.locks import leaving
-from vdt_workflows.naming import NAMES, literal, plain
 from vdt_workflows.overrides import check_command_line
 from vdt_workflows.parallel import track
 from vdt_workflows.report.cells import Cell, Stage, run_cells
@@ -90,7 +88,6 @@ TASKS = {
 }
 
 
-@leaving
 def compare(
     rows: str | Sequence[Any],
     dataset_dir: str,
@@ -139,10 +136,9 @@ def compare(
         ray_resources: what Ray reserves for a cell, such as "{'num_cpus': 4, 'num_gpus': 1}".
 
     Returns:
-        Path of the report, and how many cells are finished and failed; `vdt compare` exits with status 1 if any failed.
+        Paths of the report and the tables, and how many cells are finished and failed.
 
     Raises:
-        BlockingIOError: if another process runs cells in `output_dir`.
         FileNotFoundError: if a file of weights, rows, settings or an overlay is missing.
         ValueError: if a row, an initialisation, a setting or a protocol is unknown, a fraction is no case at all, or
             `output_dir` holds results of other settings.
@@ -161,14 +157,13 @@ def compare(
     if steps % points or seeds < 1:
         raise ValueError(f"steps must be a multiple of points, and seeds at least 1; got {steps=}, {points=}, {seeds=}")
     base = choose_reference(plan, reference)
-    geometry = str(shared.get("geometry", "refuse"))
 
     if bundle.startswith("lidc"):
         split = split_nodules(bundle, dataset_dir, shared, held_out, curve_cases, training_cases)
     else:
-        split = split_volumes(dataset_dir, datalist, held_out, curve_cases, training_cases, geometry)
+        split = split_volumes(dataset_dir, datalist, held_out, curve_cases, training_cases)
         if bundle.startswith("bcv") and "label_names" not in shared:
-            shared["label_names"] = find_label_names(dataset_dir, datalist, split.pool, geometry)
+            shared["label_names"] = find_label_names(dataset_dir, datalist, split.pool)
     counts = {share: count_cases(share, split.size) for share in shares}
     described, data_dir = describe_cases(split.scored), str(Path(dataset_dir).resolve())
     common = {
@@ -181,7 +176,7 @@ def compare(
         chosen = root / "data" / f"share{share:g}-seed{seed}.json"
         lists[chosen] = split.draw(counts[share], seed)
         example = split.example if pictures and task.example and (seed, share) == (0, shares[-1]) else None
-        data = literal({"dataset_dir": data_dir, split.option: str(chosen)})
+        data = {"dataset_dir": data_dir, split.option: str(chosen)}
         train: dict[str, Any] = {"seed": seed, "epochs": points, task.steps: steps // points, "val_interval": 1}
         train |= {**task.train, **data, **split.train}
         for name, row in product(names, plan):
@@ -194,9 +189,9 @@ def compare(
             cells[name, row.name, share, seed] = cell
     for cell in {key[:2]: cell for key, cell in cells.items()}.values():
         _check_settings(cell)
-    claim(root, common, alone=workers > 0 or ray is not None)
+    claim(root, common)
     for row in plan:
-        claim(root / "cells" / row.folder, row.identity(), alone=False)
+        claim(root / "cells" / row.folder, row.identity())
     for path, content in lists.items():
         write_json(path, content)
 
@@ -228,18 +223,17 @@ def _plan_stages(
     """Plan the runs of a cell, which leave `weights` in the folder models/ of the cell's."""
     models, folder = weights.parent, weights.parents[1]
     configs = ("configs/train.yaml", *([overlay] if overlay else []), *row.configs)
-    settings = {"norm": "batch"}  # of all rows, since pre-trained files have it
-    settings |= {n: literal(plain(v)) if n in NAMES else v for n, v in merge_settings(shared, row).items()}
-    start = literal({"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained}))
-    folders = literal({"ckpt_dir": str(models), "output_dir": str(folder / "eval")})
+    settings = merge_settings(shared, row)
+    start = {"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained})
+    folders = {"ckpt_dir": str(models), "output_dir": str(folder / "eval")}
     train = {"num_workers": 0, **settings, **start, **train, **folders}
-    left = {"ckpt_path": literal(str(weights)), "args_file": str(models / "run.json")}
-    score = {"num_workers": 0, **settings, **score, **left, "output_dir": literal(str(folder / "scores"))}
+    left = {"ckpt_path": str(weights), "args_file": str(models / "run.json")}
+    score = {"num_workers": 0, **settings, **score, **left, "output_dir": str(folder / "scores")}
     stages = (Stage("training", configs, train), Stage("scoring", (*configs, "configs/evaluate.yaml"), score))
     if example is None:
         return stages
-    own = {name: value for name, value in settings.items() if name.startswith(("network_def", "geometry"))}
-    shown = {**own, **left, **literal({"dataset_dir": example["image"], "output_dir": str(folder / "example")})}
+    own = {name: value for name, value in settings.items() if name.startswith("network_def")}
+    shown = {"dataset_dir": example["image"], **own, **left, "output_dir": str(folder / "example")}
     return (*stages, Stage("example", ("configs/inference.yaml", *row.configs), shown))
 
 

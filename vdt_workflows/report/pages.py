@@ -1,5 +1,7 @@
 """Pages from templates: one style, one file, nothing from a network, and every name shown as text."""
 
+from __future__ import annotations
+
 import base64
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,7 @@ _TEMPLATES = Environment(
 
 def render(template: str, **values: Any) -> str:
     """Fill in a template of the folder `templates`; text is escaped, but for what is `markupsafe.Markup`."""
-    page = _TEMPLATES.get_template(template).render(colours=(COLOURS, LIGHTER), **values)
-    return page.encode("utf-8", "backslashreplace").decode()  # names of files may be of any bytes
+    return _TEMPLATES.get_template(template).render(colours=(COLOURS, LIGHTER), **values)
 
 
 def to_base64(content: bytes) -> str:

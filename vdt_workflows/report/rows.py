@@ -1,5 +1,7 @@
 """Rows and protocols of a comparison: the ways to start a network, and the settings that go with each."""
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Mapping, Sequence

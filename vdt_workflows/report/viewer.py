@@ -1,5 +1,7 @@
 """The slice viewer of a report: NiiVue, taken from the installed ipyniivue, and volumes inside the page."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from networks import P3D, GenesisUNet3D, ResNet3D, constrain, load_pretrained, read_checkpoint
-from networks.published_names import describe_encoder
+from networks import GenesisUNet3D, ResNet3D, constrain, load_pretrained
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import hash_file
 from vdt_workflows.training.checkpoints import read_provenance
@@ -16,7 +15,7 @@ from vdt_workflows.training.checkpoints import read_provenance
 # What each takes from `pretrained`.
 INITIALISATIONS = {
     "scratch": "nothing",
-    "vdt": "the encoder that pre-training writes as models/encoder.pt (of configs/p3d.yaml for lesion detection)",
+    "vdt": "the encoder that pre-training writes as models/encoder.pt",
     "i3d": "a 2D ResNet, such as torchvision's, its kernels inflated along depth",
     "acs": "a 2D ResNet, its kernels spread over three views, which is all that is trained",
     "2.5d": "a 2D ResNet, its kernels kept flat, which is all that is trained",
@@ -64,11 +63,6 @@ def initialise(
             f" {INITIALISATIONS[init]}"
         )
     _check_network(network, init)
-    if any(isinstance(m, P3D) for m in network.modules()) and describe_encoder(read_checkpoint(pretrained)):
-        raise ValueError(
-            f"{pretrained}: holds a ResNet, whose kernels fit no layer of a P3D; pre-train a P3D with configs/p3d.yaml"
-            " of imagenet_vdt_pretraining, or give a P3D backbone or detector"
-        )
     load_pretrained(network, pretrained, stem=stem, conversion=init if init in CONVERTED else None)
     if init in FLAT:
         constrain(network, init)
@@ -77,15 +71,6 @@ def initialise(
         if part is network or name.endswith("backbone"):  # the encoder may be saved alone
             part.origin = origin
     return network
-
-
-def pick_norm(init: str, pretrained: str | os.PathLike | None, scratch: str = "instance") -> str:
-    """Give the norm that a network needs for its first weights: that of the file, or `scratch` without one."""
-    if init == "scratch" or pretrained is None or not os.path.isfile(pretrained):
-        return scratch
-    tensors = read_checkpoint(pretrained)
-    written = [part["architecture"] for part in getattr(tensors, "_metadata", {}).values() if "architecture" in part]
-    return next((a["norm"] for a in written if "norm" in a), None) or describe_encoder(tensors).get("norm", "batch")
 
 
 def describe_weights(path: str | os.PathLike) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Devices and processes of a run: one process alone, or one for each GPU, started by torchrun."""
 
+from __future__ import annotations
+
 from collections.abc import Sized
 
 import torch
@@ -31,43 +33,6 @@ def leave_processes() -> None:
     """Leave the processes that were joined, if any."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def share_batch(batch_size: int, world_size: int = 1, micro_batch: int | None = None) -> tuple[int, int]:
-    """Share a batch out to processes, and each one's share to micro batches of equal size.
-
-    Args:
-        batch_size: samples of one step of the optimiser.
-        world_size: number of processes.
-        micro_batch: samples that a process holds at once, at most; all by default.
-
-    Returns:
-        Samples of a micro batch of one process, and how many micro batches a step has.
-
-    Raises:
-        ValueError: naming the nearest right values, if the batch cannot be shared out evenly.
-    """
-    if min(batch_size, world_size, micro_batch or 1) < 1:
-        raise ValueError(f"batch_size and micro_batch must be at least 1, got {batch_size} and {micro_batch}")
-    share, rest = divmod(batch_size, world_size)
-    if rest or not share:
-        near = [n * world_size for n in (share, share + 1) if n]
-        fewer = max(n for n in range(1, world_size) if batch_size % n == 0)
-        raise ValueError(
-            f"a batch of {batch_size} cannot be shared by {world_size} processes; give --batch_size"
-            f" {' or '.join(map(str, near))}, or start {fewer} process{'es' if fewer > 1 else ''}"
-        )
-    if micro_batch is None or share <= micro_batch:
-        return share, 1
-    if share % micro_batch:
-        lower = max(n for n in range(1, micro_batch) if share % n == 0)
-        upper = min(n for n in range(micro_batch, share + 1) if share % n == 0)
-        step = micro_batch * world_size
-        raise ValueError(
-            f"{share} samples of each process cannot be shared by micro batches of {micro_batch}; give --micro_batch"
-            f" {lower} or {upper}, or --batch_size {batch_size // step * step} or {(batch_size // step + 1) * step}"
-        )
-    return micro_batch, share // micro_batch
 
 
 def share_out(data: Sized, rank: int = 0, world_size: int = 1) -> range:

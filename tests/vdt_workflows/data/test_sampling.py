@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import traceback
 from collections import Counter
 from itertools import chain

@@ -1,5 +1,7 @@
 """DICOM SEG: what is written, read back by highdicom and pydicom, against the NIfTI of the same labels."""
 
+from __future__ import annotations
+
 import sys
 
 import nibabel as nib
@@ -11,7 +13,7 @@ from monai.transforms import LoadImaged, SaveImaged
 from nibabel.affines import apply_affine
 
 from tests.makers.dicom import uid, write_series
-from vdt_transforms.dicom_folders import find_series
+from vdt_transforms.dicom_series import find_series
 from vdt_workflows.evaluation.dicom_seg import SaveDicomSegd, code_label, writes_dicom
 
 pytest.importorskip("highdicom")
@@ -156,7 +158,7 @@ def test_labels_of_nothing_are_written(tmp_path):
 def test_a_nifti_has_no_series_to_refer_to(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.int16), np.eye(4)), tmp_path / "case.nii.gz")
     image = LoadImaged("image", ensure_channel_first=True)({"image": str(tmp_path / "case.nii.gz")})["image"]
-    with pytest.raises(ValueError, match=r"case\.nii\.gz: no DICOM series, .*; use output_format: nifti$"):
+    with pytest.raises(ValueError, match=r"case\.nii\.gz: no DICOM folder, .*; use output_format: nifti$"):
         SaveDicomSegd("pred", tmp_path, NAMES)({"pred": image})
 
 

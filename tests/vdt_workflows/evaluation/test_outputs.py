@@ -1,3 +1,6 @@
+from __future__ import annotations
+
+import csv
 import json
 
 import numpy as np
@@ -7,7 +10,6 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
-from tests.support.bundle_runs import rows as read_rows
 from vdt_workflows.evaluation.outputs import SaveLesions, SavePredictions
 
 
@@ -58,6 +60,11 @@ def test_nothing_found_is_written_too(tmp_path):
     lesions, content, _ = save(tmp_path, np.eye(4), boxes=np.zeros((0, 6)).tolist())
     assert lesions == []
     assert content["markups"] == []
+
+
+def read_rows(file):
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
 
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.5]]).log_softmax(1)

@@ -1,5 +1,7 @@
 """All bundles but pre-training from one MONAI Label server. Set MONAI_LABEL_PYTHON to the interpreter that has it."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os

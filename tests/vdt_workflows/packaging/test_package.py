@@ -157,10 +157,10 @@ def test_the_settings_of_the_run_are_the_defaults_and_the_metadata_follow(unpack
 
 
 def test_a_run_by_the_paper_protocol_leaves_its_config_as_the_default(weights, tmp_path):
-    copy = reweigh(weights, tmp_path / "models", protocol="paper")
-    record = copy.parent / "run.json"
+    shutil.copytree(weights.parent, tmp_path / "models")
+    record = tmp_path / "models" / "run.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "protocol": "paper"}))
-    train = member(package_bundle(NAME, str(tmp_path), weights=str(copy)), "train")
+    train = member(package_bundle(NAME, str(tmp_path), weights=str(tmp_path / "models" / "model.pt")), "train")
     assert (train["protocol"], train["best_name"], train["base_channels"]) == ("paper", "model_best.pt", 4)
     assert train["train"]["places"][0]["_target_"] == "scripts.vdt_transforms.ForegroundSlicesd"
 
@@ -223,9 +223,9 @@ def test_weights_need_the_record_of_their_run_and_must_fit_it(weights, tmp_path)
         package_bundle(NAME, str(tmp_path), weights=copy)
     other = json.dumps({**json.loads((weights.parent / "run.json").read_text()), "base_channels": 8})
     wrong = {
-        other: r"run\.json: contradicts .*model\.pt, .* \(base_channels 8, not 4\)",
+        other: r"model\.pt: ",
         "{}": "not the record of a run",
-        "cut": "no whole JSON",
+        "cut": "not a JSON object",
         "3": "not a JSON object",
     }
     for text, sentence in wrong.items():
@@ -341,14 +341,11 @@ def test_a_package_answers_as_the_bundle_from_anywhere_without_the_repository(an
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
 def test_every_bundle_passes_its_checks_in_the_repository_and_from_its_zip(bundle, trained, tmp_path):
     weights = trained(bundle) / "models" / "model.pt"
-    found = check(Path(package_bundle(bundle.name, str(tmp_path), weights=str(weights))), BARE)
-    assert {"files", "metadata", "configs", "network", "readme", "isolation"} <= set(found)
-    assert not any(found.values()), found
-    if bundle.name == NAME:  # the others in this process, which has the imports done
-        assert not any(check(bundle).values())
-    else:
-        whole = bundle_checks.Bundle(bundle)
-        assert not [fault for one in bundle_checks.CHECKS for fault in bundle_checks.find_faults(whole, one)]
+    zipped = Path(package_bundle(bundle.name, str(tmp_path), weights=str(weights)))
+    for place in (bundle, zipped):
+        found = check(place, BARE)
+        assert {"files", "metadata", "configs", "network", "readme", "isolation"} <= set(found)
+        assert not any(found.values()), found
 
 
 def test_the_example_of_a_package_gives_all_that_the_bundles_own_does():

@@ -1,5 +1,7 @@
 """Weights turned into native files and into MONAI's."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

@@ -1,5 +1,7 @@
 """The rows of a comparison, and which settings go with them."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

@@ -1,5 +1,7 @@
 """The page of a run: what it holds, and what its viewer does in a browser that is offline."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import sys

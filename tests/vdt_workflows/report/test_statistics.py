@@ -1,5 +1,7 @@
 """The statistics of a comparison, against values worked out by hand."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import hashlib
 import re
 
@@ -22,7 +24,7 @@ from networks import (
 )
 from tests.support.network_checks import count, randomise
 from vdt_workflows.training.checkpoints import load_weights, read_provenance, save_weights
-from vdt_workflows.training.initialisation import initialise, pick_norm
+from vdt_workflows.training.initialisation import initialise
 
 
 @pytest.fixture
@@ -288,19 +290,3 @@ def test_genesis_fills_its_own_network_all_but_the_last_layer(tmp_path):
 def test_an_init_for_another_network_is_refused(init, network, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         initialise(network(**options, base_channels=4), init, "weights.pt")
-
-
-def test_the_norm_is_that_of_the_file_and_from_scratch_one_that_small_batches_bear(tmp_path):
-    path = tmp_path / "encoder.pt"
-    assert pick_norm("scratch", None) == "instance"
-    for norm in ("batch", "group", "instance"):
-        save_weights(ResNet3D(18, base_channels=4, norm=norm), path)
-        assert pick_norm("vdt", path) == norm
-    torch.save(ResNet3D(18, base_channels=4).state_dict(), path)  # without what these packages write beside
-    assert pick_norm("vdt", path) == "batch"
-
-
-def test_a_resnets_file_is_refused_for_a_detector_in_a_sentence(encoder):
-    detector = LesionDetector("18ba", base_channels=4, pyramid_channels=8, head_channels=8)
-    with pytest.raises(ValueError, match=r"holds a ResNet, .* pre-train a P3D with configs/p3d\.yaml of imagenet_vdt"):
-        initialise(detector, "vdt", encoder[0])

@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 
 from vdt_workflows.training.checkpoints import ResumeRun, SaveWeights
-from vdt_workflows.training.processes import join_processes, leave_processes, pick_device, place, share_batch, share_out
+from vdt_workflows.training.processes import join_processes, leave_processes, pick_device, place, share_out
 from vdt_workflows.training.runs import RememberRun, RunLog, SaveScores
 
 
@@ -57,7 +57,7 @@ def test_of_several_processes_the_first_one_writes(monkeypatch, tmp_path, rank):
     ):
         handler(engine)
     assert len(list(tmp_path.iterdir())) == (3 if rank == 0 else 0)
-    assert ResumeRun(str(tmp_path / "resume.pt"), {}).writes == RunLog(str(tmp_path)).writes == (rank == 0)
+    assert ResumeRun(str(tmp_path / "resume.pt"), {}, {}).writes == RunLog(str(tmp_path)).writes == (rank == 0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
@@ -69,27 +69,3 @@ def test_cases_are_shared_out_once_and_no_process_is_without_any(size, processes
     assert whole == (list(range(size)) if size >= processes else sorted(processes * list(range(size))))
     with pytest.raises(ValueError, match="data is empty; expected at least one sample"):
         share_out([])
-
-
-@pytest.mark.parametrize(
-    ("batch", "processes", "micro", "shared"),
-    [(256, 1, 64, (64, 4)), (24, 8, 1, (1, 3)), (24, 4, 6, (6, 1)), (6, 1, 64, (6, 1)), (32, 4, None, (8, 1))],
-)
-def test_a_batch_is_shared_evenly(batch, processes, micro, shared):
-    assert share_batch(batch, processes, micro) == shared
-    assert shared[0] * shared[1] * processes == batch
-
-
-@pytest.mark.parametrize(
-    ("batch", "processes", "micro", "near"),
-    [
-        (2, 8, 2, "shared by 8 processes; give --batch_size 8, or start 2 processes"),
-        (16, 3, 2, "shared by 3 processes; give --batch_size 15 or 18, or start 2 processes"),
-        (16, 1, 3, "16 samples of each process .* give --micro_batch 2 or 4, or --batch_size 15 or 18"),
-        (3, 1, 2, "3 samples .* give --micro_batch 1 or 3, or --batch_size 2 or 4"),
-        (0, 1, 2, "must be at least 1, got 0"),
-    ],
-)
-def test_what_does_not_divide_is_refused_with_the_nearest_that_does(batch, processes, micro, near):
-    with pytest.raises(ValueError, match=near):
-        share_batch(batch, processes, micro)

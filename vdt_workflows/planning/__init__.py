@@ -1,1 +1,0 @@
-"""Settings found from the data, and trainings that take them."""
