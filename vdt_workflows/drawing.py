@@ -251,12 +251,12 @@ def _draw_head(title: str, legend: Mapping[int, str], width: int) -> Image.Image
     return head
 
 
-def make_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, Any]:
-    """Make a matplotlib figure of so many inches, and its axes, an array of them where there are several rows."""
+def make_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """Make a matplotlib figure of so many inches, and its axes, an array of them where there are several."""
     from matplotlib.figure import Figure  # half a second that only a run that draws pays
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows)
+    return figure, figure.subplots(rows, columns)
 
 
 def to_png(picture: np.ndarray | Figure, dpi: float | None = None) -> bytes:

@@ -17,7 +17,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 
-from vdt_workflows.drawing import to_png
+from vdt_workflows.drawing import make_figure, to_png
 from vdt_workflows.files import write_atomic, write_csv, write_json
 from vdt_workflows.training.processes import is_first_process
 
@@ -176,14 +176,13 @@ class RunLog:
 
 def draw_curves(rows: list[Row], title: str = "") -> bytes:
     """Draw losses on the left and scores on the right, against the epoch, as a PNG."""
-    from matplotlib.figure import Figure  # half a second, for runs that draw only
     from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     losses = [name for name in names if name.endswith("loss")]
     scores = [name for name in names if name not in {*losses, "epoch", "step", "lr", "seconds"}]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, lines, label in zip(figure.subplots(1, 2), (losses, scores), ("loss", "score"), strict=True):
+    figure, both = make_figure(10, 4, columns=2)
+    for axes, lines, label in zip(both, (losses, scores), ("loss", "score"), strict=True):
         for name in lines:
             points = [(row["epoch"], row[name]) for row in rows if name in row]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{name} {points[-1][1]:.4g}")
