@@ -164,8 +164,7 @@ def _files(item: Any) -> list[str]:
 
 def _check_files(item: Any) -> None:
     for file in _files(item):
-        if file.endswith(".gz"):
-            check_checksum(file)
+        check_checksum(file)
 
 
 def _name_file(error: BaseException, item: Any) -> BaseException:

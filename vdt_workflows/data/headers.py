@@ -63,10 +63,12 @@ def read_header(path: str | os.PathLike) -> SpatialImage:
 
 
 def check_checksum(path: str | os.PathLike) -> None:
-    """Raise ValueError, naming the file, if a gzip file does not unpack to its end, where its checksum is.
+    """Raise ValueError, naming the file, if one that ends in .gz does not unpack to its end, where its checksum is.
 
     nibabel stops after the last voxel, before the checksum, so that changed bytes would go unnoticed.
     """
+    if not os.fspath(path).endswith(".gz"):
+        return
     try:
         with gzip.open(path) as unpacked:
             while unpacked.read(1 << 20):

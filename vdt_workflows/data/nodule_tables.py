@@ -234,8 +234,7 @@ def _read_positions(path: Path) -> list[dict[str, Any]]:
 
 def _read_mask(path: Path) -> list[dict[str, Any]]:
     image = read_header(path)
-    if path.suffix == ".gz":
-        check_checksum(path)
+    check_checksum(path)
     mask = np.asarray(image.dataobj).reshape(image.shape[:3]) > 0
     if not mask.any():
         raise ValueError(f"positions {path}: a mask without any voxel above 0; expected nodules in it")
