@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from networks.detector import LesionDetector
     from networks.genesis import GenesisUNet3D
     from networks.nodule_fcn import NoduleFCN
-    from networks.p3d import P3D
+    from networks.p3d import P3D, P3DClassifier
     from networks.published_names import describe_encoder
     from networks.resnet2d import ResNet2D, ResNet2DClassifier
     from networks.resnet3d import ResNet3D
@@ -42,7 +42,7 @@ _NAMES = {
     "detector": ["LesionDetector"],
     "genesis": ["GenesisUNet3D"],
     "nodule_fcn": ["NoduleFCN"],
-    "p3d": ["P3D"],
+    "p3d": ["P3D", "P3DClassifier"],
     "published_names": ["describe_encoder"],
     "resnet2d": ["ResNet2D", "ResNet2DClassifier"],
     "resnet3d": ["ResNet3D"],
@@ -52,7 +52,7 @@ _NAMES = {
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = ["P3D", "GenesisUNet3D", "LesionDetector", "NoduleFCN", "ResNet2D", "ResNet2DClassifier", "ResNet3D"]
-__all__ += ["ResNet3DClassifier", "ResUNet3D", "VolumeLesionDetector"]
+__all__ += ["P3DClassifier", "ResNet3DClassifier", "ResUNet3D", "VolumeLesionDetector"]
 __all__ += ["DepthFirst", "FlatConv3d", "constrain", "convert", "expand"]
 __all__ += ["LoadReport", "describe_encoder", "load_pretrained", "read_checkpoint"]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 CONTAINERS = ("state_dict", "model", "network")
+LARGEST = 1e8  # magnitude of a weight; variances may reach its square
 # What every ResNet3D is today; files of versions in which it was an argument may hold another value.
 FORMER = {"dilations": [1, 1, 1, 1]}
 
@@ -49,7 +50,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file needs pickled code, is no checkpoint, is cut off, or holds no tensors.
+        ValueError: if the file needs pickled code, is no checkpoint, is cut off, holds no tensors, or one with values
+            that no network has: NaN, infinite, of a magnitude above `LARGEST`, or a negative variance.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint file")
@@ -74,8 +76,40 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     tensors = OrderedDict((name, value) for name, value in entries if isinstance(value, Tensor))
     if not tensors:
         raise ValueError(f"{path}: holds no tensors; expected a state dict, bare or under one of {CONTAINERS}")
+    check_values(path, tensors)
     tensors._metadata = getattr(content, "_metadata", {})  # type: ignore[attr-defined]  # as torch keeps it
     return tensors
+
+
+def check_values(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse values that no trained network has: NaN, infinite, above `LARGEST`, or a negative variance.
+
+    Raises:
+        ValueError: naming the file and the tensor.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        is_variance = name.endswith("running_var")
+        low, high = (value.item() for value in torch.aminmax(tensor.float()))  # NaN if any is
+        most = LARGEST**2 if is_variance else LARGEST
+        if not (0 if is_variance else -most) <= low <= high <= most:
+            raise ValueError(
+                f"{path}: {name} holds values from {low:g} to {high:g}, which no trained network has; the file is"
+                " damaged or its training failed, take another one"
+            )
+
+
+def check_types(path: str | os.PathLike, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse whole numbers and truth values where the network has floating-point ones, which torch would convert.
+
+    Raises:
+        ValueError: naming the file, the tensor and both types.
+    """
+    for name, tensor in tensors.items():
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            theirs, ours = (str(t.dtype).removeprefix("torch.") for t in (tensor, own[name]))
+            raise ValueError(f"{path}: {name} is {theirs}, the network has {ours}; save the trained weights")
 
 
 def record_architecture(network: nn.Module) -> None:

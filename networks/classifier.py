@@ -1,7 +1,5 @@
 """The network that is pre-trained: a ResNet3D with a linear head."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

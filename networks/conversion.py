@@ -14,8 +14,6 @@ written out with zeros (`expand`) give exactly what the flat ones give, at any s
 Sources: arXiv 1705.07750 (I3D), arXiv 1911.10477 (ACS; the split and the 2.5D form as in its published code).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from typing import Any

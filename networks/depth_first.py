@@ -1,7 +1,5 @@
 """The one place where MONAI's axis order meets the networks' axis order."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

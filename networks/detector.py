@@ -39,6 +39,17 @@ class ExactAnchors(AnchorGenerator):
         widths, heights = (size / ratio[:, None]).flatten(), (size * ratio[:, None]).flatten()
         return torch.stack([-widths, -heights, widths, heights], dim=1) / 2
 
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
+        """Anchors (H W A, 4) of each map at its true stride; `strides` are wrong where they do not divide a size."""
+        anchors: list[Tensor] = []
+        for i, cell in enumerate(self.cell_anchors):
+            rows = torch.arange(grid_sizes[i][0], device=cell.device, dtype=cell.dtype) * (4 << i)
+            columns = torch.arange(grid_sizes[i][1], device=cell.device, dtype=cell.dtype) * (4 << i)
+            y, x = torch.meshgrid(rows, columns, indexing="ij")
+            shifts = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
+            anchors.append((shifts + cell).reshape(-1, 4))
+        return anchors
+
 
 class LesionProposals(RegionProposalNetwork):
     """torchvision's region proposals, with the published rules for which anchors learn what.
@@ -60,7 +71,7 @@ class LesionProposals(RegionProposalNetwork):
 def assign_anchors(anchors: Tensor, boxes: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Label anchors (A, 4) for the lesions `boxes` (L, 4) of an image of `size` (rows, columns), as published."""
     rows, columns = size.tolist()
-    inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] <= columns) & (anchors[:, 3] <= rows)
+    inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] < columns) & (anchors[:, 3] < rows)
     labels = anchors.new_zeros(len(anchors))
     learnt = torch.zeros_like(anchors)
     if len(boxes):

@@ -1,7 +1,5 @@
 """The U-Net of Models Genesis, for the comparison with its published weights."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

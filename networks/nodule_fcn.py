@@ -1,7 +1,5 @@
 """The fully convolutional network that segments nodules at the full resolution of a small cube."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

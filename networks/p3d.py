@@ -1,11 +1,13 @@
 """P3D and MP3D: pseudo-3D residual networks that turn a short stack of slices into 2D feature maps."""
 
 from itertools import cycle
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 
+from networks.classifier import LinearHead
 from networks.resnet3d import Stage, Stride, check_choice, conv1x1x1, norm_layer
 
 CONVERSIONS = ("center", "group")
@@ -221,3 +223,34 @@ class P3D(nn.Module):
         x3 = self.last_pool(self.layer3(x2))
         x4 = self.layer4(x3)
         return [self.groupconv_1(x1), self.groupconv_2(x2), self.groupconv_3(x3), self.groupconv_4(x4)]
+
+
+class P3DClassifier(nn.Module):
+    """Classify images read as volumes with an MP3D, whose encoder then starts a lesion detector.
+
+    The group transforms stay at the centre slice, since an image has other slices than a stack of CT.
+
+    Args:
+        depth: see `P3D`.
+        num_classes: number of logits.
+        slices: of the input, 3 for an image.
+        dropout: probability of dropping a pooled feature before the linear layer.
+        encoder: every further argument goes to `P3D`.
+
+    Raises:
+        ValueError: if `num_classes` is below one, or as `P3D` does.
+    """
+
+    def __init__(
+        self, depth: int | str, num_classes: int, *, slices: int = 3, dropout: float = 0.0, **encoder: Any
+    ) -> None:
+        super().__init__()
+        self.backbone = P3D(depth, conversion="group", slices=slices, **encoder)
+        for module in self.backbone.modules():
+            if isinstance(module, GroupTransform):
+                module.requires_grad_(False)
+        self.head = LinearHead(self.backbone.channels[-1], num_classes, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, D, H, W) -> logits (N, num_classes)."""
+        return self.head(self.backbone(x)[-1])

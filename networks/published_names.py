@@ -16,7 +16,9 @@ ENCODER = re.compile(r"^(backbone\.)?(conv1|bn1|conv1_custom|norm1|layer[1-4]|(d
 BARE = ("conv1.weight", "conv1_custom.weight", "down_tr64.ops.0.conv1.weight")  # first layers without a prefix
 GROUP_TRANSFORMS = re.compile(r"^(backbone\.)?groupconv_[1-4]\.weight$")
 # The last layer depends on the task: another number of classes leaves it random instead of refusing the file.
-CLASSIFIERS = re.compile(r"(^|\.)(fc|conv_seg|seg_head\.3|cls_score|bbox_pred|final_conv)\.(weight|bias)$")
+CLASSIFIERS = re.compile(
+    r"(^|\.)(fc|conv_seg|side_heads\.\d|seg_head\.3|cls_score|bbox_pred|final_conv)\.(weight|bias)$"
+)
 STATISTICS = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
 # Published names on the left; this package's on the right.
 PUBLISHED = (

@@ -1,7 +1,5 @@
 """The 2D twin of `ResNet3D`: what 2D pre-training trains, and conversions to 3D start from."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -38,7 +36,7 @@ class ResNet2D(nn.Sequential):
         in_channels: int = 3,
         base_channels: int = 64,
         norm: str = "batch",
-        zero_init_residual: bool = True,
+        zero_init_residual: bool = False,
     ) -> None:
         from torchvision.models.resnet import BasicBlock, Bottleneck  # here, as its import is slow
 

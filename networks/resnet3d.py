@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.checkpoints import record_architecture
+from networks.norms import InstanceNorm
 
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 STEMS = ("strided", "unet", "flat")
@@ -42,7 +43,7 @@ def norm_layer(norm: str, channels: int, axes: int = 3) -> nn.Module:
         return nn.BatchNorm3d(channels) if axes == 3 else nn.BatchNorm2d(channels)
     if norm == "group":
         return nn.GroupNorm(gcd(64, channels) // 2 or 1, channels)
-    return (nn.InstanceNorm3d if axes == 3 else nn.InstanceNorm2d)(channels, affine=True)
+    return InstanceNorm(channels, channels)
 
 
 def conv3x3x3(in_channels: int, out_channels: int, stride: Stride = (1, 1, 1)) -> nn.Conv3d:
@@ -202,6 +203,18 @@ def init_weights(network: nn.Module, zero_init_residual: bool) -> None:
             nn.init.zeros_(last.weight)
 
 
+def find_strides(strides: Sequence[int | Sequence[int]], stem: str, depth_stride: bool) -> list[Stride]:
+    """Give the strides of the stem's convolution, its max-pool and the four stages (see `ResNet3D`)."""
+    six = [*((2 if stem == "strided" else 1, 1 if stem == "flat" else 2) if len(strides) == 4 else ()), *strides]
+    found = [((s if depth_stride else 1), s, s) if isinstance(s, int) else tuple(s) for s in six]
+    if len(six) != 6 or any(len(s) != 3 or min(s) < 1 for s in found) or (stem == "flat" and max(found[1]) > 1):
+        raise ValueError(
+            f"strides must be four positive integers, or six of numbers or triples (1 for the max-pool that stem 'flat'"
+            f" lacks), got {tuple(strides)}"
+        )
+    return found
+
+
 class ResNet3D(nn.Module):
     """3D ResNet encoder whose weights serve any number of slices: 3 (an image), 32 or 48 (a CT patch).
 
@@ -220,7 +233,8 @@ class ResNet3D(nn.Module):
         depth_stride: whether strides act on the depth axis as well as on height and width.
         stem: "strided" (7 x 7 x 7 convolution of stride 2, then max-pool), "unet" (convolution of stride 1, then
             max-pool) or "flat" (convolution of stride 1, no max-pool).
-        strides: stride of each stage.
+        strides: stride of each stage; or six, of the stem's convolution, its max-pool and each stage, in place of those
+            of `stem`. Each is a number, or three for depth, height and width that `depth_stride` leaves alone.
         shortcut: "B" (1 x 1 x 1 convolution and norm) or "A" (subsampling and zeros) where a block changes the shape.
         norm: "batch", "group" or "instance", for every norm of the network.
         out_indices: the stages (0 to 3) whose maps are returned; later stages than the last one are not built.
@@ -228,7 +242,7 @@ class ResNet3D(nn.Module):
         frozen_stages: -1 trains everything, 0 freezes the stem, k also freezes the first k stages (their batch norms
             then use the stored statistics).
         norm_eval: batch norms use, and do not update, the stored statistics while training.
-        zero_init_residual: the last norm of every block starts at zero, so that the block starts as an identity.
+        zero_init_residual: the last norm of every block starts at zero, as published; without, training starts sooner.
         checkpointing: recompute each stage in the backward pass, which saves memory for about a third more time.
 
     Attributes:
@@ -247,22 +261,20 @@ class ResNet3D(nn.Module):
         base_channels: int = 64,
         depth_stride: bool = False,
         stem: str = "strided",
-        strides: Sequence[int] = (1, 2, 2, 2),
+        strides: Sequence[int | Sequence[int]] = (1, 2, 2, 2),
         shortcut: str = "B",
         norm: str = "batch",
         out_indices: Sequence[int] = (3,),
         return_stem: bool = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
-        zero_init_residual: bool = True,
+        zero_init_residual: bool = False,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_choice("depth", depth, LAYERS)
         check_choice("stem", stem, STEMS)
         check_choice("shortcut", shortcut, ("A", "B"))
-        if len(strides) != 4 or any(stride < 1 for stride in strides):
-            raise ValueError(f"strides must be four positive integers, got {tuple(strides)}")
         if not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
             raise ValueError(f"out_indices must name stages 0 to 3, got {tuple(out_indices)}")
         if not -1 <= frozen_stages <= 4:
@@ -272,11 +284,7 @@ class ResNet3D(nn.Module):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
-        def stride3d(stride: int) -> Stride:
-            return (stride if depth_stride else 1, stride, stride)
-
-        stem_stride = stride3d(2 if stem == "strided" else 1)
-        pool_stride = stride3d(1 if stem == "flat" else 2)
+        stem_stride, pool_stride, *stage_strides = every = find_strides(strides, stem, depth_stride)
         self.conv1 = StemConv3d(in_channels, base_channels, stem_stride)
         self.bn1 = norm_layer(norm, base_channels)
         self.relu = nn.ReLU(inplace=True)
@@ -287,20 +295,25 @@ class ResNet3D(nn.Module):
         stages: list[nn.Module] = []
         for index, blocks in enumerate(LAYERS[depth]):
             width = base_channels * 2**index
-            layers = _make_stage(block, blocks, channels[-1], width, stride3d(strides[index]), norm, shortcut)
+            layers = _make_stage(block, blocks, channels[-1], width, stage_strides[index], norm, shortcut)
             built = index <= self.out_indices[-1]
             stages.append(Stage(*layers, checkpointing=checkpointing) if built else nn.Identity())
             channels.append(width * block.expansion)
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
 
         returned = [0] * return_stem + [index + 1 for index in self.out_indices]
-        stem_total, _, *totals = accumulate([stem_stride[-1], pool_stride[-1], *strides], mul)
+        totals = [list(accumulate(axis, mul)) for axis in zip(*every, strict=True)]
         self.channels = [channels[i] for i in returned]
-        self.reductions = [stride3d([stem_total, *totals][i]) for i in returned]
+        self.reductions = [tuple(axis[i + (i > 0)] for axis in totals) for i in returned]  # behind the pool's at 1
         init_weights(self, zero_init_residual)
         self.train()
         self.architecture: dict[str, Any] = dict(
-            depth=depth, depth_stride=depth_stride, stem=stem, strides=list(strides), shortcut=shortcut, norm=norm
+            depth=depth,
+            depth_stride=depth_stride,
+            stem=stem,
+            strides=[s if isinstance(s, int) else list(s) for s in strides],
+            shortcut=shortcut,
+            norm=norm,
         )
         record_architecture(self)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 
-from networks.resnet3d import ResNet3D, check_classes, norm_layer
+from networks.resnet3d import ResNet3D, check_choice, check_classes, norm_layer
 
 
 def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> nn.Sequential:
@@ -45,24 +45,28 @@ class Decoder(nn.Module):
             {str(i): UpStage(channels[i + 1], channels[i], norm) for i in reversed(range(len(channels) - 1))}
         )
 
-    def forward(self, features: list[Tensor]) -> Tensor:
-        """Encoder maps, shallow to deep -> the finest decoder map, as large as the first encoder map."""
-        x = features[-1]
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Encoder maps, shallow to deep -> decoder maps, fine to coarse; the first is as large as the encoder's."""
+        maps = [features[-1]]
         for i, stage in enumerate(self.decoder.values()):
-            x = stage(x, features[len(features) - 2 - i])
-        return x
+            maps.insert(0, stage(maps[0], features[len(features) - 2 - i]))
+        return maps[:-1]
 
 
 class SegmentationHead(nn.Module):
-    """Two narrow convolutions, channel dropout, and a 1 x 1 x 1 classifier."""
+    """Two narrow convolutions or none, channel dropout, and a 1 x 1 x 1 classifier."""
 
-    def __init__(self, in_channels: int, num_classes: int, width: int, dropout: float, norm: str) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, width: int, dropout: float, norm: str, head_std: float | None
+    ) -> None:
         super().__init__()
-        self.convs = nn.Sequential(conv_norm_relu(in_channels, width, 3, norm), conv_norm_relu(width, width, 3, norm))
+        widths = [(in_channels, width), (width, width)] if width else []
+        self.convs = nn.Sequential(*(conv_norm_relu(before, after, 3, norm) for before, after in widths))
         self.dropout = nn.Dropout3d(dropout)
-        self.conv_seg = nn.Conv3d(width, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]  # there is a bias
+        self.conv_seg = nn.Conv3d(width or in_channels, num_classes, 1)
+        if head_std is not None:
+            nn.init.normal_(self.conv_seg.weight, std=head_std)
+            nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]  # there is a bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> logits (N, num_classes, D, H, W)."""
@@ -81,15 +85,19 @@ class ResUNet3D(nn.Module):
     Args:
         num_classes: number of logits, background included.
         depth: depth of the encoder.
-        head_channels: width of the head's convolutions.
+        head_channels: width of the head's two convolutions, which work on the finest map; 0 leaves them out.
         dropout: probability of dropping a channel before the last convolution.
         norm: "batch", "group" or "instance", for every norm of encoder, decoder and head.
         stem: "unet" (published) or "strided" (half the resolution; logits are interpolated to the input's size).
+        head_std: the last convolution starts with this standard deviation and without bias, 0.01 as published; None is
+            PyTorch's default start, from which the network leaves the background within tens of steps, not hundreds.
+        deep_supervision: of how many coarser decoder maps, 0 to 3, logits are made too while training, for a loss that
+            asks `take_side_logits` for them. `forward` gives the finest map's alone.
         depth_stride: False keeps the number of slices through the whole network, for thin stacks.
         encoder: every further argument goes to `ResNet3D` (`base_channels`, `in_channels`, `checkpointing`, ...).
 
     Raises:
-        ValueError: if `num_classes` is below one, or as `ResNet3D` does.
+        ValueError: if `num_classes` is below one, `deep_supervision` is not 0 to 3, or as `ResNet3D` does.
     """
 
     def __init__(
@@ -101,11 +109,14 @@ class ResUNet3D(nn.Module):
         dropout: float = 0.1,
         norm: str = "batch",
         stem: str = "unet",
+        head_std: float | None = None,
+        deep_supervision: int = 0,
         depth_stride: bool = True,
         **encoder: Any,
     ) -> None:
         super().__init__()
         check_classes(num_classes)
+        check_choice("deep_supervision", deep_supervision, range(4))
         self.backbone = ResNet3D(
             depth,
             norm=norm,
@@ -116,11 +127,37 @@ class ResUNet3D(nn.Module):
             **encoder,
         )
         self.neck = Decoder(self.backbone.channels, norm)
-        self.decode_head = SegmentationHead(self.backbone.channels[0], num_classes, head_channels, dropout, norm)
+        self.decode_head = SegmentationHead(
+            self.backbone.channels[0], num_classes, head_channels, dropout, norm, head_std
+        )
+
+        self.side_heads = nn.ModuleList(
+            nn.Conv3d(channels, num_classes, 1) for channels in self.backbone.channels[1 : deep_supervision + 1]
+        )
+        self._side_logits: Any = []
+        self.register_load_state_dict_pre_hook(_leave_side_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> logits (N, num_classes, D, H, W)."""
-        logits = self.decode_head(self.neck(self.backbone(x)))
+        maps = self.neck(self.backbone(x))
+        if self.training and not torch.jit.is_scripting():
+            self._side_logits = [head(coarser) for head, coarser in zip(self.side_heads, maps[1:], strict=False)]
+        logits = self.decode_head(maps[0])
         if logits.shape[2:] != x.shape[2:]:
             logits = F.interpolate(logits, size=x.shape[2:], mode="trilinear", align_corners=False)
         return logits
+
+    @torch.jit.unused
+    def take_side_logits(self) -> list[Tensor]:
+        """Give, once, what the last training step made of the coarser maps, fine to coarse, each of its map's size."""
+        taken, self._side_logits = self._side_logits, []
+        return taken
+
+
+def _leave_side_heads(module: Any, state_dict: Any, prefix: str, *unused: Any) -> None:
+    """Leave the heads of coarser maps as they are where a file has none, and out where the network has none."""
+    own = module.side_heads.state_dict(prefix=f"{prefix}side_heads.")
+    for name in [name for name in state_dict if name.startswith(f"{prefix}side_heads.") and name not in own]:
+        del state_dict[name]
+    for name, tensor in own.items():
+        state_dict.setdefault(name, tensor)

@@ -1,8 +1,6 @@
 """Lesions in a whole CT: the key-slice detector on every slice, and its boxes linked through the slices."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,9 +47,12 @@ class VolumeLesionDetector(nn.Module):
         super().__init__()
         self.network = network
         self.slices, self.distance = slices, distance
-        self.window, self.value_range, self.size = tuple(window), tuple(value_range), size
+        self.window = (float(window[0]), float(window[1]))
+        self.value_range = (float(value_range[0]), float(value_range[1]))
+        self.size = size
         self.batch, self.least_score, self.least_iou = batch, least_score, least_iou
 
+    @torch.jit.unused
     def forward(self, volumes: Tensor, *args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
         """Find the lesions of volumes (N, 1, X, Y, Z) with an affine (`MetaTensor`), by falling score.
 
@@ -64,59 +65,67 @@ class VolumeLesionDetector(nn.Module):
         affines = getattr(volumes, "affine", None)
         if affines is None:
             raise ValueError("volumes must be MetaTensors, whose affine holds the distance between slices")
-        affines = torch.as_tensor(affines).reshape(-1, 4, 4)
+        intervals = torch.as_tensor(affines).reshape(-1, 4, 4)[:, :3, 2].norm(dim=1).tolist()
         plain = torch.as_tensor(volumes).as_subclass(Tensor)
-        return [self._find(plain[i, 0], affines[min(i, len(affines) - 1)]) for i in range(len(plain))]
+        rows = [self.find(plain[i, 0], intervals[min(i, len(intervals) - 1)]) for i in range(len(plain))]
+        labels = [torch.zeros(len(found), dtype=torch.int64) for found in rows]
+        return [
+            {"box": f[:, :6], "label": label, "label_scores": f[:, 6]} for f, label in zip(rows, labels, strict=True)
+        ]
 
-    def stacks(self, volume: Tensor, interval: float) -> Iterator[Tensor]:
-        """Yield the stacks (slices, X, Y) of all slices of a volume (X, Y, Z), as training prepares them.
+    def find(self, volume: Tensor, interval: float) -> Tensor:
+        """Find the lesions of a volume (X, Y, Z) whose slices are `interval` mm apart; TorchScript takes it too.
 
-        A slice between two stored ones is interpolated; beyond the ends of the volume the last one stands in.
+        Returns:
+            (L, 7): x1, y1, z1, x2, y2, z2 in voxels and the score, by falling score.
         """
-        planes = volume.permute(2, 0, 1).float()
-        offsets = range(-(self.slices // 2), self.slices // 2 + 1)  # from the key slice
-        places = torch.tensor([k * self.distance / interval for k in offsets], dtype=torch.float64)
-        near = (places.abs() + 1e-6).floor()  # 3 * (2.5 / 7.5) is meant to be 1
-        weight = (places.abs() - near).clamp(min=0).to(planes)[:, None, None]
-        near, far = (places.sign() * near).long(), (places.sign() * (near + 1)).long()
-        for key in range(len(planes)):
-            inner, outer = (planes[(key + offset).clamp(0, len(planes) - 1)] for offset in (near, far))
-            yield self._scaled(inner.lerp(outer, weight))
-
-    def _scaled(self, stack: Tensor) -> Tensor:
-        (low, high), (start, end) = self.window, self.value_range
-        stack = (stack.clamp(low, high) - low) / (high - low) * (end - start) + start
-        sides = self._sides(stack)
-        if sides == tuple(stack.shape[-2:]):
-            return stack
-        return F.interpolate(stack[None], sides, mode="bilinear", align_corners=False)[0]
-
-    def _sides(self, stack: Tensor) -> tuple[int, int]:
-        x, y = stack.shape[-2:]
-        if not self.size:
-            return x, y
-        return int(x * self.size / max(x, y) + 0.5), int(y * self.size / max(x, y) + 0.5)
-
-    def _find(self, volume: Tensor, affine: Tensor) -> dict[str, Tensor]:
-        interval = float(affine[:3, 2].norm())
         if not interval > 0:
             raise ValueError(
                 f"the distance between the volume's slices must be a positive number of mm, got {interval}"
             )
-        x, y = self._sides(volume[..., 0][None])
-        scale = torch.tensor([volume.shape[0] / x, volume.shape[1] / y] * 2, device=volume.device)
+        depth = volume.shape[2]
         rows: list[Tensor] = []
-        pending: list[Tensor] = []
-        for i, stack in enumerate(self.stacks(volume, interval), 1):
-            pending.append(stack)
-            if len(pending) == self.batch or i == volume.shape[2]:
-                rows.append(self.network(torch.stack(pending)))
-                pending = []
-        found = torch.cat(rows)
-        number = torch.arange(len(found), device=found.device)[:, None].expand(found.shape[:2])
-        kept = (found[..., 5] > 0) & (found[..., 4] >= self.least_score)
-        boxes, scores = link_boxes(found[kept][:, :4] * scale, found[kept][:, 4], number[kept], self.least_iou)
-        return {"box": boxes, "label": torch.zeros(len(boxes), dtype=torch.int64), "label_scores": scores}
+        for first in range(0, depth, self.batch):
+            stacks = [self.stack(volume, key, interval) for key in range(first, min(first + self.batch, depth))]
+            found = self.network(torch.stack(stacks))
+            assert isinstance(found, Tensor)  # tells the script compiler what it is
+            rows.append(found)
+        x, y = self._sides(volume.shape[0], volume.shape[1])
+        scale = torch.tensor([volume.shape[0] / x, volume.shape[1] / y] * 2, device=volume.device)
+        each = torch.cat(rows)
+        number = torch.arange(len(each), device=each.device)[:, None].expand(each.shape[0], each.shape[1])
+        kept = (each[..., 5] > 0) & (each[..., 4] >= self.least_score)
+        boxes, scores = link_boxes(each[kept][:, :4] * scale, each[kept][:, 4], number[kept], self.least_iou)
+        return torch.cat([boxes, scores[:, None]], 1)
+
+    def stack(self, volume: Tensor, key: int, interval: float) -> Tensor:
+        """Give the stack (slices, X, Y) around a slice of a volume (X, Y, Z), as training prepares it.
+
+        A slice between two stored ones is interpolated; beyond the ends of the volume the last one stands in.
+        """
+        offsets = torch.arange(-(self.slices // 2), self.slices // 2 + 1, dtype=torch.float64)  # from the key slice
+        places = offsets * self.distance / interval
+        near = (places.abs() + 1e-6).floor()  # 3 * (2.5 / 7.5) is meant to be 1
+        weight = (places.abs() - near).clamp(min=0).to(volume.device, torch.float32)[:, None, None]
+        last = volume.shape[2] - 1
+        inner, outer = [
+            volume[:, :, (key + (places.sign() * step).long()).clamp(0, last)].permute(2, 0, 1).float()
+            for step in [near, near + 1]
+        ]
+        return self._scaled(inner.lerp(outer, weight))
+
+    def _scaled(self, stack: Tensor) -> Tensor:
+        (low, high), (start, end) = self.window, self.value_range
+        stack = (stack.clamp(low, high) - low) / (high - low) * (end - start) + start
+        x, y = self._sides(stack.shape[1], stack.shape[2])
+        if x == stack.shape[1] and y == stack.shape[2]:
+            return stack
+        return F.interpolate(stack[None], [x, y], mode="bilinear", align_corners=False)[0]
+
+    def _sides(self, x: int, y: int) -> tuple[int, int]:
+        if not self.size:
+            return x, y
+        return int(x * self.size / max(x, y) + 0.5), int(y * self.size / max(x, y) + 0.5)
 
 
 def link_boxes(
@@ -144,10 +153,11 @@ def link_boxes(
     free = torch.ones(len(boxes), dtype=torch.bool)
     lesions: list[Tensor] = []
     best: list[Tensor] = []
-    for seed in scores.argsort(descending=True, stable=True).tolist():
+    order: list[int] = scores.argsort(descending=True, stable=True).tolist()
+    for seed in order:
         if not free[seed]:
             continue
-        members = [seed]
+        found = [seed]
         for step in (-1, 1):
             last = seed
             while True:
@@ -156,7 +166,8 @@ def link_boxes(
                 if not len(near) or iou.max() < least_iou:
                     break
                 last = int(near[iou.argmax()])
-                members.append(last)
+                found.append(last)
+        members = torch.tensor(found)
         weights = scores[members] / scores[members].sum()
         flat = (boxes[members] * weights[:, None]).sum(0)
         first, end = slices[members].min() - 0.5, slices[members].max() + 0.5

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Size, Tensor, nn
 
-from networks.checkpoints import read_checkpoint
+from networks.checkpoints import check_types, read_checkpoint
 from networks.conversion import METHODS, to_3d
 from networks.p3d import centre_weights
 from networks.published_names import (
@@ -94,9 +94,10 @@ def load_pretrained(
         The report, which is also logged.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_checkpoint`; ValueError also if `stem` or `conversion` is unknown, the
-            file's kernels are 2D without a conversion or 3D with one, the encoder is not fully matched, or a tensor
-            other than the last layer has another shape.
+        FileNotFoundError, ValueError: as `read_checkpoint`; ValueError also if `stem` or `conversion` is unknown, a
+            tensor is of whole numbers where the network has floating-point ones, the file's kernels are 2D without a
+            conversion or 3D with one, the encoder is not fully matched, or a tensor other than the last layer has
+            another shape.
     """
     check_choice("stem", stem, ("sum", "mean"))
     check_choice("conversion", conversion, (None, *METHODS))
@@ -104,15 +105,23 @@ def load_pretrained(
     names = {WRAPPERS.sub("", name): name for name in own}
     target = {name: own[names[name]] for name in names}
     source = dict(rename(name, tensor, target) for name, tensor in read_checkpoint(path).items())
+    check_types(path, source, target)
     report = LoadReport(os.fspath(path))
     _check_dimension(report.path, source, conversion)
     _merge_biases(source, target, report)
     new: dict[str, Tensor] = {}
     problems: list[str] = []
-    for name, tensor in source.items():
+    for name, tensor in list(source.items()):
+        if GROUP_TRANSFORMS.match(name) and name in target and tensor.shape != target[name].shape:
+            report.skipped[name] = f"for {tensor.shape[1]} slices, the network has {target[name].shape[1]}"
+            del source[name]
+            continue
         if name not in target:
             if STATISTICS.search(name) and STATISTICS.sub(".weight", name) in target:
-                report.skipped[name] = "the network's norm keeps no running statistics"
+                raise ValueError(
+                    f"{path}: has batch norms ({name}), which a norm without running statistics cannot stand for;"
+                    " build the network with norm 'batch'"
+                )
             elif ENCODER.match(name) and not in_unbuilt_stage(name, target):
                 problems.append(f"{name} is in the file only")
             else:

@@ -12,6 +12,10 @@ Conventions, for every transform of this package:
 - Inputs are never changed in place. Random transforms draw from `self.R` alone.
 """
 
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 from vdt_transforms.checks import CheckFinite, CheckFinited, CheckLabels, CheckLabelsd, CheckOverflow, CheckOverflowd
 from vdt_transforms.grids import RestoreGrid, RestoreGridd, Spacing, Spacingd
 from vdt_transforms.intensity import NormalizeWindow, NormalizeWindowd
@@ -33,58 +37,38 @@ from vdt_transforms.vdt import (
     STD,
     ImageToVolume,
     ImageToVolumed,
+    InterpolateSlices,
+    InterpolateSlicesd,
+    RandSliceDrift,
+    RandSliceDriftd,
     RandSliceShuffle,
     RandSliceShuffled,
     VolumeToImage,
 )
-from vdt_transforms.volumes import ForegroundSlices, ForegroundSlicesd, RandFlipLeftRightd, RandSlab, RandSlabd
+from vdt_transforms.volumes import (
+    ForegroundSlices,
+    ForegroundSlicesd,
+    RandFlipLeftRightd,
+    RandRotateScale,
+    RandRotateScaled,
+    RandSlab,
+    RandSlabd,
+)
 
-__all__ = [
-    "MEAN",
-    "STD",
-    "CheckFinite",
-    "CheckFinited",
-    "CheckLabels",
-    "CheckLabelsd",
-    "CheckOverflow",
-    "CheckOverflowd",
-    "CropNodule",
-    "CropNoduled",
-    "ForegroundSlices",
-    "ForegroundSlicesd",
-    "ImageDecodeError",
-    "ImageToVolume",
-    "ImageToVolumed",
-    "LoadNaturalImage",
-    "LoadNaturalImaged",
-    "NoduleReader",
-    "NormalizeWindow",
-    "NormalizeWindowd",
-    "RandFlipLeftRightd",
-    "RandFlipSlices",
-    "RandFlipSlicesd",
-    "RandResizeStack",
-    "RandResizeStackd",
-    "RandResizedCropImage",
-    "RandResizedCropImaged",
-    "RandRotateCube",
-    "RandRotateCubed",
-    "RandSlab",
-    "RandSlabd",
-    "RandSliceShuffle",
-    "RandSliceShuffled",
-    "ReadClass",
-    "ReadClassd",
-    "ResizeCenterCropImage",
-    "ResizeCenterCropImaged",
-    "RestoreGrid",
-    "RestoreGridd",
-    "SeriesReader",
-    "SliceFolderReader",
-    "SliceStackReader",
-    "SliceStackReaderd",
-    "Spacing",
-    "Spacingd",
-    "VolumeReader",
-    "VolumeToImage",
-]
+__all__ = ["MEAN", "STD", "CheckFinite", "CheckFinited", "CheckLabels", "CheckLabelsd", "CheckOverflow"]
+__all__ += ["CheckOverflowd", "CropNodule", "CropNoduled", "ForegroundSlices", "ForegroundSlicesd"]
+__all__ += ["ImageDecodeError", "ImageToVolume", "ImageToVolumed", "InterpolateSlices", "InterpolateSlicesd"]
+__all__ += ["LoadNaturalImage", "LoadNaturalImaged", "NoduleReader", "NormalizeWindow", "NormalizeWindowd"]
+__all__ += ["RandFlipLeftRightd", "RandFlipSlices", "RandFlipSlicesd", "RandResizeStack", "RandResizeStackd"]
+__all__ += ["RandResizedCropImage", "RandResizedCropImaged", "RandRotateCube", "RandRotateCubed", "RandRotateScale"]
+__all__ += ["RandRotateScaled", "RandSlab", "RandSlabd", "RandSliceDrift", "RandSliceDriftd", "RandSliceShuffle"]
+__all__ += ["RandSliceShuffled", "ReadClass", "ReadClassd", "ResizeCenterCropImage", "ResizeCenterCropImaged"]
+__all__ += ["RestoreGrid", "RestoreGridd", "SeriesReader", "SliceFolderReader", "SliceStackReader"]
+__all__ += ["SliceStackReaderd", "Spacing", "Spacingd", "VolumeReader", "VolumeToImage"]
+
+# MONAI passes over an `import` that fails, so that a file that hides vdt_workflows would go unnamed.
+_other = find_spec(__name__.replace("vdt_transforms", "vdt_workflows"))
+_place = Path(__file__).resolve().parents[1] / "vdt_workflows"
+if _other is not None and _other.origin and Path(_other.origin).resolve().parent != _place:
+    _sentence = f"{_other.origin}: hides the package vdt_workflows in {_place}; rename it, or start in another folder"
+    raise (SystemExit if Path(sys.argv[0]).name == "__main__.py" else ImportError)(_sentence)

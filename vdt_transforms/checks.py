@@ -12,6 +12,14 @@ from vdt_transforms.dictionary import ArrayPerKey
 INT16 = np.iinfo(np.int16)
 
 
+def to_whole(values: np.ndarray) -> np.ndarray:
+    """Round label values to whole numbers; those that are off by more than a thousandth are left as they are."""
+    if values.dtype.kind != "f":
+        return values
+    whole = np.rint(values)
+    return np.where(np.abs(values - whole) <= 1e-3, whole, values)
+
+
 def name_of(volume: NdarrayOrTensor) -> str:
     """Name the file that a volume was read from, for a message."""
     return str(getattr(volume, "meta", {}).get("filename_or_obj", "volume"))
@@ -38,7 +46,9 @@ class CheckFinite(Transform):
 
 
 class CheckLabels(Transform):
-    """Pass a label volume on unchanged if its values are whole numbers from 0 to `num_classes` - 1.
+    """Pass a label volume on if its values are whole numbers from 0 to `num_classes` - 1, to which they are rounded.
+
+    Labels that a slope scales, or that were once resampled, are off by a rounding error, see `to_whole`.
 
     Args:
         num_classes: number of classes, background included.
@@ -52,15 +62,17 @@ class CheckLabels(Transform):
 
     def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
         """Check one label volume (C, X, Y, Z)."""
-        values = torch.as_tensor(np.asarray(img)).unique().tolist()
-        wrong = [v for v in values if v not in range(self.num_classes)]
+        values = torch.as_tensor(np.asarray(img)).unique()
+        whole = to_whole(values.numpy())
+        wrong = [v for v, w in zip(values.tolist(), whole.tolist(), strict=True) if w not in range(self.num_classes)]
         if wrong:
-            few = ", ".join(f"{v:g}" for v in wrong[:5])
+            few = ", ".join(f"{v:.6g}" for v in wrong[:5])
             raise ValueError(
                 f"{name_of(img)}: label values {few} are out of range; expected whole numbers from 0 to"
-                f" {self.num_classes - 1}, one for each of the {self.num_classes} label names"
+                f" {self.num_classes - 1}, one for each of the {self.num_classes} label names; name all of them by"
+                " --label_names, or let vdt prepare volumes choose some"
             )
-        return img
+        return img if np.array_equal(values, whole) else img.round()
 
 
 class CheckOverflow(Transform):

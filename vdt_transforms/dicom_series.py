@@ -1,25 +1,26 @@
-"""DICOM series of CT and MR: found by their headers, checked as volumes, read with the right order and geometry."""
-
-from __future__ import annotations
+"""A DICOM series of CT or MR as a volume: its slices, its geometry, and what makes it no volume."""
 
 import logging
-import os
-from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
+import pydicom.uid
+from pydicom.config import disable_value_validation
 
-from vdt_transforms.dicom_checks import along_normal, check_alike, check_places, check_straight, describe_damage
-from vdt_transforms.dicom_headers import Header, Map, read_headers
+from vdt_transforms.dicom_headers import Header, open_dicom, syntax_of
 
 logger = logging.getLogger(__name__)
 
 AIR = -1024  # HU
+LOWEST = -3072  # HU, that scanners write outside their field of view; a slice of less has nothing else in it
+FRAMEWISE = hasattr(pydicom, "pixels")  # since pydicom 3; MONAI Label needs an older one
 INT16 = np.iinfo(np.int16)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+ROUNDING = 0.05  # mm, that a position written to a tenth of a mm may be off: slices of 0.625 mm are often written so
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +32,12 @@ class DicomSeries:
 
     Attributes:
         uid: SeriesInstanceUID.
+        number: SeriesNumber, with the number of the point of time or echo where it has several (`3-1`, `3-2`).
+        path: what the readers here take for it: its folder, or `<folder>/series-<number>` where that holds others too.
         folder: the one that holds its files, in itself or in folders below.
-        files: one a slice.
+        files: one a slice; the same for all where one file has many.
+        frames: which slice of its file each is, or None where a file has one.
+        rescale: slope and intercept of each slice, (slices, 2).
         positions: centre of the first pixel of each slice, (slices, 3), mm, in DICOM's world (LPS).
         orientation: directions along a row and along a column, (2, 3).
         pixel_spacing: mm between rows, and between columns.
@@ -42,10 +47,15 @@ class DicomSeries:
     """
 
     uid: str
+    number: str
+    description: str
     patient_id: str
     modality: str
+    path: Path
     folder: Path
     files: tuple[Path, ...]
+    frames: tuple[int | None, ...]
+    rescale: np.ndarray
     positions: np.ndarray
     orientation: np.ndarray
     pixel_spacing: tuple[float, float]
@@ -85,34 +95,40 @@ class DicomSeries:
     def read_slice(self, index: int) -> np.ndarray:
         """Read one slice, (rows, columns): CT in HU as int16, other modalities as float32.
 
-        In CT, padding (PixelPaddingValue) is read as air, -1024 HU.
+        In CT, padding (PixelPaddingValue) and all else below -1024 HU, where nothing was measured, is air: -1024 HU.
 
         Raises:
             ValueError: naming the file, if its pixels cannot be decoded, are not one grey value each, or are no HU.
         """
-        file = self.files[index]
+        file, frame, dataset = self.files[index], self.frames[index], pydicom.Dataset()
         try:
-            dataset = pydicom.dcmread(file)
-            stored = dataset.pixel_array
+            with open_dicom(file) as opened, disable_value_validation():
+                dataset = pydicom.dcmread(opened, stop_before_pixels=frame is not None and FRAMEWISE, force=True)
+                dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax_of(dataset))
+                if frame is None or not FRAMEWISE:
+                    stored = dataset.pixel_array if frame is None else dataset.pixel_array[frame]
+                else:
+                    stored = pydicom.pixels.pixel_array(opened, index=frame)
         except Exception as error:  # broken bytes and missing decoders raise whatever they lead to
             reason = " ".join(str(error).split())
             hint = "install one of these decoders" if "missing dependencies" in reason else "copy or download it again"
             raise ValueError(f"{file}: its pixels cannot be decoded ({reason}); {hint}") from error
         if stored.shape != (self.rows, self.columns):
             raise ValueError(f"{file}: pixels of shape {stored.shape}; expected {(self.rows, self.columns)}")
-        slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
-        if not (np.isfinite(slope) and np.isfinite(intercept) and slope):
-            raise ValueError(f"{file}: RescaleSlope {slope:g} and RescaleIntercept {intercept:g} give no values")
-        values = stored * np.float32(slope) + np.float32(intercept)
+        slope, intercept = self.rescale[index].astype(np.float32)
+        values = stored * slope + intercept
         if self.modality != "CT":
             return values
-        values[stored == dataset.get("PixelPaddingValue")] = AIR
-        if values.max() > INT16.max:
+        if (padding := dataset.get("PixelPaddingValue")) is not None:
+            # Read as signed or unsigned, whichever the writer meant.
+            ends = np.sort(np.array([padding, dataset.get("PixelPaddingRangeLimit", padding)]).astype(stored.dtype))
+            values[(stored >= ends[0]) & (stored <= ends[1])] = AIR
+        if not LOWEST <= values.max() <= INT16.max:
             raise ValueError(
-                f"{file}: values up to {values.max():g}, which no CT has in HU; this is an integer overflow or a wrong"
-                " RescaleSlope, so export the series again"
+                f"{file}: values up to {values.max():g}, which no CT has in HU; this is an integer overflow, or a wrong"
+                " RescaleSlope or RescaleIntercept, so export the series again"
             )
-        return values.round().clip(INT16.min).astype(np.int16)
+        return values.round().clip(AIR).astype(np.int16)
 
     def read(self, *, irregular: bool = False) -> np.ndarray:
         """Read the volume, (columns, rows, slices), to go with `affine`.
@@ -124,160 +140,116 @@ class DicomSeries:
             ValueError: see `check` and `read_slice`.
         """
         self.check(irregular=irregular)
+        for sentence in self.irregularities:
+            logger.warning("%s; read as if its slices were even", sentence)
         return np.stack([self.read_slice(i).T for i in range(len(self.files))], axis=2)
 
 
-@dataclass(frozen=True, eq=False)
-class DicomFolder:
-    """What a folder holds: its series, how many files of each other kind, and files that belong to no series."""
-
-    series: tuple[DicomSeries, ...]
-    skipped: dict[str, int]
-    damaged: tuple[str, ...]
+# What makes slices no volume, in sentences that name the folder or the file ------------------------------------------
 
 
-def find_series(
-    root: str | os.PathLike, *, modalities: Collection[str] = ("CT", "MR"), mapper: Map = map
-) -> DicomFolder:
-    """Find the series below a folder by what the headers say; names of files and folders mean nothing.
-
-    MONAI's `PydicomReader` reads a folder as one series in the order of its instance numbers; several series in a
-    folder, missing slices and copies go unnoticed. Here each series is apart, sorted by position, and checked.
-
-    Args:
-        root: the folder; headers of everything below it are read.
-        modalities: which to take, of "CT" and "MR".
-        mapper: see `read_headers`.
-
-    Returns:
-        The series sorted by patient and uid. Those whose folder holds a damaged file have an error that names it.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-    """
-    root = Path(root)
-    slices: dict[str, list[Header]] = defaultdict(list)
-    damaged: dict[str, list[Header]] = defaultdict(list)  # by series, or by folder where the series is not known
-    localizers: list[Header] = []
-    skipped: Counter[str] = Counter()
-    for header in read_headers(root, mapper=mapper):
-        if header.damaged:
-            damaged[header.series_uid or os.path.dirname(header.path)].append(header)
-        elif header.skipped or header.modality not in modalities:
-            skipped[header.skipped or header.modality] += 1
-            localizers += [header] if header.skipped == "localizer" else []
-        else:
-            slices[header.series_uid].append(header)
-    in_folder: dict[str, set[str]] = defaultdict(set)
-    for uid, group in slices.items():
-        for header in group:
-            in_folder[os.path.dirname(header.path)].add(uid)
-    series = [_build(root, group, damaged, localizers, in_folder) for group in slices.values()]
-    claimed = slices.keys() | in_folder.keys()
-    lost = [describe_damage(root, group) for key, group in sorted(damaged.items()) if key not in claimed]
-    return DicomFolder(
-        tuple(sorted(series, key=lambda s: (s.patient_id, s.uid))), dict(sorted(skipped.items())), (*lost,)
-    )
-
-
-def list_series(root: str | os.PathLike, *, mapper: Map = map) -> dict[Path, DicomSeries | ValueError]:
-    """List the folders below a folder, or that one, that hold a series of CT or MR to be read as a volume.
-
-    A warning names each file that is left out: a localizer, or a copy.
-
-    Args:
-        root: the folder.
-        mapper: see `read_headers`.
-
-    Returns:
-        By folder, its series, which may have errors of its own (see `DicomSeries.check`), or the error that it holds
-        several, as one folder is one volume. Empty if there is none.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: naming a damaged file, if there are no others.
-    """
-    found = find_series(root, mapper=mapper)
-    for sentence in () if found.series else found.damaged:
-        raise ValueError(sentence)
-    folders: dict[Path, DicomSeries | ValueError] = {}
-    for series in found.series:
-        folder = series.folder
-        inside = [s for s in found.series if folder in (s.folder, *s.folder.parents)]
-        folders[folder] = series
-        for note in series.notes if len(inside) == 1 else ():
-            logger.warning("%s", note)
-        if len(inside) > 1:
-            counts = ", ".join(f"{s.uid} with {len(s.files)}" for s in inside[:3])
-            folders[folder] = ValueError(
-                f"{folder}: holds {len(inside)} series; put each into a folder of its own ({counts} images)"
-            )
-    return folders
-
-
-def find_one_series(folder: str | os.PathLike) -> DicomSeries:
-    """Find the one series of CT or MR in a folder or below it (see `list_series`).
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: naming the folder, if it holds no series or several, or a damaged file.
-    """
-    by_folder = list_series(folder)
-    if not by_folder:
-        raise ValueError(f"{folder}: no DICOM series of CT or MR in it or below it")
-    if len(by_folder) > 1:
-        raise ValueError(f"{folder}: holds {len(by_folder)} folders with series; give the folder of one")
-    (series,) = by_folder.values()
-    if isinstance(series, ValueError):
-        raise series
-    return series
-
-
-def _build(
-    root: Path,
-    group: Sequence[Header],
-    damaged: dict[str, list[Header]],
-    localizers: Sequence[Header],
-    in_folder: dict[str, set[str]],
-) -> DicomSeries:
-    first = group[0]
-    folders = list(dict.fromkeys(os.path.dirname(header.path) for header in group))
-    folder = root / os.path.commonpath(folders) if all(folders) else root
-    where = f"{folder}: series {first.series_uid}"
-    notes = [
-        f"{root / name}: holds {len(in_folder[name])} series, which are kept apart by their uid"
-        for name in folders
-        if len(in_folder[name]) > 1
+def check_alike(headers: Sequence[Header], root: Path, where: str) -> list[str]:
+    """Say where slices differ in what all of a volume have in common, and which is no grey value or has no HU."""
+    first = headers[0]
+    alike: list[tuple[str, Callable[[Header], Sequence[float]], float]] = [
+        ("pixels", lambda header: (header.rows, header.columns), 0),
+        ("mm between pixels", lambda header: header.pixel_spacing, 1e-3),
+        ("as directions of rows and columns", lambda header: header.orientation, 1e-3),
     ]
-    beside = [h for h in localizers if h.series_uid == first.series_uid or os.path.dirname(h.path) in folders]
-    notes += [f"{root / header.path}: a localizer, left out" for header in beside]
-    once: dict[str, Header] = {}
-    for header in group:
-        if (kept := once.setdefault(header.sop_uid or header.path, header)) is not header:
-            notes.append(f"{root / header.path}: the same image as {root / kept.path}, left out")
-    unique = list(once.values())
-    orientation = np.reshape(first.orientation, (2, 3))
-    places = along_normal([header.position for header in unique], orientation)
-    order = sorted(range(len(unique)), key=lambda i: (places[i], unique[i].instance))
-    in_order, irregularities = check_places([unique[i] for i in order], places[order], root, where)
-    positions = np.array([header.position for header in in_order])
-    errors = [describe_damage(root, damaged[key]) for key in (first.series_uid, *folders) if key in damaged]
-    errors += check_alike(unique, root, where)
-    if len(in_order) < 2:
-        errors.append(f"{where} has one slice; a volume needs two or more")
-    return DicomSeries(
-        uid=first.series_uid,
-        patient_id=first.patient_id,
-        modality=first.modality,
-        folder=folder,
-        files=tuple(root / header.path for header in in_order),
-        positions=positions,
-        orientation=orientation,
-        pixel_spacing=(first.pixel_spacing[0], first.pixel_spacing[1]),
-        rows=first.rows,
-        columns=first.columns,
-        thickness=first.thickness,
-        notes=tuple(notes),
-        irregularities=tuple(irregularities),
-        errors=tuple(errors or check_straight(positions, orientation, min(first.pixel_spacing), where)),
-    )
+    errors = []
+    if len({header.patient_id for header in headers}) > 1:
+        errors.append(f"{where} mixes slices of several patients; put each patient's into a folder of their own")
+    for what, values, tolerance in alike:
+        for header in headers:
+            if not np.allclose(values(header), values(first), rtol=0, atol=tolerance):
+                shown = " and ".join(" x ".join(f"{v:g}" for v in values(h)) for h in (first, header))
+                errors.append(f"{where} mixes slices with {shown} {what}; expected the same in all")
+                break
+    for header in headers:
+        path, (slope, intercept) = root / header.path, header.rescale or (1.0, 0.0)
+        if header.modality == "CT" and header.rescale is None:
+            return [*errors, f"{path}: has no RescaleSlope or no RescaleIntercept, so its values are not HU"]
+        if not (np.isfinite([slope, intercept]).all() and slope):
+            return [*errors, f"{path}: RescaleSlope {slope:g} and RescaleIntercept {intercept:g} give no values"]
+        if header.colours != "MONOCHROME2":
+            inverted = header.colours == "MONOCHROME1"
+            colours = "MONOCHROME1 pixels, the darker the greater" if inverted else "coloured pixels"
+            return [*errors, f"{path}: {colours}; expected MONOCHROME2, so export the series as that"]
+    return errors
+
+
+def split_phases(headers: Sequence[Header]) -> list[list[Header]]:
+    """Divide images of one series that lie at the same places, as of several points of time or echoes, to volumes.
+
+    They stay together where no element of the header (see `PHASES`) divides them into volumes of the same places.
+    """
+    orientation = np.reshape(headers[0].orientation, (2, 3))
+    places = np.round(along_normal([header.position for header in headers], orientation), 3)
+    for values in zip(*(header.phases for header in headers), strict=True) if len({*places}) < len(places) else ():
+        found = {value: [i for i, v in enumerate(values) if v == value] for value in sorted({*values}, key=_by_number)}
+        sets = {tuple(sorted(places[group])) for group in found.values()}
+        if len(sets) == 1 and len(found) > 1 and len({*next(iter(sets))}) == len(next(iter(sets))):
+            return [[headers[i] for i in group] for group in found.values()]
+    return [list(headers)]
+
+
+def _by_number(text: str) -> tuple[float, str]:
+    try:
+        return float(text), text
+    except ValueError:
+        return float("inf"), text
+
+
+def check_straight(positions: np.ndarray, orientation: np.ndarray, pixel: float, where: str) -> list[str]:
+    """Say by how many degrees the line of the slices leaves their normal, if the last is shifted by half a pixel."""
+    normal = np.cross(*orientation)
+    steps = positions - positions[0]
+    along = steps @ normal
+    aside = np.linalg.norm(steps - np.outer(along, normal), axis=1)
+    if aside.max() <= 0.5 * pixel:
+        return []
+    angle = np.degrees(np.arctan2(aside[-1], abs(along[-1])))
+    return [
+        f"{where}: its slices shift sideways by up to {aside.max():.1f} mm, as with a gantry tilted by {angle:.1f}"
+        " degrees; expected slices straight above each other, so convert it with dcm2niix, which corrects the tilt, and"
+        " give the NIfTI file whose name ends in _Tilt"
+    ]
+
+
+def along_normal(positions: Any, orientation: np.ndarray) -> np.ndarray:
+    """Place of each slice along the common normal, which points to the head, or else to the back or the left."""
+    normal = np.cross(*orientation)
+    return np.asarray(positions) @ normal * np.sign(normal[np.abs(normal).argmax()])
+
+
+def check_places(
+    headers: Sequence[Header], places: np.ndarray, root: Path, where: str
+) -> tuple[list[Header], list[str]]:
+    """Leave out slices at the place of another, and say what makes the others irregular."""
+    found = []
+    distinct = np.unique(np.round(places, 3))
+    spacing = float(np.median(np.diff(distinct))) if len(distinct) > 1 else 0.0
+    apart = np.diff(places, prepend=-np.inf) > max(0.05 * spacing, 1e-3)
+    kept = [header for header, is_apart in zip(headers, apart, strict=True) if is_apart]
+    if len(kept) < len(headers):
+        number = int(np.argmin(apart))
+        found.append(
+            f"{where} has slices at the same place, {len(headers) - len(kept)} too many, the first"
+            f" {root / headers[number].path} at {places[number]:g} mm; the one of lowest instance number is kept"
+        )
+    z = places[apart]
+    steps = np.diff(z)
+    if (gaps := np.flatnonzero(steps > 1.5 * spacing)).size:
+        missing = int(np.round(steps[gaps] / spacing - 1).sum())
+        found.append(
+            f"{where} lacks {missing} slice{'s' * (missing > 1)}, the first between {z[gaps[0]]:g} and"
+            f" {z[gaps[0] + 1]:g} mm where slices are {spacing:g} mm apart; copy or download the series again"
+        )
+    elif len(z) > 2:
+        off = np.abs(z - np.linspace(z[0], z[-1], len(z))).max()
+        if off > max(spacing / 20, ROUNDING):
+            found.append(
+                f"{where} has uneven slices, {steps.min():g} to {steps.max():g} mm apart and up to {off:.2g} mm off a"
+                f" regular grid; expected no more than a twentieth of {spacing:g} mm"
+            )
+    return kept, found

@@ -1,7 +1,5 @@
 """Voxel grids: resampling to a voxel size, how one grid lies in another, label maps back on their file's grid."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -88,15 +86,18 @@ class RestoreGrid(Transform):
     `monai.transforms.Invertd` undoes one transform after the other and, for each resampling, computes the position of
     every voxel: 3.8 GB for a CT of 512 x 512 x 600. Here each axis is indexed by itself.
 
+    Args:
+        outside: value where the map shows nothing, the background by default.
+
     Raises:
         ValueError: if the image was turned by other than right angles.
     """
 
-    def __call__(self, labels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """Labels (C, X, Y, Z) on any grid, and the image they are of -> labels (C, X', Y', Z') on the file's grid.
+    def __init__(self, outside: float = 0) -> None:
+        self.outside = outside
 
-        Outside of what the map shows, it is background.
-        """
+    def __call__(self, labels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Labels (C, X, Y, Z) on any grid, and the image they are of -> labels (C, X', Y', Z') on the file's grid."""
         if not isinstance(labels, MetaTensor) or not isinstance(image, MetaTensor):
             raise ValueError("labels and image must be MetaTensors, which know their grids")
         wanted = torch.as_tensor(np.asarray(image.meta["original_affine"]), dtype=torch.float64)
@@ -107,22 +108,23 @@ class RestoreGrid(Transform):
             name = image.meta.get("filename_or_obj", "the volume")
             raise ValueError(f"{name}: {error}; its labels cannot be put back by indexing") from error
         out = labels.as_tensor().permute(0, *(axis + 1 for axis in axes))
-        for dim, places in enumerate(positions, 1):
-            out = _take(out, dim, places)
+        gain = {dim: len(places) / out.shape[dim] for dim, places in enumerate(positions, 1)}
+        for dim in sorted(gain, key=gain.__getitem__):  # what shrinks most comes first
+            out = _take(out, dim, positions[dim - 1], self.outside)
         restored = MetaTensor(out.contiguous(), meta=deepcopy(image.meta))
         restored.affine = wanted
         return restored
 
 
-def _take(values: torch.Tensor, dim: int, places: np.ndarray) -> torch.Tensor:
-    """Take the nearest value to each place of an axis; a voxel or more beyond the ends there are zeros."""
+def _take(values: torch.Tensor, dim: int, places: np.ndarray, outside: float) -> torch.Tensor:
+    """Take the nearest value to each place of an axis, and `outside` a voxel or more beyond the ends."""
     length = values.shape[dim]
     if np.array_equal(places, np.arange(length)):
         return values
     nearest = torch.as_tensor(np.clip(np.rint(places), 0, length - 1).astype(np.int64), device=values.device)
     taken = values.index_select(dim, nearest)
     beyond = torch.as_tensor(np.flatnonzero((places < -0.999) | (places > length - 0.001)), device=values.device)
-    return taken.index_fill_(dim, beyond, 0) if len(beyond) else taken
+    return taken.index_fill_(dim, beyond, outside) if len(beyond) else taken
 
 
 class RestoreGridd(MapTransform):

@@ -1,7 +1,5 @@
 """From intensities as they are stored, such as HU, to what a network takes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,10 +4,7 @@ Images are uint8 tensors (channels, rows, columns). Nothing here makes a `MetaTe
 a few hundred images a second the bookkeeping would cost more than the crop.
 """
 
-from __future__ import annotations
-
 import math
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -36,8 +33,7 @@ class LoadNaturalImage(Transform):
     The content decides, never the extension. Each kind has one rule:
 
     - 8-bit grey or colour JPEG (the first picture of an MPO): libjpeg-turbo by simplejpeg, half-size chroma repeated
-      rather than interpolated (a mean difference from Pillow of about 0.4 of 255); what it finds fault with goes to
-      Pillow
+      rather than interpolated (a mean difference from Pillow of about 0.4 of 255)
     - grey: repeated for the three colours; 16-bit grey: divided by 257 and rounded, so that 65535 is 255
     - palette: looked up; transparency: laid over white
     - CMYK (Adobe's inverted kind too), YCbCr, 16-bit colour: Pillow's conversion
@@ -47,14 +43,21 @@ class LoadNaturalImage(Transform):
 
     Args:
         grey: take the colours out: all three are the brightness, 0.299 red + 0.587 green + 0.114 blue, rounded.
+        decode: "strict" refuses a JPEG that libjpeg warns of (data missing, corrupt or left over) and a PNG whose
+            checksums differ; "lenient" takes what the decoder makes of them, with grey or wrong parts. JPEG has no
+            checksum, so that a few changed bits may look like another picture to any decoder.
 
     Raises:
-        ImageDecodeError: if the file is missing, empty, cut short, not a picture, too large to be one
+        ImageDecodeError: if the file is missing, empty, damaged, cut short, not a picture, too large to be one
             (`PIL.Image.MAX_IMAGE_PIXELS`), or holds values with no defined range (float, 32-bit integers above 65535).
+        ValueError: if `decode` is neither "strict" nor "lenient".
     """
 
-    def __init__(self, grey: bool = False) -> None:
+    def __init__(self, grey: bool = False, decode: str = "strict") -> None:
+        if decode not in ("strict", "lenient"):
+            raise ValueError(f"decode must be 'strict' or 'lenient', got {decode!r}")
         self.grey = grey
+        self.strict = decode == "strict"
 
     def __call__(self, file: str | Path | bytes) -> Tensor:
         """Read `file`."""
@@ -62,7 +65,7 @@ class LoadNaturalImage(Transform):
             data = file if isinstance(file, bytes) else Path(file).read_bytes()
             if not data:
                 raise ImageDecodeError("it is empty (0 bytes); copy or download it again")
-            image = torch.from_numpy(_decode(data)).permute(2, 0, 1)
+            image = torch.from_numpy(_decode(data, self.strict)).permute(2, 0, 1)
             return _brightness(image).repeat(3, 1, 1) if self.grey else image
         except Exception as error:  # on broken bytes Pillow's readers raise errors of any kind
             name = f"{len(file)} bytes in memory" if isinstance(file, bytes) else str(file)
@@ -90,26 +93,40 @@ def _reason(error: Exception) -> str:
         return f"{error}; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}; check the path and its permissions"
-    return f"it is damaged or cut short ({type(error).__name__}: {error}); copy or download it again"
+    return (
+        f"it is damaged or cut short ({type(error).__name__}: {error}); copy or download it again, or read what is left"
+        " of a JPEG or PNG with decode 'lenient'"
+    )
 
 
-def _decode(data: bytes) -> np.ndarray:
+def _decode(data: bytes, strict: bool) -> np.ndarray:
     """Bytes to uint8 (H, W, 3)."""
-    if data.startswith(JPEG_START) and _is_upright(data):
-        with suppress(ValueError):  # 12 bits, stray bytes, cut short: Pillow knows what to do, or why it cannot
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if colours in PLAIN_COLOURS and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
-                return simplejpeg.decode_jpeg(data, "RGB", fastupsample=True)
+    if data.startswith(JPEG_START):
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=strict)
+        if height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow says it of the others
+            wanted = "RGB" if colours in PLAIN_COLOURS else "CMYK"
+            pixels = simplejpeg.decode_jpeg(data, wanted, fastupsample=True, strict=strict)
+            if wanted == "RGB":
+                return _upright(pixels, data)
     with Image.open(BytesIO(data)) as image:
+        if strict and image.format == "PNG":
+            with Image.open(BytesIO(data)) as again:  # Pillow leaves checksums of pixels alone while it decodes
+                again.verify()
         ImageOps.exif_transpose(image, in_place=True)
         return np.array(_to_rgb(image))
 
 
-def _is_upright(data: bytes) -> bool:
+def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
+    """Turn the pixels of a JPEG by its EXIF orientation."""
     if b"Exif\0\0" not in data and b"tiff:Orientation" not in data:
-        return True
+        return pixels
     with Image.open(BytesIO(data)) as image:  # reads the header only
-        return image.getexif().get(ORIENTATION, 1) == 1
+        orientation = image.getexif().get(ORIENTATION, 1)
+    if orientation == 1:
+        return pixels
+    stored = Image.fromarray(pixels)
+    stored.getexif()[ORIENTATION] = orientation
+    return np.array(ImageOps.exif_transpose(stored))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

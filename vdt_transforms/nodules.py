@@ -4,8 +4,6 @@ A jittered crop is MONAI's `RandSpatialCropd` to the crop, after `CropNoduled` t
 by whole voxels up to the jitter, each as often as the others.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any

@@ -1,24 +1,26 @@
-"""Readers: volumes of NIfTI files, DICOM folders, numbered slices and nodule cubes, and classes of images."""
+"""Readers: volumes of files, DICOM folders, numbered slices and nodule cubes, and classes of images."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from monai.config import PathLike
-from monai.data import ImageReader, NibabelReader
+from monai.data import ImageReader
 from monai.transforms import Transform
 from monai.utils import ensure_tuple
 
-from vdt_transforms.dicom_series import find_one_series
+from vdt_transforms.dicom_folders import find_one_series
 from vdt_transforms.dictionary import ArrayPerKey
+from vdt_transforms.geometry import GEOMETRIES, SUFFIX, make_meta, open_volume, read_voxels
 from vdt_transforms.slice_stacks import SLICE_NAME, read_slice
 
+IS_FILE = re.compile(r"\.(npz|png|nii(\.gz)?|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)  # what is no DICOM
 WINDOW = (-1024.0, 400.0)  # HU, that the published nodule files map linearly to 0..255
 
 
@@ -46,8 +48,8 @@ class SeriesReader(ImageReader):
         self.irregular = irregular
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
-        """Say whether it is a folder."""
-        return os.path.isdir(ensure_tuple(filename)[0])
+        """Say whether it may stand for a series, as a folder, zip or file, or by its name in a folder of several."""
+        return not IS_FILE.search(os.fspath(ensure_tuple(filename)[0]))
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[str]:
         """Keep the paths: `LoadImage` hides what goes wrong here behind the next reader's failure."""
@@ -58,57 +60,50 @@ class SeriesReader(ImageReader):
         (folder,) = img
         series = find_one_series(folder)
         volume = series.read(irregular=self.irregular == "accept")
-        return volume, _make_meta(volume, series.affine)
+        return volume, make_meta(series.affine, volume.shape)
 
 
-def _make_meta(volume: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
-    return {
-        "affine": affine,
-        "original_affine": affine.copy(),
-        "spatial_shape": np.asarray(volume.shape),
-        "original_channel_dim": float("nan"),
-        "space": "RAS",
-    }
+class VolumeReader(SeriesReader):
+    """MONAI reader of volumes: NIfTI, NRRD and MetaImage files (see `open_volume`), and DICOM folders.
 
-
-class VolumeReader(NibabelReader):
-    """MONAI reader of volumes in NIfTI, and of DICOM folders by `SeriesReader`.
-
-    Give it to `LoadImaged(reader="vdt_transforms.VolumeReader")`.
+    Give it to `LoadImaged(reader="vdt_transforms.VolumeReader")`. MONAI's `NibabelReader` changes the affine of a file
+    whose header contradicts itself, in silence; here such a file is refused.
 
     Args:
-        irregular: see `SeriesReader`.
-        kwargs: every further argument goes to `NibabelReader`.
+        irregular: of DICOM series, see `SeriesReader`.
+        geometry: what says where the voxels of a NIfTI file lie: "refuse", "sform" or "qform", see `open_volume`.
+
+    Raises:
+        ValueError: naming the file or folder, if it cannot be used.
     """
 
-    suffixes: tuple[str, ...] = (".nii", ".nii.gz")
-
-    def __init__(self, irregular: str = "refuse", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.series = SeriesReader(irregular)
+    def __init__(self, irregular: str = "refuse", geometry: str = "refuse") -> None:
+        super().__init__(irregular)
+        if geometry not in GEOMETRIES:
+            raise ValueError(f"geometry must be 'refuse', 'sform' or 'qform', got {geometry!r}")
+        self.geometry = geometry
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
         """Say whether all are files of a known kind or folders."""
         names = [os.fspath(name) for name in ensure_tuple(filename)]
-        return all(name.endswith(self.suffixes) or os.path.isdir(name) for name in names)
+        return all(SUFFIX.search(name) or super(VolumeReader, self).verify_suffix(name) for name in names)
 
-    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
-        """Open NIfTI files; keep the path of a folder."""
-        paths = [os.fspath(path) for path in ensure_tuple(data)]
-        if len(paths) == 1 and os.path.isdir(paths[0]):
-            self.filenames = paths
-            return paths
-        return super().read(data, **kwargs)
+    def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Read one folder or file (X, Y, Z), or several files as channels (C, X, Y, Z), with the first's metadata."""
+        if len(img) == 1 and SeriesReader.verify_suffix(self, img):
+            return super().get_data(img)
+        volumes, metas = zip(*(self._read_file(path) for path in img), strict=True)
+        if len(img) == 1:
+            return volumes[0], metas[0]
+        return np.stack(volumes), {**metas[0], "original_channel_dim": 0}
 
-    def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Read one folder, or files as channels, (X, Y, Z), with their metadata."""
-        if isinstance(img, list) and len(img) == 1 and isinstance(img[0], str):
-            return self.series.get_data(img)
-        return super().get_data(img)
+    def _read_file(self, path: str) -> tuple[np.ndarray, dict[str, Any]]:
+        image = open_volume(path, self.geometry)
+        return read_voxels(image), make_meta(image.affine, image.shape[:3], **image.extra)
 
 
 class NoduleReader(VolumeReader):
-    """MONAI reader of nodules: published `.npz` files, and scans or crops in NIfTI or as DICOM folders.
+    """MONAI reader of nodules: published `.npz` files, and scans or crops as `VolumeReader` reads them.
 
     A published file has arrays (z, y, x) of 1 mm: `voxel`, uint8 for the window of -1024 to 400 HU, and masks
     `answer1`, ... They come out as (X, Y, Z), `voxel` in HU. Columns run to the patient's left and rows to the back, so
@@ -124,33 +119,26 @@ class NoduleReader(VolumeReader):
         ValueError: naming the file, when it is damaged, has no such array, or holds no volume.
     """
 
-    suffixes = (".npz", ".nii", ".nii.gz")
-
     def __init__(self, array: str = "voxel", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.array = array
 
-    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[str]:
-        """Keep the paths: `LoadImage` hides what goes wrong here behind the next reader's failure."""
-        return self.series.read(data)
+    def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
+        """Say whether all are files of a known kind or folders."""
+        return super().verify_suffix([name for name in ensure_tuple(filename) if not str(name).endswith(".npz")])
 
-    def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Read one file or folder (X, Y, Z), or several files as channels, with their metadata."""
-        if len(img) == 1 and os.path.isdir(img[0]):
-            return self.series.get_data(img)
-        images = []
-        for path in img:
-            try:
-                image = self._open(path) if path.endswith(".npz") else super().read(path, **self.kwargs)
-                images.append(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header))
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{path}: no such file") from error
-            except Exception as error:  # a damaged archive raises errors of any kind
-                raise ValueError(f"{path}: not a readable nodule or scan ({error})") from error
-        self.filenames = list(img)  # which `read` of the last file left as that alone
-        return super().get_data(images)
+    def _read_file(self, path: str) -> tuple[np.ndarray, dict[str, Any]]:
+        if not path.endswith(".npz"):
+            return super()._read_file(path)
+        try:
+            values = self._open(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path}: no such file") from error
+        except Exception as error:  # a damaged archive raises errors of any kind
+            raise ValueError(f"{path}: not a readable nodule or scan ({error})") from error
+        return values, make_meta(np.diag([-1.0, -1.0, 1.0, 1.0]), values.shape)
 
-    def _open(self, path: str) -> nib.Nifti1Image:
+    def _open(self, path: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as archive:
             if self.array not in archive:
                 raise ValueError(f"it has the arrays {', '.join(archive.files)}, not {self.array}")
@@ -160,41 +148,31 @@ class NoduleReader(VolumeReader):
         if self.array == "voxel":
             low, high = WINDOW
             values = values.astype(np.float32) * np.float32((high - low) / 255) + np.float32(low)
-        return nib.Nifti1Image(values.astype(np.float32).transpose(), np.diag([-1.0, -1.0, 1.0, 1.0]))
+        return values.astype(np.float32).transpose()
 
 
-class SliceFolderReader(SeriesReader):
-    """Read a folder of slices as a volume in HU (X, Y, Z): numbered PNG files, or a DICOM series.
+class SliceFolderReader(VolumeReader):
+    """Read a folder of slices as a volume in HU (X, Y, Z): numbered PNG files, or a DICOM series; or a volume file.
 
     PNG slices hold HU + 32768 and are numbered from the head to the feet; X, Y, Z are columns, rows and slices, and by
-    the affine they run to the left, the back and the feet. Other folders are read by `SeriesReader`.
+    the affine they run to the left, the back and the feet. All else is read by `VolumeReader`.
 
-    Give it to `LoadImage` as `reader`; files are left to MONAI's own readers.
+    Give it to `LoadImage` as `reader`.
 
     Args:
         spacing: mm between columns, rows and slices, which PNG files do not hold.
-        irregular: of DICOM series, see `SeriesReader`.
+        kwargs: every further argument goes to `VolumeReader`.
 
     Raises:
         ValueError: if `spacing` is not three positive numbers; if a PNG slice is missing, damaged or has another size;
-            or as `SeriesReader` does.
+            or as `VolumeReader` does.
     """
 
-    def __init__(self, spacing: Sequence[float], irregular: str = "refuse") -> None:
-        super().__init__(irregular)
+    def __init__(self, spacing: Sequence[float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if len(spacing) != 3 or not min(spacing) > 0:
             raise ValueError(f"spacing must be three positive numbers of mm, got {spacing}")
         self.spacing = [float(value) for value in spacing]
-
-    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[str]:
-        """Keep the path.
-
-        Raises:
-            ValueError: if it is a file, so that the next reader is taken.
-        """
-        if not self.verify_suffix(data):
-            raise ValueError(f"{ensure_tuple(data)[0]}: not a folder of slices")
-        return super().read(data)
 
     def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
         """Read the volume (X, Y, Z) of a folder, and its metadata."""
@@ -206,10 +184,10 @@ class SliceFolderReader(SeriesReader):
             if pixels.shape != slices[0].shape:
                 raise ValueError(f"{file}: has {pixels.shape[::-1]} pixels, the first slice {slices[0].shape[::-1]}")
         volume = np.stack(slices, axis=-1).transpose(1, 0, 2)
-        return volume, _make_meta(volume, np.diag([*(-step for step in self.spacing), 1.0]))
+        return volume, make_meta(np.diag([*(-step for step in self.spacing), 1.0]), volume.shape)
 
 
-def list_slices(folder: str | Path) -> list[Path]:
+def list_slices(folder: PathLike) -> list[Path]:
     """List the slices of a folder by number, `1.png` or `001.png` and so on; empty if it holds none.
 
     Raises:

@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import LoadImage, MapTransform, Orientation, Transform
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Orientation, Transform
 from PIL import Image
 from torch import Tensor
+
+from vdt_transforms.geometry import open_volume, read_voxels
 
 HU_OFFSET = 32768  # DeepLesion's 16-bit PNG files store HU + 32768
 ORIENTATION = "LPI"  # as radiologists see slices: x to the patient's left, y to the back, z to the feet
@@ -137,10 +140,9 @@ class SliceStackReader(Transform):
     def _read_volume(self, path: Path, interval: float | None, key_slice: int | None) -> Tensor:
         kept = self._volume
         if kept is None or kept[0] != str(path):
-            image = LoadImage(ensure_channel_first=True)(path)
+            opened = open_volume(path)
+            image = MetaTensor(read_voxels(opened)[None].astype(np.float32), affine=opened.affine)
             image = Orientation(ORIENTATION, labels=None)(image)
-            if image.shape[0] != 1:
-                raise ValueError(f"{path}: has {image.shape[0]} channels; expected a volume of one")
             kept = self._volume = (str(path), np.asarray(image[0]), float(image.pixdim[2]))
         _, volume, own_interval = kept
         if key_slice is None or not 0 <= key_slice < volume.shape[2]:

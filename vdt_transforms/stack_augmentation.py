@@ -1,7 +1,5 @@
 """What is done at random to stacks of CT slices (see `slice_stacks`) and to the boxes in them."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 

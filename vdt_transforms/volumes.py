@@ -10,8 +10,18 @@ import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.transforms import BorderPad, Flip, MapTransform, Randomizable, RandomizableTransform, SpatialCrop, Transform
-from monai.utils import convert_to_tensor, ensure_tuple
+from monai.transforms import (
+    Affine,
+    BorderPad,
+    Flip,
+    MapTransform,
+    Randomizable,
+    RandomizableTransform,
+    SpatialCrop,
+    Transform,
+    create_rotate,
+)
+from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple, ensure_tuple_rep
 
 from vdt_transforms.dictionary import RandArrayPerKey
 
@@ -200,3 +210,94 @@ class RandFlipLeftRightd(RandomizableTransform, MapTransform):
         for a, b in pairs:
             exchanged[mirrored == a], exchanged[mirrored == b] = b, a
         return exchanged
+
+
+class RandRotateScale(Randomizable, Transform):
+    """Rotate and scale a volume about its centre, in mm: a rotation of voxel indices would shear thick slices.
+
+    Slices that are `thick` times as thick as pixels, or thicker, are neither scaled along their thickness nor mixed:
+    rotations are in their plane only. What comes from outside the volume is its border.
+
+    Args:
+        rotation: largest angle about each axis, in radians; each is drawn uniformly from -rotation to rotation.
+        scaling: least and greatest factor, drawn uniformly; more than 1 enlarges.
+        prob: how often it is rotated, and how often, drawn apart, it is scaled.
+        thick: ratio of voxel sizes from which on an axis counts as that of thick slices.
+        mode: "bilinear", or "nearest" for label maps.
+
+    Raises:
+        ValueError: if `scaling` does not hold two positive numbers.
+    """
+
+    def __init__(
+        self,
+        rotation: float = 0.35,
+        scaling: Sequence[float] = (0.8, 1.25),
+        prob: float = 0.2,
+        thick: float = 3.0,
+        mode: str = "bilinear",
+    ) -> None:
+        if len(scaling) != 2 or min(scaling) <= 0:
+            raise ValueError(f"scaling must be two positive factors, got {scaling!r}")
+        self.rotation = rotation
+        self.scaling = scaling
+        self.prob = prob
+        self.thick = thick
+        self.mode = mode
+        self.angles = [0.0, 0.0, 0.0]
+        self.factor = 1.0
+
+    def randomize(self, data: Any = None) -> None:
+        """Draw the angles and the factor."""
+        rotates, scales = self.R.random(2) < self.prob
+        angles, factor = self.R.uniform(-self.rotation, self.rotation, 3), self.R.uniform(*self.scaling)
+        self.angles = list(angles) if rotates else [0.0, 0.0, 0.0]
+        self.factor = float(factor) if scales else 1.0
+
+    def matrix(self, spacing: Sequence[float]) -> np.ndarray:
+        """Give the 4 x 4 matrix from a voxel of the result to one of the volume, both counted from the centre."""
+        size = np.asarray(spacing, dtype=float)
+        others = np.array([np.delete(size, axis) for axis in range(3)])
+        flat = others.max(1) < self.thick * others.min(1)  # whether the plane across an axis has about square pixels
+        turned = create_rotate(3, [a if f else 0.0 for a, f in zip(self.angles, flat, strict=True)])
+        factors = np.where(size < self.thick * size.min(), self.factor, 1.0)
+        matrix = np.eye(4)
+        matrix[:3, :3] = np.asarray(turned)[:3, :3] / factors * size / size[:, None]
+        return matrix
+
+    def __call__(self, img: torch.Tensor, randomize: bool = True, mode: str | None = None) -> torch.Tensor:
+        """(C, X, Y, Z) -> the same shape and type, on the grid of the volume; voxel sizes are a `MetaTensor`'s."""
+        if randomize:
+            self.randomize()
+        if not any(self.angles) and self.factor == 1:
+            return img
+        matrix = self.matrix(img.pixdim.tolist() if isinstance(img, MetaTensor) else [1.0, 1.0, 1.0])
+        plain = convert_to_tensor(img, track_meta=False)
+        out = Affine(affine=matrix, mode=mode or self.mode, padding_mode="border", image_only=True)(plain)
+        return convert_to_dst_type(out, img)[0]
+
+
+class RandRotateScaled(RandArrayPerKey):
+    """Dictionary version of `RandRotateScale`.
+
+    Args:
+        keys: volumes on one grid.
+        mode: for all keys, or for each.
+        args, options: see `RandRotateScale`, and `allow_missing_keys`.
+    """
+
+    array = RandRotateScale
+
+    def __init__(
+        self, keys: KeysCollection, *args: Any, mode: str | Sequence[str] = "bilinear", **options: Any
+    ) -> None:
+        super().__init__(keys, *args, **options)
+        self.modes = ensure_tuple_rep(mode, len(self.keys))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Rotate and scale the volumes under `keys`."""
+        d = dict(data)
+        self.transform.randomize()
+        for key, mode in self.key_iterator(d, self.modes):
+            d[key] = self.transform(d[key], randomize=False, mode=mode)
+        return d

@@ -1,7 +1,5 @@
 """2D networks made 3D: inflated, spread over three views, or flat."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 

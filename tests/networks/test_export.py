@@ -1,7 +1,5 @@
 """Networks as TorchScript, as `torch.export` programs, and in ONNX Runtime, with free sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

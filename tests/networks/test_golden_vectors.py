@@ -57,11 +57,10 @@ def outputs_of(network, x):
 
 
 def cases():
-    """Every vector from every kind of file; in the quick suite, large networks from their plain file only."""
+    """Every vector from its plain file and with or without `backbone.`; one from every kind of file."""
     for name in NETWORKS:
-        for file in FILES:
-            small = name not in ("bcv_stdunet", "lidc_fcn", "resnet3d50_vdt", "p3d63", "mp3d63_groupconv")
-            slow = (not small and file != "bare") or name == "lidc_fcn"
+        for file in FILES if name == "vdt_classifier18" else ("bare", "backbone."):
+            slow = name in ("lidc_fcn", "bcv_stdunet") or (name != "vdt_classifier18" and file != "bare")
             yield pytest.param(name, file, marks=[pytest.mark.slow] if slow else [], id=f"{name}-{file}")
 
 
@@ -79,9 +78,7 @@ def test_published_checkpoint_gives_the_published_numbers(name, file, tmp_path):
         assert deviation(output, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "vdt_classifier18" else pytest.mark.slow) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", ["vdt_classifier18", pytest.param("mp3d63_groupconv", marks=pytest.mark.slow)])
 def test_half_precision_file_gives_the_numbers_of_its_rounded_weights(name, tmp_path):
     # Half precision rounds a weight by up to 5e-4 of itself, more than the vectors' tolerance: so the output is
     # compared, exactly, with that of the same network holding the rounded weights in float32. A small input does.

@@ -1,5 +1,4 @@
-from __future__ import annotations
-
+import pytest
 import torch
 
 from networks import NoduleFCN, load_pretrained
@@ -24,6 +23,7 @@ def test_head_widths_follow_the_encoder():
     assert head.seg_head[0].weight.shape == (128, 512, 3, 3, 3)
 
 
+@pytest.mark.slow
 def test_published_layers_that_nothing_uses_are_reported_as_skipped(tmp_path):
     path = tmp_path / "published.pth"
     torch.save(published_weights("lidc_fcn"), path)

@@ -1,10 +1,8 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
 
-from networks import P3D, load_pretrained
+from networks import P3D, LesionDetector, P3DClassifier, load_pretrained
 from tests.support.network_checks import randomise
 
 
@@ -165,3 +163,20 @@ def test_encoder_of_another_family_is_refused(tmp_path):
     torch.save({"conv1.weight": torch.zeros(4, 1, 7, 7, 7), "bn1.weight": torch.zeros(4)}, tmp_path / "resnet.pt")
     with pytest.raises(ValueError, match=r"conv1\.weight is in the file only"):
         load_pretrained(narrow(), tmp_path / "resnet.pt")
+
+
+@pytest.mark.parametrize("depth", ["18ba", 18])
+def test_a_p3d_trained_on_images_starts_a_detector_but_for_its_group_transforms(depth, tmp_path):
+    torch.manual_seed(0)
+    classifier = P3DClassifier(depth, 5, base_channels=4)
+    logits = classifier(torch.randn(2, 1, 3, 64, 64))
+    assert logits.shape == (2, 5)
+    logits.sum().backward()
+    learnt = [p for p in classifier.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in learnt)  # none is unused, which several processes would refuse
+    torch.save(classifier.backbone.state_dict(), tmp_path / "encoder.pt")
+    for slices in (9, 3):
+        detector = LesionDetector(depth, base_channels=4, pyramid_channels=8, head_channels=8, slices=slices)
+        report = load_pretrained(detector, tmp_path / "encoder.pt")
+        assert len(report.centred) == (4 if slices == 9 else 0)
+        assert torch.equal(detector.backbone.layer4[0].conv2.weight, classifier.backbone.layer4[0].conv2.weight)

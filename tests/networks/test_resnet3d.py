@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 import io
 
@@ -109,6 +107,26 @@ def test_reductions_are_products_of_the_strides():
     assert narrow(return_stem=True, **FLAT, **ALL).reductions == [(r, r, r) for r in (1, 1, 2, 2, 4)]
 
 
+def test_strides_of_each_axis_are_those_asked_for_and_weights_are_the_same():
+    thick = [[1, 2, 2], [1, 2, 2], 1, [2, 2, 2], [2, 2, 1], [1, 1, 1]]
+    network = narrow(return_stem=True, strides=thick, **ALL).eval()
+    maps = network(torch.zeros(1, 1, 12, 32, 32))
+    assert [tuple(m.shape[2:]) for m in maps] == [(12, 16, 16), (12, 8, 8), (6, 4, 4), (3, 2, 4), (3, 2, 4)]
+    assert network.reductions == [(1, 2, 2), (1, 4, 4), (2, 8, 8), (4, 16, 8), (4, 16, 8)]
+    assert network.state_dict().keys() == narrow(return_stem=True, **ALL).state_dict().keys()
+    assert network.architecture["strides"] == thick  # plain values, for the file
+    six = narrow(strides=(2, 2, 1, 2, 2, 2), **ALL)
+    assert six.reductions == narrow(**ALL).reductions
+
+
+def test_a_network_of_other_strides_by_axis_is_refused_and_one_of_the_same_loads():
+    thick = {"strides": [[1, 2, 2], [1, 2, 2], 1, 2, 2, 2]}
+    state = narrow(**thick).state_dict()
+    narrow(strides=[(1, 2, 2), (1, 2, 2), 1, 2, 2, 2]).load_state_dict(state)
+    with pytest.raises(ValueError, match="strides="):
+        narrow().load_state_dict(state)
+
+
 def test_image_without_channel_axis_is_read_as_slices():
     network = randomise(narrow()).eval()
     x = torch.randn(2, 3, 32, 32)
@@ -177,7 +195,7 @@ def test_shortcut_a_has_no_weights_and_b_has_four(depth):
 
 @pytest.mark.parametrize(("depth", "last"), [(18, "bn2"), (50, "bn3")])
 def test_zero_init_residual_makes_every_block_start_as_its_shortcut(depth, last):
-    network = narrow(depth)
+    network = narrow(depth, zero_init_residual=True)
     blocks = [m for m in network.modules() if isinstance(m, BasicBlock | Bottleneck)]
     assert len(blocks) == {18: 8, 50: 16}[depth]
     for block in blocks:
@@ -188,7 +206,7 @@ def test_zero_init_residual_makes_every_block_start_as_its_shortcut(depth, last)
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_without_zero_init_residual_no_block_starts_as_its_shortcut(depth):
-    network = narrow(depth, zero_init_residual=False)
+    network = narrow(depth)
     assert all((m.weight == 1).all() for m in network.modules() if isinstance(m, nn.BatchNorm3d))
     x = torch.rand(2, network.layer1[1].conv1.in_channels, 2, 4, 4)
     assert not torch.allclose(network.layer1[1](x), x)
@@ -197,7 +215,7 @@ def test_without_zero_init_residual_no_block_starts_as_its_shortcut(depth):
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("kind", [ResNet2D, ResNet3D])
 def test_convolutions_start_kaiming_normal_by_fan_out_norms_at_one_and_the_last_of_a_block_at_zero(kind, depth):
-    network = kind(depth, base_channels=16)
+    network = kind(depth, base_channels=16, zero_init_residual=True)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
     assert len(convolutions) == {18: 20, 50: 53}[depth]
     for conv in convolutions:
@@ -311,8 +329,12 @@ def test_checkpointing_leaves_momentum_as_it_was():
         pytest.param({"depth": 19}, "depth must be one of 18, 34, 50, 101, 152, got 19", id="depth"),
         pytest.param({"stem": "7x7"}, "stem must be one of .*'strided', 'unet', 'flat'.*, got '7x7'", id="stem"),
         pytest.param({"shortcut": "C"}, "shortcut must be one of 'A', 'B', got 'C'", id="shortcut"),
-        pytest.param({"strides": (1, 2, 2)}, r"strides must be four positive integers, got \(1, 2, 2\)", id="strides"),
+        pytest.param(
+            {"strides": (1, 2, 2)}, r"strides must be four positive integers, .*got \(1, 2, 2\)", id="strides"
+        ),
         pytest.param({"strides": (1, 2, 0, 2)}, "strides must be four positive integers", id="stride-of-zero"),
+        pytest.param({"strides": (1, 2, (1, 2), 2)}, "strides must be four positive integers", id="stride-of-two-axes"),
+        pytest.param({"strides": (1, 2, 1, 2, 1, 1), "stem": "flat"}, "flat", id="stride-of-a-missing-pool"),
         pytest.param({"norm": "layer"}, "norm must be one of .*'batch', 'group', 'instance'.*, got 'layer'", id="norm"),
         pytest.param({"out_indices": ()}, "out_indices must name stages 0 to 3, got", id="no-stage"),
         pytest.param({"out_indices": (4,)}, r"out_indices must name stages 0 to 3, got \(4,\)", id="fifth-stage"),

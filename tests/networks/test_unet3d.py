@@ -7,13 +7,7 @@ from torch import nn
 from networks import ResUNet3D
 from tests.support.network_checks import assert_every_parameter_gets_a_gradient, randomise
 
-SIZES = [
-    pytest.param((16, 32, 48), id="multiples-of-16"),
-    pytest.param((17, 35, 50), id="no-multiples"),
-    pytest.param((5, 48, 64), id="five-slices"),
-    pytest.param((33, 33, 33), id="33-cubed"),
-    pytest.param((1, 20, 40), id="one-slice"),
-]
+SIZES = [(16, 32, 48), (17, 35, 50), (5, 48, 64), (33, 33, 33), (1, 20, 40)]
 VARIANTS = [
     pytest.param({}, id="published"),
     pytest.param({"stem": "strided"}, id="strided-stem"),
@@ -27,11 +21,13 @@ def narrow(num_classes=3, **arguments):
 
 
 @pytest.mark.parametrize("arguments", VARIANTS)
-@pytest.mark.parametrize("size", SIZES)
-def test_logits_have_the_size_of_the_input(size, arguments):
-    logits = randomise(narrow(**arguments)).eval()(torch.randn(1, 1, *size))
-    assert logits.shape == (1, 3, *size)
-    assert logits.isfinite().all()
+@torch.no_grad()
+def test_logits_have_the_size_of_the_input(arguments):
+    network = randomise(narrow(**arguments)).eval()
+    for size in SIZES:
+        logits = network(torch.randn(1, 1, *size))
+        assert logits.shape == (1, 3, *size)
+        assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +68,7 @@ def test_strided_stem_interpolates_the_logits_of_half_the_resolution():
     network = randomise(narrow(stem="strided")).eval()
     x = torch.randn(1, 1, 32, 32, 64)
     with torch.inference_mode():
-        half = network.decode_head(network.neck(network.backbone(x)))
+        half = network.decode_head(network.neck(network.backbone(x))[0])
         assert half.shape == (1, 3, 16, 16, 32)
         want = nn.functional.interpolate(half, scale_factor=2, mode="trilinear", align_corners=False)
         torch.testing.assert_close(network(x), want)
@@ -98,10 +94,29 @@ def test_dropout_drops_whole_channels_while_training_only():
     assert torch.equal(same, again)
 
 
-def test_logits_start_small_around_zero():
-    head = narrow(num_classes=14).decode_head
-    assert not head.conv_seg.bias.any()
-    assert head.conv_seg.weight.std().item() == pytest.approx(0.01, rel=0.25)
+def test_the_published_head_starts_small_around_zero_and_ours_as_pytorch_starts_a_convolution():
+    published = narrow(num_classes=14, head_std=0.01).decode_head.conv_seg
+    assert not published.bias.any()
+    assert published.weight.std().item() == pytest.approx(0.01, rel=0.25)
+    ours = narrow(num_classes=14).decode_head.conv_seg
+    assert 0.9 * 16**-0.5 < ours.weight.abs().max() <= 16**-0.5  # uniform, by the number of inputs
+    assert ours.bias.any()
+
+
+def test_a_network_from_scratch_tells_a_bright_block_from_its_surroundings_within_thirty_steps():
+    torch.manual_seed(0)
+    label = torch.zeros(2, 16, 16, 16, dtype=torch.long)
+    label[0, 5:10, 6:12, 4:9] = 1
+    label[1, 4:9, 3:8, 6:12] = 1
+    image = label[:, None] + 0.3 * torch.randn(2, 1, 16, 16, 16)
+    network = narrow(num_classes=2, dropout=0.0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.003)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(image), label).backward()
+        optimizer.step()
+    found = network(image).argmax(1)
+    assert 2 * (found & label).sum() / (found + label).sum() > 0.8
 
 
 def test_logits_are_not_probabilities():
@@ -114,3 +129,25 @@ def test_each_image_of_a_batch_is_segmented_as_if_alone():
     network = randomise(narrow()).eval()
     x = torch.randn(2, 1, 16, 17, 32)
     torch.testing.assert_close(network(x), torch.cat([network(x[:1]), network(x[1:])]))
+
+
+def test_deep_supervision_gives_logits_of_coarser_maps_once_and_leaves_forward_as_it_is():
+    torch.manual_seed(0)
+    plain, deep = narrow(dropout=0.0), narrow(dropout=0.0, deep_supervision=2)
+    deep.load_state_dict(plain.state_dict())  # which has no heads of coarser maps
+    x = torch.randn(2, 1, 16, 32, 48)
+    assert torch.equal(plain(x), deep(x))
+    sizes = [tuple(side.shape) for side in deep.take_side_logits()]
+    assert sizes == [(2, 3, 8, 16, 24), (2, 3, 4, 8, 12)]
+    assert deep.take_side_logits() == plain.take_side_logits() == []
+    deep.eval()(x)
+    assert deep.take_side_logits() == []
+    plain.load_state_dict(deep.state_dict())  # its heads of coarser maps are left out
+    assert torch.equal(plain.eval()(x), torch.jit.script(deep)(x))
+
+
+def test_heads_of_coarser_maps_learn_with_the_others():
+    network = narrow(dropout=0.0, deep_supervision=3)
+    logits = network(torch.randn(2, 1, 17, 35, 50))
+    sum(level.square().mean() for level in (logits, *network.take_side_logits())).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())

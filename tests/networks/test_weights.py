@@ -178,13 +178,12 @@ def test_file_without_a_wanted_stage_is_refused(save):
         load_pretrained(narrow(), save(narrow(out_indices=(1,))))
 
 
-def test_batch_norm_file_fits_group_norm_without_its_statistics(save):
-    source, network = randomise(narrow()), narrow(norm="group")
-    report = load_pretrained(network, save(source))
-    assert len(report.skipped) == 3 * 20
-    assert set(report.skipped.values()) == {"the network's norm keeps no running statistics"}
-    assert not report.left_random
-    assert torch.equal(network.layer3[1].bn2.weight, source.layer3[1].bn2.weight)
+@pytest.mark.parametrize("norm", ["group", "instance"])
+def test_a_batch_norm_file_is_refused_by_another_norm(save, norm):
+    with pytest.raises(
+        ValueError, match=r"has batch norms \(bn1\.running_mean\), .*; build the network with norm 'batch'"
+    ):
+        load_pretrained(narrow(norm=norm), save(narrow()))
 
 
 # Refusals

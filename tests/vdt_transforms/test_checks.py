@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -74,3 +72,11 @@ def test_intensities_that_no_int16_holds_are_refused_with_the_file_and_their_ran
 def test_the_whole_range_of_int16_passes_as_the_same_object(kind):
     volume = kind(np.array([-32768.0, 32767.0]).reshape(1, 1, 1, 2))
     assert CheckOverflow()(volume) is volume
+
+
+@pytest.mark.parametrize("stored", [0.99999994, 1.0009])
+def test_labels_off_by_a_rounding_error_are_rounded_and_others_refused(stored):
+    labels = torch.tensor([[[[0.0, stored, 2.0]]]])
+    np.testing.assert_array_equal(CheckLabels(3)(labels), [[[[0, 1, 2]]]])
+    with pytest.raises(ValueError, match=r"label values 1\.002 are out of range"):
+        CheckLabels(3)(torch.tensor([[[[0.0, 1.002]]]]))

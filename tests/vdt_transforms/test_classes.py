@@ -1,7 +1,5 @@
 """Classes out of JSON files."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

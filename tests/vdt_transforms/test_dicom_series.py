@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import re
 import shutil
+import zipfile
 from functools import partial
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 from monai.data import PydicomReader
 from monai.transforms import LoadImage, LoadImaged
-from pydicom import dcmread
-from pydicom.uid import JPEG2000Lossless
+from pydicom import Dataset, dcmread
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEG2000Lossless
 
-from tests.makers.dicom import AXIAL, uid, write_series, write_slice
-from vdt_transforms import NoduleReader, SeriesReader, SliceFolderReader, VolumeReader, dicom_headers
-from vdt_transforms.dicom_series import find_series
+from tests.makers.dicom import AXIAL, uid, write_frames, write_series, write_slice
+from vdt_transforms import NoduleReader, SeriesReader, SliceFolderReader, VolumeReader, dicom_folders, dicom_headers
+from vdt_transforms.dicom_folders import find_series
 from vdt_workflows.data.volumes import list_volumes
 from vdt_workflows.parallel import run_parallel
 
@@ -77,7 +79,6 @@ REFUSED = {
     "no rescale": (drop_rescale, {}, r"\.dcm: has no RescaleSlope or no RescaleIntercept, so its values are not HU$"),
     "a slice off": (None, {"places": [0, 2.5, 5.4, 7.5]}, r"0\.4 mm off a regular grid; .* a twentieth of"),
     "a missing slice": (None, {"places": [0, 2.5, 7.5, 10]}, "lacks 1 slice, the first between"),
-    "two series": (partial(write_series, hu=HU, name="b"), {}, r"holds 2 series; put .* with 4, .* with 4 images\)$"),
     "a cut file": (lambda folder: cut(-1)(min(folder.iterdir())), {}, r"a000\.dcm: cut short, 59 of 60 bytes"),
     "one slice": (None, {"hu": HU[..., :1]}, "has one slice; a volume needs two or more"),
     "another size": (
@@ -85,7 +86,7 @@ REFUSED = {
         {},
         "mixes slices with 5 x 6 and 4 x 6 pixels",
     ),
-    "inverted greys": (None, {"PhotometricInterpretation": "MONOCHROME1"}, r"MONOCHROME1 pixels; expected MONOCHROME2"),
+    "inverted greys": (None, {"PhotometricInterpretation": "MONOCHROME1"}, "MONOCHROME1 pixels, the darker"),
     "nothing but a cut file": (
         lambda folder: [cut(100)(file) for file in folder.iterdir()],
         {},
@@ -125,8 +126,9 @@ def test_what_can_be_left_out_is_left_out_and_named_by_listing_and_loading_alike
     spoil(tmp_path / "ct")
     for ask in (list_volumes, load):
         caplog.clear()
+        dicom_folders._found.clear()  # or else the second is not told again
         found = ask(tmp_path / "ct")
-        messages = [record.message for record in caplog.records if record.name.startswith("vdt_")]
+        messages = [record.message for record in caplog.records if record.name.startswith("vdt_transforms")]
         assert len(messages) == bool(named)
         assert named in "".join(messages)
     np.testing.assert_array_equal(found[0], HU)
@@ -245,7 +247,7 @@ def test_each_slice_has_its_own_rescale_and_signed_numbers_are_read(tmp_path):
 def test_mr_is_read_as_floats_and_passed_over_where_only_ct_is_asked_for(tmp_path):
     fields = {"Modality": "MR", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.4"}
     write_series(tmp_path, HU, RescaleSlope=None, RescaleIntercept=None, **fields)
-    assert find_series(tmp_path, modalities=("CT",)).skipped == {"MR": 4}
+    assert find_series(tmp_path, modalities=("CT",)).counts == {"MR": 4}
     volume = only(tmp_path).read()
     assert volume.dtype == np.float32
     assert np.array_equal(volume, HU + 1024)
@@ -257,9 +259,12 @@ def test_padding_of_ct_is_air(tmp_path):
     assert np.array_equal(only(tmp_path).read(), np.where(HU < -50, -1024, HU))
 
 
-def test_an_integer_overflow_is_refused(tmp_path):
-    write_series(tmp_path, HU, RescaleIntercept=50000)
-    with pytest.raises(ValueError, match=r"a\d\d\d\.dcm: values up to \d+, which no CT has in HU; this is an integer"):
+@pytest.mark.parametrize("intercept", [50000, -9024])
+def test_values_beyond_those_of_ct_are_refused(tmp_path, intercept):
+    write_series(tmp_path, HU, RescaleIntercept=intercept)
+    with pytest.raises(
+        ValueError, match=r"a\d\d\d\.dcm: values up to -?\d+, which no CT has in HU; this is an integer"
+    ):
         only(tmp_path).read()
 
 
@@ -290,11 +295,11 @@ def test_what_is_no_slice_is_skipped_and_counted_by_its_kind(tmp_path):
         write_slice(tmp_path / f"x{number}.dcm", np.zeros((9, 9), np.uint16), Modality=name, SOPClassUID="1.2.3")
     scout = {"SeriesInstanceUID": SHORT, "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
     write_slice(tmp_path / "scout.dcm", np.zeros((9, 9), np.uint16), **scout)
-    write_slice(tmp_path / "frames.dcm", SOPClassUID="1.2.840.10008.5.1.4.1.1.2.1")
+    write_slice(tmp_path / "DICOMDIR", SOPClassUID="1.2.840.10008.1.3.10", Modality=None)
     found = find_series(tmp_path)
-    assert found.skipped == {
+    assert found.counts == {
         **{"CR": 1, "DX": 2, "RTSTRUCT": 1, "SEG": 1, "SR": 1},
-        **{"localizer": 1, "multi-frame CT": 1, "not DICOM": 1},
+        **{"DICOMDIR": 1, "localizer": 1, "not DICOM": 1},
     }
     assert found.damaged == ()
     assert only(tmp_path).errors == ()
@@ -373,7 +378,7 @@ def test_a_damaged_file_is_named_by_the_series_of_its_folder(tmp_path, damage, r
 
 def write_like(file, **fields):
     shape = np.zeros((5, 6), np.uint16)
-    given = {"SeriesInstanceUID": SHORT, "ImageOrientationPatient": list(AXIAL)}
+    given = {"SeriesInstanceUID": SHORT, "PatientID": "LIDC-IDRI-0001", "ImageOrientationPatient": list(AXIAL)}
     given |= {"ImagePositionPatient": [0, 0, 0], "PixelSpacing": [1, 1], **fields}
     write_slice(file, shape, **given)
 
@@ -403,6 +408,139 @@ def test_a_folder_that_links_to_itself_is_searched_once(tmp_path):
     write_series(tmp_path / "x", HU)
     (tmp_path / "x" / "again").symlink_to(tmp_path)
     assert only(tmp_path).notes == ()
+
+
+# Other forms of a series
+
+
+def test_a_file_of_many_frames_is_one_volume_with_the_values_and_places_of_each_frame(tmp_path):
+    hu = np.arange(6 * 5 * 4).reshape(6, 5, 4) * 12 - 1024  # divisible by the slopes 1 to 4
+    places = [5.0, 0.0, 7.5, 2.5]
+    write_frames(tmp_path / "ct" / "IM1", hu, places=places)
+    for asked in (tmp_path / "ct", tmp_path / "ct" / "IM1"):
+        image = load(asked)
+        np.testing.assert_array_equal(image[0], hu[..., np.argsort(places)])
+        np.testing.assert_allclose(image.affine, [[-0.7, 0, 0, 20], [0, -0.6, 0, 10], [0, 0, 2.5, -100], [0, 0, 0, 1]])
+
+
+def test_frames_that_are_no_stack_are_refused(tmp_path):
+    write_frames(tmp_path / "IM1", HU, places=[0, 2.5, 2.5, 5])
+    with pytest.raises(ValueError, match=r"has slices at the same place, 1 too many, the first .*IM1 at -97\.5 mm"):
+        load(tmp_path)
+    write_frames(tmp_path / "IM1", HU, NumberOfFrames=3)
+    with pytest.raises(ValueError, match="IM1: has 3 frames, of which its header describes 4"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("element", ["TemporalPositionIdentifier", "AcquisitionNumber", "EchoTime"])
+def test_points_of_time_of_one_series_are_volumes_of_their_own(tmp_path, element):
+    for number in (2, 10):
+        write_series(tmp_path, HU + number, name=f"a{number}", SeriesInstanceUID=SHORT, **{element: number})
+    first, second = find_series(tmp_path).series
+    assert (first.path.name, second.path.name) == (f"series-{SHORT}-1", f"series-{SHORT}-2")
+    np.testing.assert_array_equal(load(first.path)[0], HU + 2)
+    np.testing.assert_array_equal(load(second.path)[0], HU + 10)
+    with pytest.raises(ValueError, match=r"holds 2 series .* choose one by --series"):
+        load(tmp_path)
+
+
+def bare(file):
+    """Take the preamble and the meta information away, as some archives do."""
+    dataset = dcmread(file)
+    content = Dataset()
+    content.update(dataset)
+    content.save_as(file, implicit_vr=True, little_endian=True)
+
+
+def test_files_without_preamble_are_read_and_text_is_not_taken_for_them(tmp_path):
+    for file in write_series(tmp_path, HU):
+        bare(file)
+    (tmp_path / "notes").write_bytes(b"\x08\0 begins like a data set")
+    (tmp_path / "README").write_text("no data set")
+    np.testing.assert_array_equal(load(tmp_path)[0], HU)
+    assert find_series(tmp_path).counts == {"not DICOM": 2}
+
+
+def test_the_encoding_is_found_under_the_names_of_pydicom_2_too():
+    names = {"file_meta": {}, "is_implicit_VR": False}
+    assert dicom_headers.syntax_of(SimpleNamespace(**names, is_little_endian=True)) == ExplicitVRLittleEndian
+    assert dicom_headers.syntax_of(SimpleNamespace(**names, is_little_endian=False)) == ExplicitVRBigEndian
+
+
+def test_a_zip_is_read_as_the_folder_in_it_and_leaves_nothing_behind(tmp_path):
+    write_series(tmp_path / "in" / "one", HU, SeriesNumber=1)
+    write_series(tmp_path / "in" / "one", HU + 1, name="b", SeriesNumber=2)
+    (tmp_path / "in" / "DICOMDIR.txt").write_text("a file beside")
+    shutil.make_archive(tmp_path / "ct", "zip", tmp_path / "in")
+    shutil.rmtree(tmp_path / "in")
+    found = [case["image"] for case in list_volumes(tmp_path / "ct.zip")]
+    assert found == [str(tmp_path / "ct.zip" / "one" / f"series-{number}") for number in (1, 2)]
+    assert [int(load(path)[0].mean() - HU.mean()) for path in found] == [0, 1]
+    assert [case["image"] for case in list_volumes(tmp_path)] == found
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ct.zip"]
+
+
+def test_a_zip_that_would_unpack_to_too_much_is_refused_before_it_is(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("out.dcm", bytes(5000))
+    monkeypatch.setattr(dicom_headers, "LARGEST", 4999)
+    with pytest.raises(ValueError, match=r"bomb\.zip: a file in it would unpack to 5,000 bytes; expected DICOM"):
+        list_volumes(tmp_path / "bomb.zip")
+
+
+def test_a_single_file_stands_for_its_series(tmp_path):
+    files = write_series(tmp_path, HU, SeriesNumber=1)
+    write_series(tmp_path, HU + 1, name="b", SeriesNumber=2)
+    localizer(tmp_path)
+    np.testing.assert_array_equal(load(files[2])[0], HU)
+    assert list_volumes(files[2]) == [{"image": str(tmp_path / "series-1")}]
+    with pytest.raises(ValueError, match=r"scout\.dcm: no image of a CT or MR series \(localizer\)"):
+        list_volumes(tmp_path / "scout.dcm")
+
+
+def test_each_header_is_read_once_until_a_file_changes(tmp_path, monkeypatch):
+    read = []
+    understand = dicom_headers._understand
+    monkeypatch.setattr(dicom_headers, "_understand", lambda path, *rest: read.append(path) or understand(path, *rest))
+    files = write_series(tmp_path, HU)
+    (case,) = list_volumes(tmp_path)
+    load(case["image"])
+    load(case["image"])
+    assert len(read) == len(files)
+    change(files[1], lambda d: setattr(d, "RescaleIntercept", -1000))
+    np.testing.assert_array_equal(load(case["image"])[0, ..., 1], HU[..., 1] + 24)
+
+
+@pytest.mark.parametrize(
+    ("stored", "fields"),
+    [
+        (np.int16(-32768), {}),
+        (np.int16(-32768), {"PixelPaddingValue": -32768}),
+        (np.int16(2000), {"PixelPaddingValue": 2000}),
+        (np.int16(1990), {"PixelPaddingValue": 2000, "PixelPaddingRangeLimit": 1980}),
+        (np.uint16(63536), {"PixelPaddingValue": 63536}),
+    ],
+)
+def test_padding_is_air(tmp_path, stored, fields):
+    pixels = np.full((5, 6), 1100, stored.dtype)
+    pixels[1, 2] = stored
+    for number in range(3):
+        place = {"ImagePositionPatient": [0, 0, number], "SOPInstanceUID": uid(number)}
+        rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024, "PixelData": pixels.tobytes()}
+        write_like(
+            tmp_path / f"{number}.dcm", **place, **rescale, **fields, PixelRepresentation=int(stored.dtype == np.int16)
+        )
+    image = load(tmp_path)[0]
+    assert image[2, 1].tolist() == [-1024] * 3
+    assert (image == 76).sum() == 3 * 29
+
+
+def test_series_of_several_patients_under_one_uid_are_refused_without_their_names(tmp_path):
+    write_series(tmp_path, HU, patient="DOE", SeriesInstanceUID="1.2")
+    write_series(tmp_path, HU, patient="ROE", name="b", origin=(-20, -10, -90), SeriesInstanceUID="1.2")
+    with pytest.raises(ValueError, match=r"series 1\.2 mixes slices of several patients") as caught:
+        load(tmp_path)
+    assert "OE" not in str(caught.value).replace(str(tmp_path), "")
 
 
 # In several processes

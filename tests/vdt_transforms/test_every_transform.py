@@ -73,6 +73,9 @@ PAIRS = {
     "CropNoduled": Pair(lambda: vt.CropNodule(4), lambda keys, **o: vt.CropNoduled(keys, 4, **o), keeps=False),
     "ForegroundSlicesd": Pair(vt.ForegroundSlices, vt.ForegroundSlicesd, keeps=False, result="image_slices"),
     "ImageToVolumed": Pair(vt.ImageToVolume, vt.ImageToVolumed, IMAGE),
+    "InterpolateSlicesd": Pair(
+        lambda: vt.InterpolateSlices(9), lambda keys, **o: vt.InterpolateSlicesd(keys, 9, **o), VOLUME, False
+    ),
     "LoadNaturalImaged": Pair(vt.LoadNaturalImage, vt.LoadNaturalImaged, write_picture),
     "NormalizeWindowd": Pair(
         lambda: vt.NormalizeWindow((0, 9), 1, 2), lambda k, **o: vt.NormalizeWindowd(k, (0, 9), 1, 2, **o), keeps=False
@@ -86,12 +89,14 @@ PAIRS = {
         lambda: vt.RandResizedCropImage(8), lambda k, **o: vt.RandResizedCropImaged(k, 8, **o), IMAGE, False
     ),
     "RandRotateCubed": Pair(vt.RandRotateCube, vt.RandRotateCubed, VOLUME[:, :6, :6, :6]),
+    "RandRotateScaled": Pair(lambda: vt.RandRotateScale(prob=1), lambda k, **o: vt.RandRotateScaled(k, prob=1, **o)),
     "RandSlabd": Pair(
         lambda: vt.RandSlab(4),
         lambda k, **o: vt.RandSlabd(k, "image", 4, **o),
         keeps=False,
         kinds=("torch", "MetaTensor"),
     ),
+    "RandSliceDriftd": Pair(vt.RandSliceDrift, vt.RandSliceDriftd, VOLUME, False),
     "RandSliceShuffled": Pair(vt.RandSliceShuffle, vt.RandSliceShuffled, VOLUME),
     "ReadClassd": Pair(lambda: vt.ReadClass("ab"), lambda keys, **o: vt.ReadClassd(keys, "ab", **o), write_class),
     "ResizeCenterCropImaged": Pair(
@@ -176,7 +181,7 @@ def test_kinds_of_arrays_agree_and_types_survive(name, tmp_path):
             assert type(result) is type(given)
             assert result.dtype == given.dtype
         results.append(np.asarray(result))
-    if name not in ("CropNoduled", "Spacingd"):  # which go by the affine that only a MetaTensor has
+    if name not in ("CropNoduled", "RandRotateScaled", "Spacingd"):  # which go by the affine that only a MetaTensor has
         assert all(np.allclose(results[0], other) for other in results)
 
 

@@ -1,7 +1,5 @@
 """A network that knows the answer gives it back on the file's grid, whatever was done to the volume before."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

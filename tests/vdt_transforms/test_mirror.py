@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -72,11 +70,11 @@ def test_a_flip_mirrors_voxels_in_their_places_in_the_world_and_exchanges_the_pa
 def test_flip_happens_as_often_as_asked():
     flip = RandFlipLeftRightd(["image", "label"], "label", prob=0.3, pairs=BCV).set_random_state(0)
     data, done = body(torch.eye(4, dtype=torch.float64)), []
-    for _ in range(1000):
+    for _ in range(300):
         out = flip(data)
         done.append({key: not torch.equal(out[key].as_tensor(), data[key].as_tensor()) for key in data})
     assert all(flips["image"] == flips["label"] for flips in done)
-    assert 250 < sum(flips["image"] for flips in done) < 350
+    assert 60 < sum(flips["image"] for flips in done) < 120
 
 
 def test_orientation_before_the_flip_changes_nothing_about_who_is_who():

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import io
 import math
 
@@ -155,11 +153,41 @@ def test_an_exif_block_that_cannot_be_read_does_no_harm(load):
     assert torch.equal(load(data), by_pillow(data))
 
 
-def test_stray_bytes_in_a_jpeg_do_no_harm(load):
-    data = encoded(picture(), "JPEG", subsampling="4:4:4")
-    end = data.rindex(b"\xff\xd9")
-    stray = data[:end] + b"\0\0\0" + data[end:]
-    assert torch.equal(load(stray), by_pillow(data))
+def damaged(kind, way, **options):
+    """A picture whose file was damaged in its data, with the whole file."""
+    image = Image.fromarray(picture(120, 160))
+    whole = encoded(image.convert("CMYK") if options.pop("cmyk", False) else image, kind, **options)
+    start, end = whole.rindex(b"\xff\xda") + 14 if kind == "JPEG" else whole.index(b"IDAT"), len(whole) - 2
+    middle = (start + end) // 2
+    return whole, {
+        "cut and ended": whole[:middle] + b"\xff\xd9",
+        "hole": whole[:middle] + bytes(len(whole) // 5) + whole[middle + len(whole) // 5 :],
+        "stray bytes": whole[:end] + bytes(3) + whole[end:],
+        "checksum of pixels": whole[:-16] + bytes([whole[-16] ^ 1]) + whole[-15:],  # the last byte of IDAT's
+    }[way]
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "options"),
+    [
+        *(("JPEG", way, {}) for way in ("cut and ended", "hole", "stray bytes")),
+        *(("JPEG", "cut and ended", more) for more in ({"cmyk": True}, {"exif": with_orientation(6)})),
+        ("JPEG", "hole", {"progressive": True}),
+        ("PNG", "checksum of pixels", {}),
+    ],
+)
+def test_what_the_decoder_warns_of_is_refused_unless_it_may_be_lenient(load, tmp_path, kind, way, options):
+    whole, content = damaged(kind, way, **options)
+    file = tmp_path / "a.jpg"
+    file.write_bytes(content)
+    with pytest.raises(ImageDecodeError, match=r"a\.jpg: it is damaged or cut short \(.*\); .*decode 'lenient'"):
+        load(file)
+    assert LoadNaturalImage(decode="lenient")(file).shape == load(whole).shape
+
+
+def test_a_turned_jpeg_has_the_pixels_of_the_same_jpeg_without_its_orientation(load):
+    upright, turned = (encoded(picture(), "JPEG", exif=with_orientation(value)) for value in (1, 6))
+    assert torch.equal(load(turned), load(upright).rot90(-1, (1, 2)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -278,6 +306,7 @@ def test_the_centre_crop_is_that_of_torchvision(size):
         (lambda: RandResizedCropImage(8, area=(0.5, 0.2)), "area"),
         (lambda: RandResizedCropImage(8, area=(0.5, 2.0)), "area"),
         (lambda: RandResizedCropImage(8, aspect=(0.0, 1.0)), "aspect"),
+        (lambda: LoadNaturalImage(decode="loose"), "decode must be 'strict' or 'lenient', got 'loose'"),
         (lambda: ResizeCenterCropImage(8, short_side=7), "short_side must be at least size"),
     ],
 )

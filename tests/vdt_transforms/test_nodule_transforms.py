@@ -93,7 +93,7 @@ def test_a_spoilt_cube_is_named_in_one_sentence(tmp_path, write, sentence):
 def test_a_truncated_nifti_cube_is_named_in_one_sentence(tmp_path):
     path = write_volume(tmp_path / "a.nii.gz", shape=(20, 20, 20))
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"a\.nii\.gz: not a readable nodule or scan"):
+    with pytest.raises(ValueError, match=r"a\.nii\.gz: cut short or damaged"):
         load(path)
 
 

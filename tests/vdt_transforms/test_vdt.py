@@ -1,5 +1,4 @@
-from __future__ import annotations
-
+import re
 from collections import Counter
 from itertools import permutations
 
@@ -8,7 +7,16 @@ import pytest
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor
 
-from vdt_transforms import MEAN, STD, ImageToVolume, RandSliceShuffle, RandSliceShuffled, VolumeToImage
+from vdt_transforms import (
+    MEAN,
+    STD,
+    ImageToVolume,
+    InterpolateSlices,
+    RandSliceDrift,
+    RandSliceShuffle,
+    RandSliceShuffled,
+    VolumeToImage,
+)
 
 ROWS, COLUMNS = 4, 7
 KINDS = [
@@ -138,3 +146,79 @@ def test_two_workers_draw_differently_and_reproducibly():
     assert first == loaded(2, seed=0)
     assert first != loaded(2, seed=1)
     assert first[0::2] != first[1::2]  # batches alternate between the workers
+
+
+# InterpolateSlices and RandSliceDrift
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_interpolated_slices_lie_on_the_line_between_their_neighbours(dtype):
+    values = np.array([10, 40, 100], dtype)
+    volume = np.broadcast_to(values[:, None, None], (1, 3, 2, 2)).copy()
+    found = InterpolateSlices(5)(volume)
+    assert found.dtype == volume.dtype
+    assert found[0, :, 1, 0].tolist() == [10, 25, 40, 70, 100]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_slices_of_three_are_left_as_they_are(kind):
+    given = kind(image(3, "float32")[None])
+    assert InterpolateSlices(3)(given) is given
+
+
+def drifted(volume, **rates):
+    """What a drift of fixed rates makes of a volume."""
+    drift = RandSliceDrift().set_random_state(0)
+    drift.randomize()
+    drift.rates = np.array([rates.get(name, 0.0) for name in ("down", "across", "turn", "growth")])
+    return drift(volume, randomize=False)
+
+
+def test_a_drift_shifts_the_ends_apart_and_keeps_the_middle():
+    volume = np.zeros((1, 3, 16, 16), "float32")
+    volume[0, :, 8, 4] = 1
+    moved = drifted(volume, down=2 / 16, across=-1 / 16)
+    places = [np.unravel_index(slice_.argmax(), slice_.shape) for slice_ in moved[0]]
+    assert places == [(6, 5), (8, 4), (10, 3)]
+    assert np.allclose(moved.sum(axis=(0, 2, 3)), 1)  # whole pixels: nothing is lost or smeared
+
+
+def test_a_quarter_turn_from_slice_to_slice_is_numpy_s_rot90():
+    volume = np.random.default_rng(0).random((1, 3, 9, 9), "float32")
+    moved = drifted(volume, turn=np.pi / 2)
+    assert np.allclose(moved[0, 1], volume[0, 1], atol=1e-5)
+    assert np.allclose(moved[0, 0], np.rot90(volume[0, 0], 1), atol=1e-4)
+    assert np.allclose(moved[0, 2], np.rot90(volume[0, 2], -1), atol=1e-4)
+
+
+def test_growth_makes_a_square_as_much_larger():
+    volume = np.zeros((1, 3, 64, 64), "float32")
+    volume[0, :, 24:40, 24:40] = 1
+    small, same, large = drifted(volume, growth=np.log(1.5))[0].sum(axis=(1, 2))
+    assert same == pytest.approx(256, rel=1e-5)
+    assert large == pytest.approx(256 * 1.5**2, rel=0.02)
+    assert small == pytest.approx(256 / 1.5**2, rel=0.05)  # of 11 pixels a side, with soft edges
+
+
+def test_the_rates_of_a_drift_stay_within_their_limits_and_reach_them():
+    drift = RandSliceDrift(shift=0.1, angle=10, scale=0.2).set_random_state(0)
+    drawn = []
+    for _ in range(500):
+        drift.randomize()
+        drawn.append(drift.rates)
+    limits = [0.1, 0.1, np.deg2rad(10), np.log(1.2)]
+    assert np.allclose(np.abs(drawn).max(axis=0), limits, rtol=0.02)
+    assert np.all(np.abs(drawn) <= limits)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InterpolateSlices(1), "slices must be 2 or more, got 1"),
+        (lambda: InterpolateSlices(5)(np.zeros((3, 4, 4))), "img must have shape"),
+        (lambda: RandSliceDrift(shift=-0.1), "shift must not be negative, got -0.1"),
+    ],
+)
+def test_wrong_numbers_of_slices_and_limits_are_refused(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
