@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import colorsys
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import nibabel as nib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from vdt_workflows.errors import in_one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,6 +104,21 @@ def colour(value: int) -> tuple[int, int, int]:
     saturation = (0.95 - 0.35 * (value % 2)) * (0.6 if 0.58 < hue < 0.78 else 1)
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, 1.0))
     return red, green, blue
+
+
+def list_colours(values: Iterable[int]) -> list[str]:
+    """Give the colours of label values as HTML writes them."""
+    return ["#{:02x}{:02x}{:02x}".format(*colour(value)) for value in values]
+
+
+def write_colour_table(names: Sequence[str]) -> str:
+    """Write the colours of labels, by value from 0, as a colour table of 3D Slicer (.ctbl), the background transparent.
+
+    White space in names becomes underscores, since columns are separated by it.
+    """
+    rows = [f"{v} {'_'.join(n.split()) or v} {' '.join(map(str, colour(v)))} 255" for v, n in enumerate(names) if v]
+    background = [f"0 {'_'.join(names[0].split()) or 0} 0 0 0 0"] if names else []
+    return "\n".join(["# Color table file", f"# {len(names)} values", *background, *rows, ""])
 
 
 _PALETTE = np.array([colour(value) for value in range(256)], np.float32)
@@ -207,7 +224,7 @@ def get_font(size: int) -> ImageFont.FreeTypeFont:
 def draw_tile(picture: np.ndarray, title: str, details: str = "") -> np.ndarray:
     """Put a title, and fainter details beside it, above a picture (rows, columns, 3)."""
     height, width = picture.shape[:2]
-    tile = Image.new("RGB", (width, height + CAPTION), PAPER)
+    tile, title = Image.new("RGB", (width, height + CAPTION), PAPER), in_one_line(title)
     draw, font = ImageDraw.Draw(tile), get_font(15)
     draw.text((GAP, CAPTION // 2), title, TEXT, font, anchor="lm")
     place = (3 * GAP + draw.textlength(title, font), CAPTION // 2)
@@ -232,7 +249,7 @@ def draw_sheet(
 
 
 def _draw_head(title: str, legend: Mapping[int, str], width: int) -> Image.Image:
-    font = get_font(15)
+    font, legend, title = get_font(15), {v: in_one_line(name) for v, name in legend.items()}, in_one_line(title)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     places: list[tuple[float, int]] = []
     left, top = 2.0 * GAP, 40

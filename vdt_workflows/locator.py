@@ -1,7 +1,5 @@
 """Where the bundles lie: in a clone, beside an editable install, or inside the installed package."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

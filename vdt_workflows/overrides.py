@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +33,8 @@ from monai.bundle.config_item import ConfigComponent
 from monai.utils import ensure_tuple
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from vdt_workflows.errors import explanation, root_cause
+from vdt_workflows.errors import explanation, in_one_line, root_cause
+from vdt_workflows.naming import NAMES, TEXTS, literal, plain
 
 __all__ = ["check_command_line"]
 
@@ -43,6 +47,8 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
     """Refuse an override whose id is neither in the config files nor an argument of its component.
 
     An override of None is refused too, which MONAI ignores, and the words true and false, which it takes for text.
+    Paths and names are kept as they were written: fire reads `2024_01` as a number and ends at the `#` of `mine#2`, and
+    MONAI takes `run#1` for `run::1`. What begins with `$` or `@` is a name unless it is an expression or a known id.
 
     It is meant as the first entry of a config's `initialize`. There it reads `sys.argv`, and only if the process
     is `python -m monai.bundle run` (or `run_workflow`, or either under torchrun); in any other process, such as
@@ -58,12 +64,14 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
         SystemExit: the same in the process itself, because MONAI would bury a `ValueError` in its own traceback.
     """
     if argv is not None:
-        return _check(argv)
+        _check(argv)
+        return
     if not _is_bundle_process():
         return
     sys.excepthook = _explain
     try:
-        _check(sys.argv[1:])
+        for id, text in _check(sys.argv[1:]).items():
+            _find_workflow().parser[id] = text
     except ValueError as error:
         sys.exit(f"monai.bundle: {error}")
 
@@ -79,10 +87,12 @@ def _explain(kind: type[BaseException], error: BaseException, traceback: Traceba
         except BaseException as cause:  # torch records the exception that is being handled
             get_error_handler().record_exception(cause)
     sentence = explanation(error, _settings_of(sys.argv[1:]))
+    if isinstance(root_cause(error), KeyboardInterrupt):
+        sentence = "stopped; give the same command again to go on"
     if sentence is None:
         sys.__excepthook__(kind, error, traceback)
     else:
-        print(f"monai.bundle: {sentence}", file=sys.stderr)
+        print(f"monai.bundle: {in_one_line(sentence)}", file=sys.stderr)
 
 
 def _settings_of(argv: Sequence[str]) -> list[str]:
@@ -100,14 +110,32 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], tuple]:
     return given, settings, ensure_tuple(settings["config_file"])
 
 
+def given_files() -> list[Path]:
+    """JSON files that `python -m monai.bundle run` was given as `--args_file`, if this process is one."""
+    try:
+        given = _read(sys.argv[1:])[0].get("args_file") if _is_bundle_process() else None
+    except Exception:  # what is wrong with it was said before
+        given = None
+    return [Path(given)] if isinstance(given, str) and given.endswith(".json") else []
+
+
 def _is_bundle_process() -> bool:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return getattr(spec, "name", None) == "monai.bundle.__main__" and Path(sys.argv[0]).parts[-3:] == _MODULE
 
 
-def _check(argv: Sequence[str]) -> None:
+def _find_workflow() -> ConfigWorkflow:
+    """Find the workflow that is initialised: MONAI hands its expressions nothing of it."""
+    frame = sys._getframe()
+    while not isinstance(found := frame.f_locals.get("self"), ConfigWorkflow):
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def _check(argv: Sequence[str]) -> dict[str, Any]:
+    """Check the overrides; give those that MONAI would change, in a form that it keeps."""
     if not argv or argv[0].replace("-", "_") not in _COMMANDS:
-        return
+        return {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MONAI has shown them while loading the same files
@@ -115,7 +143,8 @@ def _check(argv: Sequence[str]) -> None:
             parser = ConfigParser(ConfigParser.load_config_files(files), globals=False)
             arguments = _bundle_arguments(settings.get("tracking"))
     except Exception:  # a missing or malformed file, in any of the ways of three loaders: MONAI's own error says more
-        return
+        return {}
+    texts = {}
     for id, value in settings.items():
         id = id.removeprefix("+")
         top = ReferenceResolver.split_id(id)[0]
@@ -125,13 +154,62 @@ def _check(argv: Sequence[str]) -> None:
             name = f"--{id}" if id in given or f"+{id}" in given else f"{id} in {settings['args_file']}"
             hint = f"did you mean {' or '.join(f'--{i}' for i in near)}?" if near else "and none with a similar name"
             raise ValueError(f"{name}: no such setting in {', '.join(map(str, files))}{'; ' if near else ', '}{hint}")
-        if value is None:
+        if id in (*TEXTS, *NAMES):
+            value = texts[id] = _keep_text(id, value, argv if id in given else None, parser)
+        elif isinstance(value, str) and value.lower() in ("true", "false") and id != "overwrite":  # which takes words
+            raise ValueError(f"--{id} {value}: MONAI takes this for a word, which counts as true; give True or False")
+        if value is None and (id not in parser or parser[id] is not None):
             raise ValueError(
                 f"--{id} None: MONAI passes over None; give one of the values that the config's comment names"
             )
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            raise ValueError(f"--{id} {value}: MONAI takes this for a word, which counts as true; give True or False")
         parser[id] = value  # an override may add what a later one changes
+    return {id: text for id, text in texts.items() if text != settings[id]}
+
+
+def _keep_text(id: str, value: Any, argv: Sequence[str] | None, parser: ConfigParser) -> Any:
+    """Write a path, a name or a list of names so that MONAI keeps it; `argv` holds it if it is not of a file."""
+    if id in NAMES:
+        if isinstance(value, list) and not all(isinstance(name, str) for name in value):
+            number = next(name for name in value if not isinstance(name, str))
+            raise ValueError(f"{id} {value}: {number!r} is no text; quote each name, as --{id} \"['a', 'b']\"")
+        return literal(plain(value)) if isinstance(value, list) else value
+    text = value if argv is None else _find_word(argv, id)
+    if text is None and argv is not None:
+        raise ValueError(f"--{id}: needs a value; one that begins with - is written --{id}=-x")
+    if (value is None and text in (None, "None")) or (isinstance(value, list) and id == "val_dir"):
+        return value
+    if not isinstance(text, str):
+        raise ValueError(f"{id} {text!r}: is no text; write it in quotes")
+    if text[:1] in ("'", '"') and text[1:-1] == value:  # quoted for fire
+        text = value
+    return value if _is_code(text, parser) else literal(text)
+
+
+def _find_word(argv: Sequence[str], id: str) -> str | None:
+    """Find the last value of an option among the words."""
+    found = None
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        option, given, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and option.replace("-", "_") == id:
+            found = value if given else None if re.match(r"--|-[a-zA-Z]", following) else following
+    return found
+
+
+def _is_code(text: str, parser: ConfigParser) -> bool:
+    """Whether a value is an expression whose names are known, a reference to an id, or a macro."""
+    if text.startswith(("@", "%")):
+        return text[1:] in parser
+    if not text.startswith("$"):
+        return False
+    try:
+        tree = ast.parse(re.sub(r"@[\w:#]+", "_", text[1:]), mode="eval")
+    except (SyntaxError, ValueError):
+        return False
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    imported = re.findall(r"\$import (\w+)", " ".join(map(str, parser.get("imports", []))))
+    known = {*dir(builtins), *own, *imported, "_", "monai", "torch", "np", "numpy"}
+    return not isinstance(tree.body, ast.Name) and all(name.id in known for name in names)
 
 
 def _read_arguments(command: Callable, words: Sequence[str]) -> dict[str, Any]:

@@ -1,26 +1,26 @@
-"""Work shared out to processes, and the progress bar."""
+"""Work shared out to processes."""
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
+
+from vdt_workflows.progress import track
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-
-def track(items: Iterable[Result], total: int, label: str) -> Iterator[Result]:
-    """Pass items on, with a progress bar on the standard error; no bar without a label."""
-    return iter(tqdm(items, label, total, disable=not (label and total), dynamic_ncols=True))
 
 
 def run_parallel(
@@ -44,7 +44,7 @@ def run_parallel(
     if workers <= 1:
         yield from track(map(function, tasks), len(tasks), label)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(os.getpid(), workers))
+    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(workers,))
     try:
         for future in track(as_completed([pool.submit(function, task) for task in tasks]), len(tasks), label):
             yield future.result()
@@ -56,19 +56,40 @@ def run_parallel(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(parent: int, workers: int) -> None:
-    """Take a worker's share of the cores, and follow the main process."""
+def _begin(workers: int) -> None:
+    """Take a worker's share of the cores, leave Ctrl-C to the main process, and end when it ends."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    follow_parent(parent)
-
-
-def follow_parent(parent: int | None = None) -> None:
-    """Leave Ctrl-C to the main process, and end when it ends: a killed process cannot stop its workers."""
-    parent = os.getppid() if parent is None else parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()
+
+
+def free_memory() -> float:
+    """Give the bytes that processes may still take here or in this container; infinite if Linux does not say."""
+    limits = [math.inf]
+    with suppress(OSError, ValueError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
+    with suppress(OSError, ValueError):  # "max" is no number
+        group = Path("/sys/fs/cgroup")
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        most, now = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        limits.append(most - now + int(used["inactive_file"]))
+    return min(limits)
+
+
+def local_share() -> tuple[int, int]:
+    """Give the number of this process among those that torchrun started on this machine, and how many they are."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def follow_parent() -> None:
+    """End this process when the one that started it does: a killed process cannot stop those that it started."""
+    parent, number = multiprocessing.parent_process(), os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        if parent is not None:  # also where a fork server stands in between
+            parent.join()
+        while parent is None and os.getppid() == number:
             time.sleep(1)
         os._exit(1)
 

@@ -1,7 +1,5 @@
 """Comparisons with cells that are finished by hand."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A tiny data set of DeepLesion's layout: bright balls in noise, and one ball that goes on as a vessel."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

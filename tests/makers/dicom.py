@@ -99,6 +99,36 @@ def write_series(
     return files
 
 
+def write_frames(path, hu, *, spacing=(0.7, 0.6, 2.5), origin=(-20.0, -10.0, -100.0), places=None, **fields):
+    """Write one file of many CT slices (columns, rows, slices), in the order of `places` (mm above the origin)."""
+    places = np.arange(hu.shape[2]) * spacing[2] if places is None else places
+    shared, frames = Dataset(), []
+    shared.PixelMeasuresSequence = [_item(PixelSpacing=[spacing[1], spacing[0]], SliceThickness=spacing[2])]
+    shared.PlaneOrientationSequence = [_item(ImageOrientationPatient=list(AXIAL))]
+    for number, place in enumerate(places):
+        frames.append(Dataset())
+        position = [origin[0], origin[1], origin[2] + place]
+        frames[-1].PlanePositionSequence = [_item(ImagePositionPatient=position)]
+        rescale = _item(RescaleSlope=1 + number, RescaleIntercept=-1024)
+        frames[-1].PixelValueTransformationSequence = [rescale]
+    stored = (hu.transpose(2, 1, 0) + 1024) // np.arange(1, len(places) + 1)[:, None, None]
+    given = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1", "SeriesInstanceUID": uid(str(path), "series")}
+    given |= {"NumberOfFrames": len(places), "SharedFunctionalGroupsSequence": [shared]}
+    given |= {
+        "Rows": hu.shape[1],
+        "PerFrameFunctionalGroupsSequence": frames,
+        "PixelData": stored.astype("<u2").tobytes(),
+    }
+    return write_slice(path, np.zeros((hu.shape[1], hu.shape[0]), np.uint16), **{**given, **fields})
+
+
+def _item(**fields):
+    item = Dataset()
+    for name, value in fields.items():
+        setattr(item, name, value)
+    return item
+
+
 def box_line(columns, rows):
     """Pixels just outside a box of pixels, in order, as a reader draws; columns and rows are (first, last)."""
     (c0, c1), (r0, r1) = (columns[0] - 1, columns[1] + 1), (rows[0] - 1, rows[1] + 1)

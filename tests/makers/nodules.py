@@ -1,7 +1,5 @@
 """Makers of lung nodules whose class shows in their shape alone: smooth ones are benign, spiculated ones malignant."""
 
-from __future__ import annotations
-
 from itertools import zip_longest
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Makers of pictures, and of class folders of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

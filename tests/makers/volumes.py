@@ -1,7 +1,5 @@
 """Makers of small data for the tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import nibabel as nib

@@ -1,7 +1,6 @@
-from __future__ import annotations
-
 import inspect
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -9,7 +8,7 @@ from importlib import import_module
 import pytest
 
 from tests.support.bundle_runs import ROOT
-from vdt_workflows.cli import COMMANDS, describe_function, find_command, main, run_function
+from vdt_workflows.cli import COMMANDS, _reader, describe_function, find_command, main, run_function
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +48,13 @@ def test_the_words_are_the_functions_arguments_and_its_result_is_a_line_of_json(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"folder": "x", "size": 64, "dry_run": True}
 
 
+def test_a_result_that_counts_failures_is_printed_and_ends_with_status_1(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_function(lambda: {"cells": 4, "failed": 1}, [])
+    assert end.value.code == 1
+    assert json.loads(capsys.readouterr().out) == {"cells": 4, "failed": 1}
+
+
 def nothing(folder: str) -> None:
     """Return nothing."""
 
@@ -78,6 +84,44 @@ def test_a_misspelt_option_is_refused_before_anything_runs(capsys, word, near):
     ):
         run_function(prepare, ["x", word, "3"])
     assert capsys.readouterr().out == ""
+
+
+TEXTS = (
+    "2024_01",
+    "1.20",
+    "mine#2",
+    "@x",
+    "2024",
+    "true",
+    "[a]",
+    "{b}",
+    "%x",
+    "$x",
+    "a b",
+    "None",
+    "'x'",
+    "Größe",
+    "1e3",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_are_handed_over_as_they_are(capsys, text, tmp_path, monkeypatch):
+    def take(one: str, several: str | list[str], *rest: str, named: str | None = None):
+        return [one, several, named, *rest]
+
+    assert _reader(str) is _reader("str") is _reader(str | None) is str
+    take.__annotations__ = {"one": "str", "several": "str | Sequence[str]", "rest": "str", "named": "str | None"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / text).touch()
+    run_function(take, [text, text, text, text, f"--named={text}"])
+    assert json.loads(capsys.readouterr().out) == [text] * 5
+    run_function(take, ["x", "['a', 'b#c']"])
+    assert json.loads(capsys.readouterr().out)[1] == ["a", "b#c"]
+    with pytest.raises(SystemExit, match=r"202401 is no text; quote each, as"):
+        run_function(take, ["x", "[2024_01, b]"])
+    with pytest.raises(SystemExit, match=r"--named: needs a value; one that begins with - is written --named=-x$"):
+        run_function(take, ["x", "y", "--named"])
 
 
 @pytest.mark.parametrize(
@@ -116,10 +160,13 @@ def test_an_error_of_ours_keeps_its_traceback():
 
 def test_help_fits_a_screen_names_every_command_and_imports_no_torch():
     code = "import sys; from vdt_workflows.cli import main; main(['--help']); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     lines = done.stdout.splitlines()
-    assert len(lines) <= 24
-    assert max(map(len, lines)) <= 100
+    assert len(lines) <= 27  # with the prompt, of a terminal of 30 rows
+    assert max(map(len, lines)) <= 80
     assert all(any(line.startswith(f"  {name} ") for line in lines) for name in COMMANDS)
 
 
@@ -142,19 +189,24 @@ def test_the_help_of_a_command_shows_each_argument_with_its_default(monkeypatch)
         "Prepare a folder.",
         "  FOLDER     what to prepare, on two lines.\n"
         "  --size     in pixels. [80]\n"
-        "  --dry_run  only say what would be done.",
+        "  --dry_run  only say what would be done.\n"
+        "  --verbose  show all messages of libraries, in place of the bar",
     ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_documents_its_arguments_and_shows_an_example(name):
+def test_every_command_documents_its_arguments_within_80_columns_and_shows_an_example(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     module = import_module(f"vdt_workflows.{COMMANDS[name].module}")
     function = getattr(module, COMMANDS[name].function)
     text = describe_function(function, f"vdt {name}")
     assert f"examples:\n  vdt {name}" in text
     *_, arguments, _ = text.split("\n\n")
-    rows = [line.split(None, 1) for line in arguments.splitlines() if line[2] != " "]
-    assert len(rows) == len(inspect.signature(function).parameters)
+    assert max(map(len, text.partition("examples:")[0].splitlines()[1:])) <= 80
+    options = [n for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty]
+    assert ("-o, --output" in text) == bool({"output", "output_dir"} & {*options})
+    rows = [line.strip().split("  ", 1) for line in arguments.splitlines() if line[2] != " "]
+    assert len(rows) == len(inspect.signature(function).parameters) + 1  # --verbose
     assert all(len(row) == 2 for row in rows), rows
 
 
@@ -178,3 +230,33 @@ def test_a_first_word_without_a_kind_means_the_usual_one(words, found):
 def test_a_misspelt_command_is_refused_with_the_nearest(words, near):
     with pytest.raises(SystemExit, match=near.replace("?", r"\?")):
         main(words)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("networks.py", "-m vdt_workflows --version"),
+        ("vdt_transforms/__init__.py", "-m vdt_workflows --version"),
+        pytest.param("vdt_workflows.py", "-m monai.bundle run --config_file config.json", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_that_hides_one_of_the_packages_is_named(tmp_path, file, words):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    (tmp_path / "config.json").write_text(json.dumps({"imports": ["$import vdt_transforms"], "run": ["$print(1)"]}))
+    command = [sys.executable, "-W", "ignore", *words.split()]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    name = file.partition("/")[0].removesuffix(".py")
+    assert f"/{file}: hides the package {name} in {ROOT / name}; rename it" in done.stderr.splitlines()[-1]
+
+
+def test_on_a_terminal_a_result_is_written_in_words(monkeypatch, capsys):
+    def told() -> dict:
+        return {"mean_dice": {"mean": 0.87654, "n": 2}, "rows": [{"name": "a b", "folds": [0.5, 1]}, {"name": "c"}]}
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run_function(told, [])
+    assert capsys.readouterr().out == "mean dice: mean 0.8765, n 2\nrows: name a b, folds 0.5, 1; name c\n"

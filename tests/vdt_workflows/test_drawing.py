@@ -1,7 +1,5 @@
 """Where things are in pictures of volumes, whatever way the voxels are stored, and what colours they have."""
 
-from __future__ import annotations
-
 import nibabel as nib
 import numpy as np
 import pytest

@@ -1,12 +1,11 @@
-from __future__ import annotations
-
+import errno
 import pickle
 
 import pytest
 import torch
 
 from vdt_workflows import errors
-from vdt_workflows.errors import explanation, out_of_memory
+from vdt_workflows.errors import explanation, in_one_line, out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -54,3 +53,14 @@ def test_a_librarys_own_file_that_cannot_be_written_is_named():
 def test_an_error_nobody_foresaw_has_no_sentence():
     assert explanation(KeyError("x")) is None
     assert explanation(pickle.UnpicklingError("x")) is None
+
+
+def test_a_want_of_open_files_is_said_with_what_helps():
+    sentence = "a.nii: Too many open files; raise the limit of open files (ulimit -n 4096), or use fewer workers"
+    assert explanation(OSError(errno.EMFILE, "Too many open files", "a.nii")) == sentence
+    assert explanation(RuntimeError("received 0 items of ancdata")) == sentence.removeprefix("a.nii: ")
+    assert explanation(RuntimeError("anything else")) is None
+
+
+def test_a_name_with_line_feeds_stays_in_one_line():
+    assert in_one_line("a\nb\x1b[1m: Größe \udcff") == r"a\nb\x1b[1m: Größe \udcff"

@@ -1,7 +1,5 @@
 """Files are written whole or not at all."""
 
-from __future__ import annotations
-
 import errno
 import io
 import multiprocessing
@@ -14,7 +12,7 @@ import pytest
 import torch
 
 from vdt_workflows.errors import explanation
-from vdt_workflows.files import save_atomic, write_atomic
+from vdt_workflows.files import read_csv, save_atomic, write_atomic, write_csv
 
 FORK = multiprocessing.get_context("fork")  # a process of its own without the seconds of importing torch again
 
@@ -145,3 +143,18 @@ def test_the_files_mode_follows_the_umask(tmp_path, umask):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o666 & ~umask
+
+
+def test_text_is_no_formula_for_a_spreadsheet_and_comes_back_as_it_was(tmp_path):
+    guarded = ["=1+1", "+x", "-y", "@z", "\tq", "'=a", "''=b", "-1+1"]
+    others = ["'c", "-1.5", "+3", "-inf", "plain", "a=b", ""]
+    write_csv(tmp_path / "t.csv", [{"=name": text, "n": -2} for text in (*guarded, *others)], ["=name", "n"])
+    stored = [line.partition(",")[0] for line in (tmp_path / "t.csv").read_text().splitlines()]
+    assert stored == ["'=name", *(f"'{text}" for text in guarded), *others]
+    assert [row["=name"] for row in read_csv(tmp_path / "t.csv", ["=name", "n"])] == [*guarded, *others]
+
+
+def test_a_name_too_long_for_the_disk_is_said_with_its_own_remedy(tmp_path):
+    with pytest.raises(OSError, match=r"could not be written \(File name too long\); shorten the name$"):
+        write_atomic(tmp_path / ("x" * 256), b"")
+    write_atomic(tmp_path / ("x" * 255), b"")

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigWorkflow, run
 
+from vdt_workflows import overrides
+from vdt_workflows.naming import plain
 from vdt_workflows.overrides import check_command_line
 
 CONFIG = """
 imports: ["$import os", "$from vdt_workflows.overrides import check_command_line"]
 dataset_dir: data
 learning_rate: 1.0e-3
+weights: null
 boom: "$1 / 0"
 optimizer: {_target_: torch.optim.Adam, params: "$@network.parameters()"}
 network: {_target_: "$torch.nn.Linear", in_features: 1, out_features: 1}
@@ -48,7 +51,6 @@ def check(config: str, *words: str, command: str = "run") -> None:
         ["--dataset_dir=x=y"],
         ["--dataset-dir", "x"],
         ["-dataset_dir", "x"],
-        ["--dataset_dir"],
         ["--learning_rate", "-1"],
         ["--learning_rate", "-1e-3", "--dataset_dir", "x"],
         ["--train::trainer::max_epochs", "3"],
@@ -129,9 +131,17 @@ def test_an_unknown_name_is_refused_with_the_nearest_known_ones(config: str, wor
 
 @pytest.mark.parametrize("word", ["false", "true", "FALSE"])
 def test_a_truth_value_that_monai_takes_for_a_word_is_refused(config: str, word: str) -> None:
-    with pytest.raises(ValueError, match=f"--dataset_dir {word}: MONAI takes this for a word.*give True or False"):
-        check(config, "--dataset_dir", word)
-    check(config, "--dataset_dir", word.title())
+    with pytest.raises(ValueError, match=f"--learning_rate {word}: MONAI takes this for a word.*give True or False"):
+        check(config, "--learning_rate", word)
+    check(config, "--learning_rate", word.title())
+    check(config, "--dataset_dir", word)
+
+
+@pytest.mark.parametrize("name", ["dataset_dir", "optimizer::lr"])
+def test_none_which_monai_passes_over_is_refused_but_where_the_config_says_none_too(config: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"--{name} None: MONAI passes over None; give one of the values"):
+        check(config, f"--{name}", "None")
+    check(config, "--weights", "None")  # as the args_file of a run says what was not set
 
 
 def test_a_flag_that_fire_reads_as_its_negation_is_refused(config: str) -> None:
@@ -187,6 +197,72 @@ def test_a_process_that_is_not_monai_bundle_is_not_disturbed(config: str, monkey
     workflow = ConfigWorkflow(config, logging_file=False, workflow_type=None, datsetdir="x")
     workflow.initialize()
     workflow.run()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "2024_01",
+            "1.20",
+            "2024",
+            "true",
+            "True",
+            "[a]",
+            "{b}",
+            "(a, b)",
+            "1e3",
+            "mine#2",
+            "#",
+            "x#1/y#2",
+            "a b",
+            "0x10",
+        ),
+        *(
+            "@x",
+            "$x",
+            "$HOME/x",
+            "$ 5",
+            "@x::y",
+            "-x",
+            "=",
+            "a=b",
+            "'",
+            "'a",
+            "Größe",
+            "\\n",
+            "a\nb",
+            "None#",
+            "_",
+            "1_0",
+        ),
+    ],
+)
+def test_a_path_is_the_text_that_was_written(config: str, name: str, monkeypatch, capsys) -> None:
+    words = ["run", "--config_file", config, f"--dataset_dir={name}"]
+    monkeypatch.setattr(sys, "argv", ["monai.bundle", *words])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(overrides, "_is_bundle_process", lambda: True)
+    _, settings, _ = overrides._read(words)  # by fire, as MONAI has it
+    run(**settings)
+    assert capsys.readouterr().out == f"ran with {name}\n"
+
+
+@pytest.mark.parametrize("value", ["$'a' + 'b'", "$os.path.join('a', 'b')", "@learning_rate", "%learning_rate"])
+def test_an_expression_and_a_reference_stay_what_they_are(config: str, value: str) -> None:
+    assert overrides._check(["run", "--config_file", config, "--dataset_dir", value]) == {}
+
+
+def test_names_are_texts_and_numbers_among_them_are_refused(config: str) -> None:
+    Path(config).write_text(CONFIG + "label_names: [a]\n")
+    given = ["run", "--config_file", config, "--label_names"]
+    found = overrides._check([*given, "['a', 'C#', '$x', '@a']"])
+    assert plain(found) == {"label_names": ["a", "C#", "$x", "@a"]}
+    assert found != plain(found)
+    with pytest.raises(ValueError, match=r"label_names .*: 1.2 is no text; quote each name, as"):
+        overrides._check([*given, "[a, 1.20]"])
+    with pytest.raises(ValueError, match=r"^--dataset_dir: needs a value; one that begins with - is written --dataset"):
+        overrides._check(["run", "--config_file", config, "--dataset_dir", "--learning_rate", "1"])
 
 
 def run_bundle(*words: str) -> subprocess.CompletedProcess[str]:

@@ -10,28 +10,37 @@ import pytest
 
 PUBLIC = {
     "networks": """
-        P3D DepthFirst FlatConv3d GenesisUNet3D LesionDetector LoadReport NoduleFCN ResNet2D ResNet2DClassifier
-        ResNet3D ResNet3DClassifier ResUNet3D VolumeLesionDetector constrain convert describe_encoder expand
+        P3D P3DClassifier DepthFirst FlatConv3d GenesisUNet3D LesionDetector LoadReport NoduleFCN ResNet2D
+        ResNet2DClassifier ResNet3D
+        ResNet3DClassifier ResUNet3D VolumeLesionDetector constrain convert describe_encoder expand
         load_pretrained read_checkpoint
     """,
     "vdt_transforms": """
         MEAN STD CheckFinite CheckFinited CheckLabels CheckLabelsd CheckOverflow CheckOverflowd CropNodule
         CropNoduled ForegroundSlices ForegroundSlicesd ImageDecodeError ImageToVolume ImageToVolumed
+        InterpolateSlices InterpolateSlicesd
         LoadNaturalImage LoadNaturalImaged NoduleReader NormalizeWindow NormalizeWindowd RandFlipLeftRightd
         RandFlipSlices RandFlipSlicesd RandResizeStack RandResizeStackd RandResizedCropImage
-        RandResizedCropImaged RandRotateCube RandRotateCubed RandSlab RandSlabd RandSliceShuffle
-        RandSliceShuffled ReadClass ReadClassd ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
+        RandResizedCropImaged RandRotateCube RandRotateCubed RandRotateScale
+        RandRotateScaled RandSlab RandSlabd RandSliceDrift RandSliceDriftd
+        RandSliceShuffle RandSliceShuffled ReadClass ReadClassd ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
         RestoreGridd SeriesReader SliceFolderReader SliceStackReader SliceStackReaderd Spacing Spacingd
         VolumeReader VolumeToImage
     """,
     "vdt_workflows": """
-        Attach CaseScores ClipGradients DetectionReport DetectionScores LoadWeights RememberRun ReportNodules
-        ResumeRun RunLog SaveDicomSegd SaveLesions SaveMalignancy SavePredictions SaveScores SaveSplit
-        SaveWeights SeedEpochs SeededCacheDataset SeededDataset SeededSampler SkippedImages SlabInferer
-        StepSchedule ValidateEpochs add_losses check_command_line collate_images collate_key_slices
-        describe_origin describe_split find_images find_key_slices find_nodules find_volumes initialise
-        join_processes leave_processes list_images list_nodules list_scans list_volumes pick_device place
-        polynomial_rate prepare_key_slices share_out take_part unbatch_lesions warm_up weigh_classes writes_dicom
+        Attach AverageWeights CaseScores ClipGradients CubeInferer DeepSupervision DetectionReport DetectionScores
+        KeepPace LoadWeights PacedRate PooledEncoder RememberRun ReportNodules ReportVolumes ResumeRun RunFolders
+        RunLog SaveDicomSegd SaveLesions SaveMalignancy SavePredictions SaveScores SaveSplit SaveWeights SeedEpochs
+        SeededCacheDataset
+        SeededDataset SeededSampler SharedCrossEntropyLoss SharedDiceCELoss ShowProgress SkippedImages
+        SlabInferer StepSchedule ValidateEpochs VolumeWriter
+        add_losses check_command_line class_weights collate_images collate_key_slices
+        describe_origin describe_split describe_weights embed find_images find_key_slices find_nodules
+        find_pairs find_volumes find_weights first_weights fit_to_time hold initialise join_processes
+        leave_folders leave_processes list_images list_nodules list_scans list_volumes list_weights
+        load_encoder name_result pick_device pick_norm place polynomial_rate prepare_key_slices
+        rates_by_layer share_batch share_out
+        take_part unbatch_lesions warm_up weigh_classes writes_dicom
     """,
 }
 

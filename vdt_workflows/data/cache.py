@@ -6,9 +6,9 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,18 @@ import torch
 from monai.data import Dataset, MetaTensor
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, RandomizableTrait, Transform
+from torch import distributed
 
+from vdt_transforms.slice_stacks import SLICE_NAME
 from vdt_workflows.data.headers import check_checksum
 from vdt_workflows.data.sampling import Key, SharedState, without_wrapping
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import save_atomic
-from vdt_workflows.parallel import track
+from vdt_workflows.files import has_mark, mark_of, read_mark, save_atomic, stamp_of, write_json
+from vdt_workflows.parallel import free_memory, local_share
+from vdt_workflows.progress import track
 
 logger = logging.getLogger(__name__)
+MOST = 0.6  # of the free memory that samples may take
 
 
 class SeededCacheDataset(Dataset):
@@ -41,12 +45,16 @@ class SeededCacheDataset(Dataset):
         data: sequence of dictionaries.
         transform: transform or list of transforms.
         seed: seed of the draws.
-        cache: "memory" keeps the prepared samples; "disk" writes them to `cache_dir`, where later runs and other
+        cache: "memory" keeps the prepared samples, and their size is logged. It becomes "disk" where there is a
+            `cache_dir` and the samples would not fit the memory that is free, or several processes of this machine are
+            to share them. "disk" writes them to `cache_dir`, where later runs and other
             processes of the machine find them, and maps them into memory, so that a crop reads little more than itself;
             "none" prepares a sample each time it is asked for. The first two take 4 bytes for each float32 voxel of an
             image and 1 for each uint8 voxel of a label.
-        cache_dir: folder of the "disk" cache. A file there belongs to the sample's own files (path, size and time of
-            change) and to the transforms, and is never used for others. Nothing is deleted: remove the folder yourself.
+        cache_dir: folder of the "disk" cache. A file there belongs to the sample's own files (path, size and times of
+            change; all slices of its folder) and to the transforms, and is never used for others. Its hash is kept
+            beside it: what is damaged or was changed is named and made again. Nothing is deleted: remove the folder
+            yourself.
         num_workers: threads that prepare the samples at the start.
         on_error: "raise" stops at a sample that cannot be prepared; "skip" names it, leaves it out and goes on. With
             the "none" cache each sample is then prepared once more, at the start, to know.
@@ -80,25 +88,29 @@ class SeededCacheDataset(Dataset):
             lambda t: isinstance(t, RandomizableTrait) or not isinstance(t, Transform)
         )
         self.fixed = len(self.transform.transforms) if first is None else first
-        self.recipe = str(pickle_hashing(self.transform.transforms[: self.fixed])) if cache == "disk" else ""
+        self.recipe = ""
+        if cache != "none" and cache_dir is not None:
+            self.recipe = str(pickle_hashing(self.transform.transforms[: self.fixed]))
         self.cache = cache
         self.cache_dir = cache_dir
         self.kept: list[Any] = []
+        self.sizes: list[int] = []  # bytes of what is kept in memory
+        self.room = MOST * free_memory()
+        self.stamps: dict[Path, list[int]] = {}  # of the files of the "disk" cache
+        self.folders: dict[str, Any] = {}
         if cache != "none" or on_error == "skip":
             self._prepare_all(num_workers, on_error, progress)
 
     def _prepare_all(self, num_workers: int, on_error: str, progress: bool) -> None:
-        def attempt(item: Any) -> Any:
-            try:
-                return self._keep(item)
-            except (ValueError, OSError) as error:
-                if on_error == "raise":
-                    raise
-                return error
-
-        label = "preparing" if progress and sys.stderr.isatty() else ""
+        rank, ranks = local_share()
+        if self.cache == "memory" and self.cache_dir is not None and ranks > 1:
+            self.cache = "disk"  # whose files the processes map: one copy in memory for all of them
+        label = "prepared" if progress else ""
         with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-            outcomes = list(track(pool.map(attempt, self.data), len(self.data), label))
+            if self.cache == "disk" and ranks > 1 and distributed.is_initialized():
+                list(pool.map(partial(self._try, "skip"), self.data[rank::ranks]))  # faults are told below, by all
+                distributed.barrier()
+            outcomes = list(track(pool.map(partial(self._try, on_error), self.data), len(self.data), label))
         faults = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         for fault in faults:
             logger.warning("%s; the case is left out", fault)
@@ -109,17 +121,51 @@ class SeededCacheDataset(Dataset):
         usable = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
         self.data = [self.data[i] for i in usable]
         self.kept = [outcomes[i] for i in usable]
+        if self.cache == "disk":  # some may be in memory from before it proved too small
+            self.kept = [
+                k if isinstance(k, Path) else self._keep(i, k) for i, k in zip(self.data, self.kept, strict=True)
+            ]
+            self.sizes = [path.stat().st_size for path in self.kept]
+        if self.sizes and rank == 0:
+            where = "in memory" if self.cache == "memory" else f"on disk, in {self.cache_dir}"
+            logger.info("%d samples are kept %s, %.2g GB", len(self.kept), where, sum(self.sizes) / 1e9)
 
-    def _keep(self, item: Any) -> Any:
+    def _try(self, on_error: str, item: Any) -> Any:
+        try:
+            return self._keep(item)
+        except (ValueError, OSError) as error:
+            if on_error == "raise":
+                raise
+            return error
+
+    def _weigh(self, prepared: Any) -> None:
+        """Count a sample that is kept in memory; turn to the disk if all of them would take more than there is."""
+        tensors = [value for value in prepared.values() if isinstance(value, torch.Tensor)]
+        self.sizes.append(sum(tensor.nbytes for tensor in tensors))
+        total = sum(self.sizes) / len(self.sizes) * len(self.data)
+        if total > self.room and self.cache_dir is not None and self.cache == "memory":
+            self.cache = "disk"
+            few = "%.2g GB of samples do not fit the %.2g GB of memory for them; they go to disk, in %s"
+            logger.warning(few, total / 1e9, self.room / 1e9, self.cache_dir)
+
+    def _keep(self, item: Any, prepared: Any = None) -> Any:
         """Prepare a sample and give what is kept of it: itself, the name of its file, or nothing."""
         if self.cache != "disk":
             _check_files(item)
             prepared = self._prepare(item)
-            return prepared if self.cache == "memory" else None
+            if self.cache == "memory":
+                self._weigh(prepared)
+            if self.cache != "disk":
+                return prepared if self.cache == "memory" else None
         path = Path(self.cache_dir or "", f"{self._identity(item)}.pt")
-        if not path.is_file():
+        record = path.with_suffix(".json")
+        if not has_mark(path, read_mark(record)):
+            if path.is_file():
+                logger.warning("%s: damaged, or changed since it was written; it is made again", path)
             _check_files(item)
-            save_atomic(_to_plain(self._prepare(item)), path)
+            save_atomic(_to_plain(self._prepare(item) if prepared is None else prepared), path)
+            write_json(record, mark_of(path))
+        self.stamps[path] = stamp_of(path)
         return path
 
     def _prepare(self, item: Any) -> Any:
@@ -133,17 +179,30 @@ class SeededCacheDataset(Dataset):
         parts: dict[str, Any] = {"item": item, "transforms": self.recipe}
         for key, value in item.items():
             if isinstance(value, str) and os.path.exists(value):
-                status = os.stat(value)
-                parts[str(key)] = [os.path.abspath(value), status.st_size, status.st_mtime_ns]
+                parts[str(key)] = [os.path.abspath(value), self._stamp(value)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def _stamp(self, path: str) -> Any:
+        """Stamp of a file, or of all files of a folder; so of a numbered slice, read with its neighbours."""
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        if folder != path and not SLICE_NAME.match(os.path.basename(path)):
+            return stamp_of(path)
+        if folder not in self.folders:
+            self.folders[folder] = {entry.name: stamp_of(entry) for entry in os.scandir(folder) if entry.is_file()}
+        return self.folders[folder]
 
     def __getitem__(self, key: Key | int) -> Any:
         index = self.random.seed_for(key, self.transform)
         if self.cache == "memory":
             prepared = self.kept[index]
         elif self.cache == "disk":
+            path = self.kept[index]
+            if (stamp := stamp_of(path)) != self.stamps[path]:
+                if not has_mark(path, read_mark(path.with_suffix(".json"))):  # as it has, if another process wrote it
+                    raise ValueError(f"{path}: changed while in use; start again, and what is damaged is made again")
+                self.stamps[path] = stamp
             # A private map: what is written to it changes neither the file nor another map.
-            prepared = _from_plain(torch.load(self.kept[index], map_location="cpu", mmap=True, weights_only=True))
+            prepared = _from_plain(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
         else:
             prepared = self._prepare(self.data[index])
         steps = len(self.transform.transforms)

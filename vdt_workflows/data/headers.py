@@ -1,4 +1,4 @@
-"""Checks of NIfTI files by their headers, before any voxel is read."""
+"""Checks of volume files by their headers, before any voxel is read."""
 
 from __future__ import annotations
 
@@ -6,60 +6,39 @@ import gzip
 import os
 import zlib
 from collections.abc import Mapping
-from itertools import product
-from math import prod
 
-import nibabel as nib
 import numpy as np
-from nibabel.openers import ImageOpener
 from nibabel.spatialimages import SpatialImage
 
+from vdt_transforms.dicom_folders import describe_series, find_series
+from vdt_transforms.geometry import farthest, open_volume, voxel_size
 
-def check_geometry(case: Mapping[str, str]) -> None:
+
+def check_geometry(case: Mapping[str, str], geometry: str = "refuse") -> None:
     """Check by their headers that a case's files can be used, and that its image and label are on the same grid.
 
     Grids are the same if no corner is off by more than a tenth of a voxel.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, as in `read_header`, `check_voxel_size` and `check_same_grid`.
+        ValueError: naming the file, as in `refuse_folder`, `open_volume` and `check_same_grid`.
     """
-    headers = [read_header(case[key]) for key in ("image", "label") if key in case]
-    for header in headers:
-        check_voxel_size(header)
+    paths = [case[key] for key in ("image", "label") if key in case]
+    for path in paths:
+        refuse_folder(path)
+    headers = [open_volume(path, geometry) for path in paths]
     if len(headers) == 2:
         check_same_grid(*headers)
 
 
-def read_header(path: str | os.PathLike) -> SpatialImage:
-    """Read a NIfTI file's header, and check that it holds one grey 3D volume, and all of its voxels.
-
-    Returns:
-        The image; its voxels are not read.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no NIfTI, colour, not 3D, of size zero, or cut short.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        image = nib.load(path)
-    except PermissionError:
-        raise
-    except Exception as error:  # broken bytes raise whatever they lead to
-        raise ValueError(f"{path}: not a readable NIfTI volume ({error})") from error
-    shape, dtype = image.shape, image.get_data_dtype()
-    if dtype.fields or dtype.kind == "c":
-        kind = "complex" if dtype.kind == "c" else "colour (RGB)"
-        raise ValueError(f"{path}: a {kind} volume; expected one number a voxel, so save it as grey values")
-    if min(shape, default=0) < 1:
-        raise ValueError(f"{path}: zero-size volume of shape {shape}; expected voxels along three axes")
-    if len(shape) != 3 and (len(shape) != 4 or shape[3] != 1):
-        raise ValueError(f"{path}: {len(shape)}D, of shape {shape}; expected one 3D volume in a file")
-    if (missing := _missing_bytes(path, image)) is not None:
-        raise ValueError(f"{path}: cut short or damaged, {missing}; copy or download it again")
-    return image
+def refuse_folder(path: str | os.PathLike) -> None:
+    """Raise ValueError, naming the DICOM series in it, if a folder is given where a list needs a volume file."""
+    if os.path.isdir(path):
+        held = describe_series(find_series(path).series) or "no DICOM series of CT or MR"
+        raise ValueError(
+            f"{path}: a folder with {held}; a case with a label is a volume file (NIfTI, NRRD, MetaImage), so convert"
+            " one series with dcm2niix, and label what it writes"
+        )
 
 
 def check_checksum(path: str | os.PathLike) -> None:
@@ -67,7 +46,7 @@ def check_checksum(path: str | os.PathLike) -> None:
 
     nibabel stops after the last voxel, before the checksum, so that changed bytes would go unnoticed.
     """
-    if not os.fspath(path).endswith(".gz"):
+    if not os.fspath(path).lower().endswith(".gz"):
         return
     try:
         with gzip.open(path) as unpacked:
@@ -75,48 +54,6 @@ def check_checksum(path: str | os.PathLike) -> None:
                 pass
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: cut short or damaged ({error}); copy or download it again") from error
-
-
-def check_voxel_size(image: SpatialImage) -> None:
-    """Raise ValueError, naming the file, if the affine gives no voxel size or no three directions in space."""
-    path, affine = image.get_filename(), image.affine
-    size = voxel_size(image)
-    if not image.header["sform_code"]:  # nibabel replaces 0 by 1 mm; only the file itself has the 0
-        kind = type(image.header)
-        with ImageOpener(path) as file:
-            stored = kind(file.read(kind.sizeof_hdr), check=False)["pixdim"][1:4].tolist()
-        size = tuple(0.0 if s == 0 else v for s, v in zip(stored, size, strict=True))
-    if not np.isfinite(affine).all() or min(size) <= 0:
-        shown = ", ".join(f"{v:g}" for v in size)
-        raise ValueError(f"{path}: voxel size ({shown}) mm in its header; expected numbers above 0")
-    if abs(np.linalg.det(affine[:3, :3] / size)) < 1e-3:
-        raise ValueError(f"{path}: the axes in its affine are not independent; expected three directions in space")
-
-
-def _missing_bytes(path: str | os.PathLike, image: SpatialImage) -> str | None:
-    """Say how many bytes of header and voxels are there, if not all are."""
-    expected = int(image.dataobj.offset) + prod(image.shape) * image.get_data_dtype().itemsize
-    found = os.path.getsize(path)
-    if str(path).endswith(".gz"):
-        # The last four bytes are the length of what was compressed. Where they differ, the file is cut short or has
-        # several gzip members, and must be unpacked.
-        with open(path, "rb") as file:
-            file.seek(-4, os.SEEK_END)
-            if int.from_bytes(file.read(), "little") == expected % 2**32:
-                return None
-        found = 0
-        try:
-            with gzip.open(path) as unpacked:
-                while chunk := unpacked.read(1 << 20):
-                    found += len(chunk)
-        except (EOFError, OSError, zlib.error) as error:
-            return f"{found} of {expected} bytes can be unpacked ({error})"
-    return None if found >= expected else f"{found} of {expected} bytes are there"
-
-
-def voxel_size(image: SpatialImage) -> tuple[float, ...]:
-    """Voxel size in mm along the array's three axes, as the affine has it."""
-    return tuple(np.sqrt((image.affine[:3, :3] ** 2).sum(axis=0)).tolist())
 
 
 def check_same_grid(image: SpatialImage, label: SpatialImage) -> None:
@@ -131,8 +68,7 @@ def check_same_grid(image: SpatialImage, label: SpatialImage) -> None:
 
 def grid_difference(image: SpatialImage, label: SpatialImage) -> str | None:
     """Say how the affine of a label of the same shape differs from the image's, if it does by a tenth of a voxel."""
-    corners = np.array([[*corner, 1] for corner in product(*((0, n - 1) for n in image.shape[:3]))])
-    off = np.linalg.norm((corners @ (image.affine - label.affine).T)[:, :3], axis=1).max()
+    off = farthest(image.affine, label.affine, image.shape[:3])
     size, label_size = voxel_size(image), voxel_size(label)
     if off <= 0.1 * min(size) and np.allclose(size, label_size, rtol=0.1):
         return None

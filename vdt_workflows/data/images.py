@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,17 @@ import torch
 from monai.utils import ensure_tuple
 from torch.utils.data import default_collate
 
-from vdt_workflows.data.folder_index import EXTENSIONS, index_files, is_image, read_index, scan, to_paths, write_index
+from vdt_workflows.data.folder_index import (
+    EXTENSIONS,
+    OWN,
+    index_files,
+    kind_of,
+    read_index,
+    scan,
+    to_paths,
+    walk,
+    write_index,
+)
 from vdt_workflows.files import few
 
 logger = logging.getLogger(__name__)
@@ -34,11 +46,13 @@ class ImageList(Sequence[dict[str, Any]]):
         paths: absolute paths, as `to_paths` makes them.
         labels: class index of each image.
         classes: class names, by index.
+        left_out: how many files and folders of each kind beside the images are not used.
     """
 
     paths: np.ndarray
     labels: np.ndarray
     classes: Sequence[str]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,9 +72,10 @@ def scan_class_folders(
 ) -> ImageList:
     """List the images of a folder that has one folder for each class, in sorted order.
 
-    Folders inside a class folder belong to the class. Hidden files and files that are no images by their extension are
-    left out. The listing is kept in an index file and made again when a folder was added, removed or modified since;
-    paths in it are relative, so it moves with the data.
+    Folders inside a class folder belong to the class, linked ones too. Files that are no images by their extension, and
+    what belongs to a file system (hidden, `@eaDir`, `lost+found`, ...) are left out and counted. The listing is kept in
+    an index file and made again when a folder was added, removed or changed since; paths in it are relative, so it
+    moves with the data.
 
     Args:
         root: folder of the class folders.
@@ -70,10 +85,11 @@ def scan_class_folders(
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if it does not hold two or more class folders with images, or other classes than `classes`.
+        ValueError: if it does not hold two or more class folders with images, or other classes than `classes`, or a
+            link gives a folder or an image to two classes.
     """
     root = Path(os.path.abspath(root))  # not resolve(): a link to the data should stay readable as such
-    names = _class_names(root)
+    names, beside = _class_names(root)
     if classes is not None and set(classes) != set(names):
         missing, unknown = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
         raise ValueError(
@@ -93,21 +109,29 @@ def scan_class_folders(
     if indexed is None:
         write_index(files, listing)
     how = "by listing its folders" if indexed is None else "from the index"
-    logger.info("%s: %d images of %d classes, %s", root, len(labels), len(names), how)
+    left_out = beside + Counter(json.loads(str(listing["left_out"])))
+    logger.info("%s: %d images of %d classes used, %s; %s", root, len(labels), len(names), _sum(left_out), how)
     label_of = {name: label for label, name in enumerate(classes or names)}
-    return ImageList(paths, np.array([label_of[name] for name in names], np.int32)[labels], list(label_of))
+    return ImageList(paths, np.array([label_of[name] for name in names], np.int32)[labels], list(label_of), left_out)
 
 
-def _class_names(root: Path) -> list[str]:
+def _sum(left_out: Mapping[str, int]) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+    return f"{sum(left_out.values())} left out{f' ({kinds})' if kinds else ''}"
+
+
+def _class_names(root: Path) -> tuple[list[str], Counter[str]]:
+    """Names of the class folders, and what is left out beside them."""
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}; give the folder that holds the class folders")
-    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    names = sorted(entry.name for entry in entries if entry.is_dir())
-    if not names and any(is_image(entry.name) for entry in entries):
+    kinds = {entry.name: kind_of(entry) for entry in os.scandir(root) if not entry.name.startswith(OWN)}
+    names = sorted(name for name, kind in kinds.items() if kind == "folder")
+    if not names and "image" in kinds.values():
         raise ValueError(f"{root} has images but no class folders; move the images into one folder for each class")
     if not names:
         raise ValueError(f"{root} has no class folders; give the folder that holds one folder for each class")
-    return names
+    beside = Counter(kind for kind in kinds.values() if kind != "folder")
+    return names, beside
 
 
 def read_image_list(folder: str | Path, list_file: str | Path, classes: Sequence[str]) -> ImageList:
@@ -123,7 +147,7 @@ def read_image_list(folder: str | Path, list_file: str | Path, classes: Sequence
         ValueError: if a line cannot be understood.
     """
     folder = Path(os.path.abspath(folder))
-    present = set(os.listdir(folder))
+    kinds = {entry.name: kind_of(entry) for entry in os.scandir(folder)}
     paths, labels = [], []
     with open(list_file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -136,13 +160,15 @@ def read_image_list(folder: str | Path, list_file: str | Path, classes: Sequence
                 raise ValueError(f"{place}: expected a file name, a blank and a class index, got {line.strip()!r}")
             if int(index) >= len(classes):
                 raise ValueError(f"{place}: the class index must be below {len(classes)}, got {index}")
-            if name not in present and not (folder / name).is_file():
+            if name not in kinds and not (folder / name).is_file():
                 raise FileNotFoundError(f"{place}: there is no image {name!r} in {folder}")
             paths.append(f"{folder}/{name}")
             labels.append(int(index))
     if not paths:
         raise ValueError(f"{list_file} names no image")
-    return ImageList(to_paths(paths), np.array(labels, np.int32), classes)
+    left_out = Counter(kinds[name] for name in {*kinds} - {Path(path).name for path in paths})
+    logger.info("%s: %d images of %s used, %s", folder, len(paths), list_file, _sum(left_out))
+    return ImageList(to_paths(paths), np.array(labels, np.int32), classes, left_out)
 
 
 def find_images(
@@ -186,6 +212,8 @@ def find_images(
     first = scan_class_folders(train_dirs[0])
     train = _join([first, *(scan_class_folders(folder, classes=first.classes) for folder in train_dirs[1:])])
     if val_dirs:
+        if both := {folder.resolve() for folder in train_dirs} & {folder.resolve() for folder in val_dirs}:
+            logger.warning("%s: its images are both trained on and validated on", min(both))
         val = _join([_validation_list(folder, root, first.classes) for folder in val_dirs])
     else:
         train, val = _split(train, val_fraction, seed)
@@ -198,7 +226,7 @@ def find_images(
 
 
 def _validation_list(folder: Path, root: Path, classes: Sequence[str]) -> ImageList:
-    if not folder.is_dir() or any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder)):
+    if not folder.is_dir() or any(kind_of(entry) == "folder" for entry in os.scandir(folder)):
         return scan_class_folders(folder, classes=classes)
     list_files = [root / name for name in VALIDATION_LISTS]
     if (list_file := next((file for file in list_files if file.is_file()), None)) is None:
@@ -206,13 +234,12 @@ def _validation_list(folder: Path, root: Path, classes: Sequence[str]) -> ImageL
             f"{folder} has no class folders; give it one for each class, or the list {list_files[0]} or {list_files[1]}"
             " with a file name and a class index in each line"
         )
-    logger.info("%s: classes from %s", folder, list_file)
     return read_image_list(folder, list_file, classes)
 
 
 def _join(lists: Sequence[ImageList]) -> ImageList:
     paths, labels = (np.concatenate([getattr(images, part) for images in lists]) for part in ("paths", "labels"))
-    return ImageList(paths, labels, lists[0].classes)
+    return ImageList(paths, labels, lists[0].classes, sum((Counter(images.left_out) for images in lists), Counter()))
 
 
 def _split(images: ImageList, val_fraction: float, seed: int) -> tuple[ImageList, ImageList]:
@@ -229,7 +256,7 @@ def _split(images: ImageList, val_fraction: float, seed: int) -> tuple[ImageList
 
 
 def list_images(source: str | os.PathLike) -> list[dict[str, str]]:
-    """List the images to classify: one file, or all image files below a folder, as `image` and `path`.
+    """List the images to classify: one file, or all below a folder (see `scan_class_folders`), as `image` and `path`.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
@@ -238,10 +265,14 @@ def list_images(source: str | os.PathLike) -> list[dict[str, str]]:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected an image or a folder of images")
-    below = (Path(folder, name) for folder, _, names in os.walk(path) for name in names if is_image(name))
-    files = sorted(below) if path.is_dir() else [path]
+    if path.is_file():
+        return [{"image": str(path), "path": str(path)}]
+    found = list(walk(path, ["."]))
+    files = sorted(path / name for folder in found for name in folder.images)
+    left_out = _sum(Counter(kind for folder in found for _, kind in folder.left_out))
     if not files:
-        raise ValueError(f"{path}: no image file in it or below it")
+        raise ValueError(f"{path}: no image file in it or below it, {left_out}")
+    logger.info("%s: %d images used, %s", path, len(files), left_out)
     return [{"image": str(file), "path": str(file)} for file in files]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vdt_workflows.errors import check_choice
+from vdt_workflows.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,8 @@ def find_key_slices(dataset_dir: str | os.PathLike, *, noisy: str = "ignore") ->
     """
     check_choice("noisy", noisy, ("ignore", "drop", "keep"))
     path = Path(dataset_dir) / "deeplesion.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; run vdt prepare deeplesion {dataset_dir}")
+    content = read_json(path, "the folder that vdt prepare deeplesion writes")
     try:
-        content = json.loads(path.read_text())
         found = {split: [_item(path.parent, entry, noisy) for entry in content[split]] for split in SPLITS}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -62,7 +60,11 @@ def _item(root: Path, entry: Mapping[str, Any], noisy: str) -> Item:
     trained = np.ones_like(doubtful) if noisy == "keep" else ~doubtful
     scored = trained if noisy == "drop" else np.ones_like(doubtful)
     boxes = np.asarray(entry["boxes"], np.float32).reshape(-1, 4)
-    interval = float(entry["slice_interval"])
+    interval = entry["slice_interval"]
+    if not (np.isfinite(boxes).all() and (boxes[:, :2] < boxes[:, 2:]).all() and 0 < interval < 100):
+        raise ValueError(f"{entry['image']}: boxes {boxes.tolist()}, slice_interval {interval} mm")
+    if {*entry["noisy"]} - {0, 1} or not len(boxes) == len(doubtful) == len(entry["types"]) == len(entry["diameters"]):
+        raise ValueError(f"{entry['image']}: noisy {entry['noisy']}, for {len(boxes)} boxes")
     return {
         "image": str(root / entry["image"]),
         "slice_interval": interval,

@@ -17,8 +17,12 @@ import numpy as np
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
-from vdt_workflows.data.headers import check_checksum, read_header, voxel_size
-from vdt_workflows.files import few, read_csv
+from vdt_transforms.dicom_folders import find_one_series
+from vdt_transforms.geometry import SUFFIX, open_volume, read_voxels, voxel_size
+from vdt_workflows.data.headers import check_checksum
+from vdt_workflows.data.volume_files import conclude
+from vdt_workflows.data.volumes import list_volumes
+from vdt_workflows.files import few, kind_of_system, read_csv, read_number
 
 Nodule = dict[str, Any]
 
@@ -35,8 +39,8 @@ COLUMNS = (
 PUBLISHED_TABLE = "lidc_nodule_info_new_with_subset.csv"
 PUBLISHED_COLUMNS = ("index", "uid", "malignancy", "malignancy_mode", "diameter_mm")  # those that are read of its 28
 
-CROPS = (".npz", ".nii", ".nii.gz")
 MILLIMETRES, LUNA, VOXELS = ("x_mm", "y_mm", "z_mm"), ("coordX", "coordY", "coordZ"), ("column", "row", "slice")
+SCANS = ("series_uid", "seriesuid", "SeriesInstanceUID", "scan")  # columns that say of which scan a row is
 LARGEST_CROP = 200  # mm along an axis; a larger volume is a scan
 
 
@@ -68,22 +72,6 @@ def read_nodules(root: Path, table: Path | None = None) -> list[Nodule]:
         raise ValueError(f"{source}: {few(repeated)} listed more than once; expected one row a nodule")
     _check_files(nodules, source)
     return nodules
-
-
-def read_number(text: str, column: str, place: str, low: float = 0, high: float = float("inf")) -> float:
-    """Read a number within bounds.
-
-    Raises:
-        ValueError: naming the place, the column, the text and the bounds.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not low <= value <= high:
-        wanted = f"from {low:g} to {high:g}" if high < float("inf") else f"of {low:g} or more"
-        raise ValueError(f"{place}: {column} is {text!r}; expected a number {wanted}")
-    return value
 
 
 def _read_own_table(path: Path) -> list[Nodule]:
@@ -128,9 +116,7 @@ def _read_published_table(path: Path, root: Path) -> list[Nodule]:
 def _nodule(
     nodule_id: str, patient_id: str, image: str, mask: str, average: float, row: dict[str, str], place: str
 ) -> Nodule:
-    mode = read_number(row["malignancy_mode"], "malignancy_mode", place, 1, 5)
-    if mode % 1:
-        raise ValueError(f"{place}: malignancy_mode is {row['malignancy_mode']!r}; expected a whole number from 1 to 5")
+    mode = read_number(row["malignancy_mode"], "malignancy_mode", place, 1, 5, whole=True)
     return {
         "image": image,
         "mask": mask,
@@ -138,7 +124,7 @@ def _nodule(
         "patient_id": patient_id,
         "malignancy_mode": int(mode),
         "malignancy_mean": average,
-        "diameter_mm": read_number(row["diameter_mm"], "diameter_mm", place),
+        "diameter_mm": read_number(row["diameter_mm"], "diameter_mm", place, 0, 1000),
     }
 
 
@@ -154,16 +140,28 @@ def _check_files(nodules: Sequence[Nodule], source: Path) -> None:
 # Nodules to classify -----------------------------------------------------------------------------------------------
 
 
-def list_nodules(source: str | os.PathLike, positions: str | os.PathLike = "none") -> list[dict[str, Any]]:
+def list_nodules(
+    source: str | os.PathLike,
+    positions: str | os.PathLike = "none",
+    *,
+    irregular: str = "refuse",
+    series: str = "all",
+    geometry: str = "refuse",
+) -> list[dict[str, Any]]:
     """List the nodules to classify, as items for `vdt_transforms.CropNoduled`.
 
     Args:
-        source: without `positions` a crop (NIfTI or the published npz, the nodule in its centre), or a folder of crops
-            or of their `images`; with them a scan: a NIfTI file, or a folder of DICOM files of one series.
-        positions: where the nodules of the scan are: a mask in NIfTI, of which each connected part is a nodule, or a
-            CSV with the columns `x_mm`, `y_mm`, `z_mm` (world, RAS), `coordX`, `coordY`, `coordZ` (world, LPS, as in
-            LUNA16) or `column`, `row`, `slice` (voxels from 0; slice 0 of a DICOM folder is the lowest), tried in this
-            order. A `nodule_id` (or `id`, `name`) is optional, and further columns are ignored. "none" for crops.
+        source: without `positions` a crop (a volume file or the published npz, the nodule in its centre), or a folder
+            of crops or of their `images`; with them a scan: a volume file, or a DICOM folder of one series.
+        positions: where the nodules of the scan are: a mask (volume file), of which each connected part is a nodule,
+            or a CSV (with commas, semicolons or tabs) with the columns `x_mm`, `y_mm`, `z_mm` (world, RAS), `coordX`,
+            `coordY`, `coordZ` (world, LPS, as in LUNA16) or `column`, `row`, `slice` (voxels from 0; slice 0 of a DICOM
+            folder is the lowest), tried in this order. A `nodule_id` (or `id`, `name`) is optional. Where a column says
+            of which scan a row is (`series_uid`, `seriesuid`, `SeriesInstanceUID` or `scan`: a series' uid, or the name
+            of the file), rows of other scans are named, counted and left out. "none" for crops.
+        irregular: of a scan in DICOM, see `list_volumes`.
+        series: which DICOM series of a folder is the scan, see `list_volumes`.
+        geometry: what says where the voxels of a NIfTI file lie, see `vdt_transforms.VolumeReader`.
 
     Returns:
         Items with `image` (path), and with `positions` also `nodules`: for each a `nodule_id` and its `position` (mm,
@@ -177,28 +175,44 @@ def list_nodules(source: str | os.PathLike, positions: str | os.PathLike = "none
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a scan, a crop or a folder of crops")
     if str(positions) != "none":
-        return [{"image": str(path), "nodules": _read_positions(Path(positions))}]
+        scans = list_volumes(path, irregular=irregular, series=series, geometry=geometry)
+        if len(scans) > 1:
+            raise ValueError(
+                f"{path}: holds {len(scans)} scans, such as {few([scan['image'] for scan in scans], 3)}; give one of"
+                " them, as positions are of one scan"
+            )
+        return [{**scans[0], "nodules": _read_positions(Path(positions), Path(scans[0]["image"]), geometry)}]
     folders = [folder for folder in (path, path / "images") if folder.is_dir()]
-    crops = [path] if path.is_file() else next((found for folder in folders if (found := _crops(folder))), [])
+    left_out: dict[str, list[str]] = {"files of the system": [], "no crops": []}
+    crops = [path] if path.is_file() else next((c for folder in folders if (c := _crops(folder, left_out))), [])
     if not crops:
         raise FileNotFoundError(
-            f"{path}: no crop (.nii, .nii.gz, .npz) in it; if it is a scan's DICOM folder, give positions, the CSV or"
-            " mask of its nodules"
+            f"{path}: no crop (.nii.gz, .nii, .nrrd, .mha, .npz) in it; if it is a scan's DICOM folder, give"
+            " positions, the CSV or mask of its nodules"
         )
     for crop in crops:
-        _refuse_scan(crop)
+        _refuse_scan(crop, geometry)
+    conclude(path, len(crops), left_out)
     return [{"image": str(crop)} for crop in crops]
 
 
-def _crops(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.name.endswith(CROPS) and not file.name.startswith("."))
+def _crops(folder: Path, left_out: dict[str, list[str]]) -> list[Path]:
+    crops = []
+    for file in sorted(folder.iterdir()):
+        if kind_of_system(file.name):
+            left_out["files of the system"].append(str(file))
+        elif SUFFIX.search(file.name) or file.name.endswith(".npz"):
+            crops.append(file)
+        elif file.is_file():
+            left_out["no crops"].append(str(file))
+    return crops
 
 
-def _refuse_scan(path: Path) -> None:
+def _refuse_scan(path: Path, geometry: str) -> None:
     """Raise if the file is a whole scan, whose centre is no nodule (only the header is read)."""
     if path.name.endswith(".npz"):
         return
-    image = read_header(path)
+    image = open_volume(path, geometry)
     extent = np.multiply(image.shape[:3], voxel_size(image))
     if extent.max() > LARGEST_CROP:
         raise ValueError(
@@ -207,11 +221,11 @@ def _refuse_scan(path: Path) -> None:
         )
 
 
-def _read_positions(path: Path) -> list[dict[str, Any]]:
+def _read_positions(path: Path, scan: Path, geometry: str) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"positions {path}: no such file; expected a CSV or a mask in NIfTI")
-    if path.name.endswith((".nii", ".nii.gz")):
-        return _read_mask(path)
+        raise FileNotFoundError(f"positions {path}: no such file; expected a CSV or a mask in a volume file")
+    if SUFFIX.search(path.name):
+        return _read_mask(path, geometry)
     rows = read_csv(path, (), others=True)
     if not rows:
         raise ValueError(f"positions {path}: lists no nodules")
@@ -222,8 +236,10 @@ def _read_positions(path: Path) -> list[dict[str, Any]]:
             f" {', '.join(LUNA)} (LPS) or {', '.join(VOXELS)}"
         )
     named = next((name for name in ("nodule_id", "id", "name") if name in rows[0]), None)
+    own = _rows_of_scan(path, rows, scan)
     nodules = []
-    for number, row in enumerate(rows, 1):
+    for number in own:
+        row = rows[number - 1]
         values = [read_number(row[c], c, f"positions {path}, line {number + 1}", -1e5, 1e5) for c in columns]
         if columns == LUNA:
             values = [-values[0], -values[1], values[2]]
@@ -232,10 +248,28 @@ def _read_positions(path: Path) -> list[dict[str, Any]]:
     return nodules
 
 
-def _read_mask(path: Path) -> list[dict[str, Any]]:
-    image = read_header(path)
+def _rows_of_scan(path: Path, rows: Sequence[dict[str, str]], scan: Path) -> Sequence[int]:
+    """Give the numbers, from 1, of the rows that are of this scan, where a column says so; name the others."""
+    column = next((name for name in SCANS if name in rows[0]), None)
+    if column is None:
+        return range(1, len(rows) + 1)
+    known = {scan.name, SUFFIX.sub("", scan.name), *([] if SUFFIX.search(scan.name) else [find_one_series(scan).uid])}
+    own = [number for number, row in enumerate(rows, 1) if row[column].strip() in known]
+    others = sorted({row[column] for row in rows} - known)
+    if not own:
+        raise ValueError(
+            f"positions {path}: its {column} names {few(others)} and never this scan, {few(sorted(known))}; expected a"
+            " row of this scan, or no such column"
+        )
+    apart = [row[column] for row in rows if row[column].strip() not in known]
+    conclude(f"positions {path}", len(own), {"of other scans": apart})
+    return own
+
+
+def _read_mask(path: Path, geometry: str) -> list[dict[str, Any]]:
+    image = open_volume(path, geometry)
     check_checksum(path)
-    mask = np.asarray(image.dataobj).reshape(image.shape[:3]) > 0
+    mask = read_voxels(image) > 0
     if not mask.any():
         raise ValueError(f"positions {path}: a mask without any voxel above 0; expected nodules in it")
     parts, count = ndimage.label(mask, np.ones((3, 3, 3)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -18,7 +17,7 @@ from ignite.engine import Engine, Events
 
 from vdt_workflows.data.nodule_tables import Nodule, read_nodules
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import few, read_lines, write_json
+from vdt_workflows.files import few, read_json, read_lines, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -254,12 +253,10 @@ def _check_apart(parts: Mapping[str, Sequence[Nodule]], split: str | os.PathLike
 
 
 def _read_split_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"split {path}: no such file")
+    content = read_json(path, "the split.json of a run")
     try:
-        content = json.loads(path.read_text())
         return {**content, **{name: [str(n) for n in content[name]] for name in PARTS}}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"split {path}: not the split.json of a run, which lists nodules as {few(PARTS)}") from error
 
 

@@ -15,10 +15,11 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.transforms import Compose, Randomizable
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 
 from vdt_transforms import ImageDecodeError
 from vdt_workflows.errors import check_choice
+from vdt_workflows.parallel import follow_parent
 
 Key = tuple[int, int]
 
@@ -116,9 +117,13 @@ class SharedState:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.state = np.random.RandomState()
+        self.follows = False
 
     def seed_for(self, key: Key | int, transform: Callable) -> int:
         """Let `transform` draw what belongs to a (pass, index) key, or to an index of pass 0; return the index."""
+        if get_worker_info() is not None and not self.follows:  # torch's own look for the main process takes seconds
+            self.follows = True
+            follow_parent()
         number, index = key if isinstance(key, tuple) else (0, key)
         self._share(transform)  # every time, as MONAI's workers seed each transform apart when they start
         self.state.seed(mix_seed(self.seed, number, index))

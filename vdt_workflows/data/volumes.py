@@ -6,29 +6,39 @@ import json
 import logging
 import os
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-from pydicom.misc import is_dicom
-
-from vdt_transforms.dicom_series import list_series
+from vdt_transforms.dicom_folders import list_series
+from vdt_transforms.geometry import SUFFIX
 from vdt_transforms.readers import list_slices
 from vdt_transforms.slice_stacks import read_slice
 from vdt_workflows.data.headers import check_geometry
+from vdt_workflows.data.volume_files import (
+    LeftOut,
+    choose_images,
+    conclude,
+    draw,
+    list_files,
+    pair,
+    pair_in_folders,
+    part_labels,
+    patient_of,
+)
 from vdt_workflows.errors import check_choice
+from vdt_workflows.files import kind_of_system
+from vdt_workflows.naming import name_results
 from vdt_workflows.parallel import run_parallel
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Case = dict[str, str]
-SUFFIX = re.compile(r"\.nii(\.gz)?$")
 FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"), ("img", "label"))
+IS_VOLUME = re.compile(rf"{SUFFIX.pattern}|\.z?raw$", re.IGNORECASE)  # or its voxels
 TEST_FOLDERS = (("imagesTs", "labelsTs"),)
-ROLE = re.compile(r"^(images?|img|volume|labels?|segmentation|seg|mask)(?=[-_.\d])[-_.]?", re.IGNORECASE)
 
 
 def find_volumes(
@@ -38,24 +48,31 @@ def find_volumes(
     val_fraction: float = 0.2,
     seed: int = 0,
     on_error: str = "raise",
+    geometry: str = "refuse",
 ) -> dict[str, list[Case]]:
     """List the cases of a data set: `training` and `validation` with labels, `test` with labels where there are some.
 
     Understands a datalist JSON in the style of the Medical Segmentation Decathlon (`training`, optional `validation`
-    and `test`, paths relative to the file), `dataset.json` in `dataset_dir`, and folders of NIfTI pairs: `imagesTr` and
-    `labelsTr`, `images` and `labels`, or all files in one folder. Image and label belong together if their names are
-    equal up to a leading role (`img0001`, `label0001`; `volume-3`, `segmentation-3`) and nnU-Net's `_0000`.
+    and `test`, paths relative to the file), `dataset.json` in `dataset_dir`, and folders of pairs of volume files
+    (NIfTI, NRRD, MetaImage): `imagesTr` and `labelsTr`, `images` and `labels`, all files in one folder, or a folder
+    for each case. Image and label belong together if their names are equal up to a leading role (`img0001`,
+    `label0001`; `volume-3`, `segmentation-3`) and nnU-Net's `_0000`, or if they are alone in a case's folder.
 
     A training case that is listed for validation or test too is refused, unless the datalist gives the reason under
-    `shared_cases`. All files' headers are read (see `check_geometry`), their voxels are not.
+    `shared_cases`, and so is a patient of two lists. Patients are told by `patient_id` of the datalist's cases, by
+    names that begin with `sub-01` or `patient001`, or by the cases' folders; else each image counts as one. All files'
+    headers are read (see `check_geometry`), their voxels are not. What is left out is named and counted in the log.
 
     Args:
         dataset_dir: the folder.
         datalist: a datalist JSON to use instead of what the folder says.
-        val_fraction: share of the training cases that becomes `validation` where none is named.
+        val_fraction: share of the training cases that becomes `validation` where none is named. With 0 all are trained
+            on, and the labelled test cases, or else the training cases, are scored in their place: nothing may be
+            selected by them.
         seed: seed of that split.
         on_error: "raise" stops at the first case that cannot be used; "skip" logs its sentence, leaves it out and goes
             on. The split is made before, so that no other case moves between training and validation.
+        geometry: what says where the voxels of a NIfTI file lie, see `vdt_transforms.VolumeReader`.
 
     Raises:
         FileNotFoundError: if a folder or file is missing.
@@ -63,28 +80,36 @@ def find_volumes(
             `check_geometry`), or if all cases of a list are left out.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
-    cases, source = list_cases(dataset_dir, datalist)
+    cases, source, left_out = list_cases(dataset_dir, datalist)
     if not cases["validation"]:
-        cases["training"], cases["validation"] = draw(cases["training"], val_fraction, seed)
-    faults = _find_faults([(c, name != "test") for name, group in cases.items() for c in group], on_error)
-    usable = {name: [c for c in group if c["image"] not in faults] for name, group in cases.items()}
+        if val_fraction:
+            cases["training"], cases["validation"] = draw(cases["training"], val_fraction, seed)
+        else:
+            scored = "test" if any("label" in case for case in cases["test"]) else "training"
+            cases["validation"] = [case for case in cases[scored] if "label" in case]
+            logger.warning("%s: no case is kept for validation; %s cases take their place", source, scored)
+    faults = _find_faults([(c, name != "test") for name, group in cases.items() for c in group], on_error, geometry)
+    usable = {
+        name: [{k: v for k, v in c.items() if k != "patient_id"} for c in group if c["image"] not in faults]
+        for name, group in cases.items()
+    }
     for name in [name for name, group in cases.items() if group and not usable[name]]:
         raise ValueError(f"{source}: none of the {len(cases[name])} {name} cases can be used, see above")
     counts = ", ".join(f"{len(v)} {k}" for k, v in usable.items())
-    logger.info("%s: %s%s", source, counts, f"; {len(faults)} left out" if faults else "")
+    conclude(source, sum(map(len, usable.values())), {**left_out, "unusable, see above": sorted(faults)}, counts)
     return usable
 
 
 def list_cases(
     dataset_dir: str | os.PathLike, datalist: str | os.PathLike | None = None
-) -> tuple[dict[str, list[Case]], Path]:
+) -> tuple[dict[str, list[Case]], Path, LeftOut]:
     """List what a folder or a datalist names (see `find_volumes`), without opening any volume.
 
     Returns:
-        `training`, `validation` and `test` (the last two may be empty, and cases without a label), and the file or
-        folder that says so.
+        `training`, `validation` and `test` (the last two may be empty, and cases without a label), the file or folder
+        that says so, and what the folders hold beside them.
     """
-    root = Path(dataset_dir)
+    root, left_out = Path(dataset_dir), defaultdict[str, list[str]](list)
     if datalist is None and (root / "dataset.json").is_file() and not _is_nnunet(root):
         datalist = root / "dataset.json"
     if datalist is not None:
@@ -92,29 +117,31 @@ def list_cases(
     else:
         if not root.is_dir():
             raise FileNotFoundError(f"dataset_dir {root}: no such folder")
-        training, test = _find_pairs(root, FOLDERS, flat=True), _find_pairs(root, TEST_FOLDERS)
-        cases = {"training": training, "validation": [], "test": test}
+        training = _find_pairs(root, FOLDERS, left_out, flat=True) or pair_in_folders(root, left_out)
+        cases = {"training": training, "validation": [], "test": _find_pairs(root, TEST_FOLDERS, left_out)}
+        _check_shared(root, cases, None)
     if not cases["training"]:
         raise ValueError(
-            f"{datalist or root}: no training cases; expected pairs of NIfTI files in images/ and labels/,"
-            " imagesTr/ and labelsTr/, or a dataset.json that lists them under 'training'"
+            f"{datalist or root}: no training cases; expected pairs of volume files in images/ and labels/,"
+            " imagesTr/ and labelsTr/, or a folder for each case, or a dataset.json that lists them under 'training'"
         )
-    return cases, Path(datalist or root)
+    return cases, Path(datalist or root), left_out
 
 
-def draw(cases: Sequence[T], share: float, *seed: int) -> tuple[list[T], list[T]]:
-    """Divide cases in two at random, keeping their order: the rest, and a share of them (at least one in each)."""
-    count = min(max(round(share * len(cases)), 1), len(cases) - 1) if len(cases) > 1 else 0
-    chosen = set(np.random.default_rng(seed).permutation(len(cases))[:count].tolist())
-    rest = [case for i, case in enumerate(cases) if i not in chosen]
-    return rest, [case for i, case in enumerate(cases) if i in chosen]
+def list_volumes(
+    source: str | os.PathLike,
+    *,
+    on_error: str = "raise",
+    irregular: str = "refuse",
+    series: str = "all",
+    geometry: str = "refuse",
+) -> list[Case]:
+    """List the volumes to segment: a file (NIfTI, NRRD, MetaImage), and all files and DICOM series of a folder.
 
-
-def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregular: str = "refuse") -> list[Case]:
-    """List the volumes to segment: a NIfTI file, a folder of them, or DICOM series, each in a folder of its own.
-
-    A folder may also be a data set, whose `imagesTs`, `imagesTr` or `images` are taken. Where it holds no NIfTI file,
-    everything below it is searched for CT and MR series.
+    Of a folder the volume files in it are taken; or where there are none those of its `imagesTs`, `imagesTr` or
+    `images`, or else those anywhere below it but for labels. Everything below it is searched for CT and MR series; a
+    zip or a file of a series stands for that. What is left out is named and counted in the log, and results are named
+    apart (see `vdt_workflows.naming`).
 
     Args:
         source: the file or folder.
@@ -122,89 +149,85 @@ def list_volumes(source: str | os.PathLike, *, on_error: str = "raise", irregula
             and `DicomSeries`); "skip" logs its sentence, leaves it out and goes on.
         irregular: what to do with DICOM series that are no regular grid, "refuse" or "accept"; give the reader the same
             (see `vdt_transforms.SeriesReader`).
+        series: which DICOM series to take, by number, UID or description, or "all" (see
+            `vdt_transforms.dicom_folders.list_series`) of them and all volume files.
+        geometry: what says where the voxels of a NIfTI file lie; give the reader the same.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: if there is no volume, or none that can be used, or two would be written under one name.
+        ValueError: if there is no volume, or none that can be used.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a NIfTI volume or a folder of volumes")
-    folders = [f for f in (path, path / "imagesTs", path / "imagesTr", path / "images") if f.is_dir() and _nifti(f)]
-    if path.is_file() or folders:
-        files = [path] if path.is_file() else _nifti(folders[0])
-        cases = [{"image": str(file)} for file in files]
-        faults = _find_faults([(case, False) for case in cases], on_error)
-    else:
-        cases, faults = _find_dicom(path, on_error, irregular)
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a volume or a folder of volumes")
+    left_out: LeftOut = defaultdict(list)
+    files = choose_images(path, left_out) if path.is_dir() else [path] if SUFFIX.search(path.name) else []
+    if series != "all" and path.is_dir():
+        left_out["volumes of no DICOM series"] += map(str, files)
+        files = []
+    cases = [{"image": str(file)} for file in files]
+    faults = _find_faults([(case, False) for case in cases], on_error, geometry) if cases else set()
+    if path.is_dir() or not cases:
+        found, faulty = _find_dicom(path, on_error, irregular, series, left_out)
+        cases, faults = cases + found, faults | faulty
     if not cases:
-        raise ValueError(
-            f"{path}: no .nii or .nii.gz file in it nor in its images folders, and no DICOM series below it"
-        )
+        raise ValueError(f"{path}: no volume file (.nii, .nii.gz, .nrrd, .mha, .mhd) nor DICOM series in or below it")
     usable = [case for case in cases if case["image"] not in faults]
     if not usable:
         raise ValueError(f"{path}: none of its {len(cases)} volumes can be used, see above")
-    if faults:
-        logger.info("%s: %d volumes; %d left out", path, len(usable), len(faults))
-    names: dict[str, str] = {}
-    for image in (case["image"] for case in usable):
-        first = names.setdefault(SUFFIX.sub("", Path(image).name), image)
-        if first != image:
-            raise ValueError(
-                f"{image}: has the name of {first}, so that one result would replace the other; rename one"
-            )
+    conclude(path, len(usable), {**left_out, "unusable, see above": sorted(faults)})
+    name_results(case["image"] for case in usable)
     return usable
 
 
-def list_scans(source: str | os.PathLike) -> list[Case]:
-    """List the CT volumes to search: a file, a folder of NIfTI files, of one DICOM series, or of numbered PNG slices.
+def list_scans(source: str | os.PathLike, **options: Any) -> list[Case]:
+    """List the CT volumes to search: a folder of PNG slices with their numbers as names, or what `list_volumes` lists.
+
+    Args:
+        source: the file or folder.
+        **options: those of `list_volumes`.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: if the folder holds nothing of the kind, or a number is missing among its PNG slices.
+        ValueError: if a number is missing among the PNG slices; or as `list_volumes` does.
     """
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a CT volume or a folder of them")
-    if path.is_file():
-        return [{"image": str(path)}]
-    if slices := list_slices(path):
+    if slices := list_slices(source):
         read_slice(slices[0])
-        return [{"image": str(path)}]
-    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    volumes = [file for file in files if file.name.endswith((".nii", ".nii.gz", ".nrrd", ".mha"))]
-    if not volumes and not any(is_dicom(file) for file in files[:3]):
-        raise ValueError(f"{path}: no volume in it; expected NIfTI files, one DICOM series, or slices such as 001.png")
-    return [{"image": str(file)} for file in volumes or [path]]
+        return [{"image": str(source)}]
+    return list_volumes(source, **options)
 
 
-def _find_dicom(path: Path, on_error: str, irregular: str) -> tuple[list[Case], set[str]]:
-    """List the folders that hold one usable series, and which of them to leave out."""
+def _find_dicom(
+    path: Path, on_error: str, irregular: str, series: str, left_out: LeftOut
+) -> tuple[list[Case], set[str]]:
+    """List the DICOM series of a folder, zip or file, and which of them to leave out."""
     check_choice("irregular", irregular, ("refuse", "accept"))
-    folders = list_series(path, mapper=run_parallel)
+    others: LeftOut = {}
+    found = list_series(path, series=series, mapper=run_parallel, left_out=others)
+    named = {name for names in left_out.values() for name in names}
+    for kind in sorted(others.keys() - {"DICOMDIR"}):
+        left_out[kind] += [n for n in others[kind] if n not in named and not IS_VOLUME.search(n)]
     faults: set[str] = set()
-    for folder, series in folders.items():
+    for place, one in found.items():
         try:
-            if isinstance(series, ValueError):
-                raise series
-            series.check(irregular=irregular == "accept")
+            one.check(irregular=irregular == "accept")
         except ValueError as error:
             if on_error == "raise":
                 raise
             logger.warning("%s; the volume is left out", error)
-            faults.add(str(folder))
-    return [{"image": str(folder)} for folder in folders], faults
+            faults.add(str(place))
+    return [{"image": str(place)} for place in found], faults
 
 
-def _find_faults(cases: Sequence[tuple[Case, bool]], on_error: str) -> set[str]:
+def _find_faults(cases: Sequence[tuple[Case, bool]], on_error: str, geometry: str) -> set[str]:
     """Check cases, each beside whether it needs a label; raise what is wrong, or give the images to leave out."""
 
     def fault(case: Case, needs_label: bool) -> Exception | None:
         try:
             if needs_label and "label" not in case:
                 raise ValueError(f"{case['image']}: has no label, which training and validation need")
-            check_geometry(case)
+            check_geometry(case, geometry)
         except (ValueError, OSError) as error:
             return error
         return None
@@ -229,7 +252,7 @@ def _read_datalist(path: Path) -> dict[str, list[Case]]:
     if not path.is_file():
         raise FileNotFoundError(f"datalist {path}: no such file")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())  # in any encoding, also with the mark that Windows puts first
     except ValueError as error:
         raise ValueError(f"datalist {path}: not JSON ({error})") from error
     content = content if isinstance(content, dict) else {}
@@ -242,41 +265,39 @@ def _read_datalist(path: Path) -> dict[str, list[Case]]:
         for e in entries:
             if not isinstance(e, dict) or not all(isinstance(e.get(*k), str) for k in (("image",), ("label", ""))):
                 raise ValueError(f'datalist {path}: {name} holds {e!r}; expected {{"image": path, "label": path}}')
-        cases[name] = [{k: str(path.parent / e[k]) for k in ("image", "label") if k in e} for e in entries]
+        cases[name] = [{k: _locate(path.parent, e[k]) for k in ("image", "label") if k in e} for e in entries]
+        for case, e in zip(cases[name], entries, strict=True):
+            case |= {"patient_id": str(e["patient_id"])} if "patient_id" in e else {}
     _check_shared(path, cases, content.get("shared_cases"))
     return cases
 
 
+def _locate(folder: Path, name: str) -> str:
+    """Find a file of a datalist, in which Windows may have written backslashes."""
+    return str(folder / (name if (folder / name).exists() else name.replace("\\", "/")))
+
+
 def _check_shared(path: Path, cases: dict[str, list[Case]], reason: str | None) -> None:
-    """Refuse a training case that another list names too, unless there is a reason; warn of other shared cases."""
-    training, validation, test = ({os.path.abspath(c["image"]) for c in group} for group in cases.values())
-    if reason is None and (shared := sorted(training & (validation | test))):
-        other = "validation" if shared[0] in validation else "test"
-        raise ValueError(
-            f"datalist {path}: {shared[0]} is listed for training and for {other}; list it once, or give the reason"
-            ' as "shared_cases"'
-        )
-    if count := len((training & (validation | test)) | (validation & test)):
-        logger.warning("%s: %d cases are in two lists (%s)", path, count, reason or "validation and test")
+    """Refuse a case or patient of training that another list names too, unless there is a reason; warn of others."""
+    for kind, tell in (("", lambda case: os.path.abspath(case["image"])), ("patient ", patient_of)):
+        training, validation, test = ({tell(case) for case in group} for group in cases.values())
+        if reason is None and (shared := sorted(training & (validation | test))):
+            other = "validation" if shared[0] in validation else "test"
+            raise ValueError(
+                f"{path}: {kind}{shared[0]} is listed for training and for {other}; list it once, or give the"
+                ' reason as "shared_cases" in a datalist'
+            )
+        if not kind and (count := len((training & (validation | test)) | (validation & test))):
+            logger.warning("%s: %d cases are in two lists (%s)", path, count, reason or "validation and test")
 
 
-def _find_pairs(root: Path, folders: tuple[tuple[str, str], ...], flat: bool = False) -> list[Case]:
+def _find_pairs(root: Path, folders: tuple[tuple[str, str], ...], left_out: LeftOut, flat: bool = False) -> list[Case]:
     for image_dir, label_dir in folders:
         if (root / image_dir).is_dir() and (root / label_dir).is_dir():
-            images, labels = _nifti(root / image_dir), _nifti(root / label_dir)
+            images, labels = (list_files(root / name, left_out) for name in (image_dir, label_dir))
+            inner = [*(root / image_dir).iterdir(), *(root / label_dir).iterdir()]
+            left_out["folders"] += sorted(str(f) for f in inner if f.is_dir() and not kind_of_system(f.name))
             break
     else:
-        files = _nifti(root) if flat else []
-        labels = [f for f in files if re.match(r"(label|seg|mask)", f.name, re.IGNORECASE)]
-        images = [f for f in files if f not in labels]
-    by_name = {_case_name(f): f for f in labels}
-    cases = [{"image": str(f), "label": str(by_name.get(_case_name(f), ""))} for f in images]
-    return [{key: file for key, file in case.items() if file} for case in cases]
-
-
-def _nifti(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if SUFFIX.search(f.name) and not f.name.startswith("."))
-
-
-def _case_name(file: Path) -> str:
-    return ROLE.sub("", SUFFIX.sub("", file.name)).removesuffix("_0000")
+        images, labels = part_labels(list_files(root, left_out) if flat else [])
+    return pair(images, labels, left_out)

@@ -1,7 +1,5 @@
 """Picture sheets of labelled volumes: three planes of each case with its labels, several cases a page."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 

@@ -7,8 +7,6 @@ The file written is what every bundle takes by --init vdt --pretrained encoder.p
 takes.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any

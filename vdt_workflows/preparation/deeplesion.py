@@ -7,7 +7,7 @@
 The first reads `DEEPLESION/DL_info.csv` and `DEEPLESION/Images_png/<series>/<slice>.png` (or `Images_png/Images_png/`,
 as the archives unpack); some of the 56 archives are enough. The second takes the boxes from COCO-style files instead,
 `deeplesion_train.json`, `deeplesion_val.json` and `deeplesion_test.json`. The third first writes the volumes of FOLDER,
-`<name>_image.*` with a mask `<name>_label.*` (NIfTI, or NRRD with pynrrd installed), as such a data set into MINE.
+`<name>_image.*` with a mask `<name>_label.*` (NIfTI, NRRD or MetaImage), as such a data set into MINE.
 
 Either writes, beside the images, which are not touched,
 
@@ -33,11 +33,14 @@ from monai.transforms import LoadImage, Orientation
 from PIL import Image
 from skimage.measure import label as connected_components
 
+from vdt_transforms.readers import VolumeReader
 from vdt_transforms.slice_stacks import HU_OFFSET, ORIENTATION, SLICE_NAME
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, write_csv, write_json
-from vdt_workflows.parallel import run_parallel, track
+from vdt_workflows.files import claim, remove_unfinished, write_csv, write_json
+from vdt_workflows.locks import hold, leaving
+from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.deeplesion_tables import COLUMNS, SPLITS, Lesion, read_coco, read_table
+from vdt_workflows.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ LISTS = (  # of a key slice, and what each of its lesions has
 )
 
 
+@leaving
 def prepare_deeplesion(
     dataset_dir: str,
     annotations: str | None = None,
@@ -62,6 +66,7 @@ def prepare_deeplesion(
     key_slices: str = "largest",
     seed: int = 0,
     workers: int | None = None,
+    geometry: str = "refuse",
 ) -> dict[str, Any]:
     """List the key slices of a data set that are there, with their boxes, in `dataset_dir/deeplesion.json`.
 
@@ -76,6 +81,8 @@ def prepare_deeplesion(
         key_slices: of the volumes' lesions: the slice of the "largest" area, or "all" slices of the lesion.
         seed: of the split of the volumes.
         workers: processes that write volumes, all cores by default.
+        geometry: what says where the voxels of a NIfTI file lie: "refuse" a file in which sform, qform and pixdim
+            disagree, or take its "sform" or "qform".
 
     Returns:
         The summary.
@@ -89,12 +96,14 @@ def prepare_deeplesion(
     """
     root = Path(str(dataset_dir))
     if volumes is not None:
-        _convert_volumes(Path(str(volumes)), root, split_by, key_slices, seed, workers)
+        _convert_volumes(Path(str(volumes)), root, split_by, key_slices, seed, workers, geometry)
     images = root / "Images_png"
     if (images / "Images_png").is_dir():
         images = images / "Images_png"
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder; expected the unpacked Images_png archives in it")
+    hold(root)
+    remove_unfinished(root)
     source = Path(str(annotations)) if annotations is not None else root / "DL_info.csv"
     lesions = list(read_coco(source) if source.is_dir() or source.suffix == ".json" else read_table(source))
     names = sorted({lesion["series"] for lesion in lesions})
@@ -102,7 +111,7 @@ def prepare_deeplesion(
     problems: dict[str, list[str]] = defaultdict(list)
     slices: dict[tuple[str, int], list[Lesion]] = defaultdict(list)
     for lesion in lesions:
-        if reason := _clip(lesion, stored[lesion["series"]]):
+        if reason := _clip(lesion, stored[lesion["series"]], images / lesion["series"]):
             problems[reason].append(f"{lesion['series']}/{lesion['slice']:03d}.png")
         else:
             slices[lesion["series"], lesion["slice"]].append(lesion)
@@ -159,7 +168,7 @@ def _list_slices(series: Path) -> dict[int, str]:
     return {int(m[1]): file for file in files if (m := SLICE_NAME.match(file))}
 
 
-def _clip(lesion: Lesion, stored: dict[int, str]) -> str:
+def _clip(lesion: Lesion, stored: dict[int, str], folder: Path) -> str:
     """Clip the lesion's box to the image, and return why it cannot be used, if so."""
     x1, y1 = (max(value, 0.0) for value in lesion["box"][:2])
     x2, y2 = (min(value, float(size)) for value, size in zip(lesion["box"][2:], lesion["size"], strict=True))
@@ -168,6 +177,14 @@ def _clip(lesion: Lesion, stored: dict[int, str]) -> str:
         return "the series is not there"
     if lesion["slice"] not in stored:
         return "the key slice is not there"
+    for number in {min(stored), lesion["slice"], max(stored)}:  # of a series all are alike
+        try:
+            with Image.open(folder / stored[number]) as image:
+                alike = image.mode.startswith("I")  # as `read_slice` asks
+        except (OSError, SyntaxError):
+            alike = False
+        if not alike:
+            return "the series has a slice that is no PNG of one channel of 16 bits, which holds HU + 32768"
     if not 0 < lesion["slice_interval"] < math.inf:
         return f"the slice interval is {lesion['slice_interval']:g} mm"
     return "" if x2 - x1 >= 1 and y2 - y1 >= 1 else "less than a pixel of the box is inside the image"
@@ -188,7 +205,13 @@ def _write(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
 
 
 def _convert_volumes(
-    volumes: Path, root: Path, split_by: Sequence[float], key_slices: str, seed: int, workers: int | None
+    volumes: Path,
+    root: Path,
+    split_by: Sequence[float],
+    key_slices: str,
+    seed: int,
+    workers: int | None,
+    geometry: str,
 ) -> None:
     """Write CT volumes with lesion masks as a data set of DeepLesion's layout: 16-bit slices and `DL_info.csv`.
 
@@ -205,7 +228,7 @@ def _convert_volumes(
     bounds = np.cumsum(split_by) / sum(split_by) * len(pairs)
     split = {int(place): 1 + int(np.searchsorted(bounds, rank + 0.5)) for rank, place in enumerate(order)}
     tasks = [(i + 1, split[i], image, mask) for i, (image, mask) in enumerate(pairs)]
-    write = partial(_write_volume, root / "Images_png", key_slices)
+    write = partial(_write_volume, root / "Images_png", key_slices, geometry)
     rows = [row for found in run_parallel(write, tasks, workers=workers, label="volumes") for row in found]
     rows.sort(key=lambda row: row["Patient_index"])  # they come as they are done
     if not rows:
@@ -225,10 +248,12 @@ def _find_pairs(folder: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def _write_volume(images: Path, key_slices: str, task: tuple[int, int, Path, Path]) -> list[dict[str, Any]]:
+def _write_volume(
+    images: Path, key_slices: str, geometry: str, task: tuple[int, int, Path, Path]
+) -> list[dict[str, Any]]:
     """Write one volume's slices, whole or not at all, and give the rows of its lesions."""
     number, split, image_file, mask_file = task
-    load = LoadImage(ensure_channel_first=True)
+    load = LoadImage(reader=VolumeReader(geometry=geometry), ensure_channel_first=True)
     image, mask = (Orientation(ORIENTATION, labels=None)(load(file)) for file in (image_file, mask_file))
     if image.shape != mask.shape or image.shape[0] != 1:
         raise ValueError(f"{mask_file}: shape {tuple(mask.shape)}, but its image has {tuple(image.shape)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vdt_transforms.slice_stacks import SLICE_NAME
-from vdt_workflows.files import read_csv
+from vdt_workflows.files import read_csv, read_number
 
 SPLITS = {1: "training", 2: "validation", 3: "test"}
 COCO_FILES = {"train": "training", "val": "validation", "test": "test"}
@@ -40,8 +40,9 @@ def read_table(path: Path) -> Iterator[Lesion]:
 
 
 def _from_row(row: dict[str, str]) -> Lesion:
-    def numbers(name: str, count: int) -> list[float]:
-        values = [float(part) for part in row[name].replace(",", " ").split()]
+    def numbers(name: str, count: int, low: float = -1e5, high: float = 1e5, whole: bool = False) -> list[float]:
+        parts = row[name].replace(",", " ").split()
+        values = [read_number(part, name, "a value", low, high, whole=whole) for part in parts]
         if len(values) != count:
             raise ValueError(f"{name} is {row[name]!r}, not {count} numbers")
         return values
@@ -51,9 +52,7 @@ def _from_row(row: dict[str, str]) -> Lesion:
         raise ValueError(f"File_name is {row['File_name']!r}, not like 000001_01_01_109.png")
     box = [value - 1 for value in numbers("Bounding_boxes", 4)]
     spacing = numbers("Spacing_mm_px_", 3)
-    split = int(row["Train_Val_Test"])
-    if split not in SPLITS:
-        raise ValueError(f"Train_Val_Test is {split}, not 1, 2 or 3")
+    (split,) = numbers("Train_Val_Test", 1, 1, 3, whole=True)
     if not (box[0] < box[2] and box[1] < box[3]):
         raise ValueError(f"Bounding_boxes is {row['Bounding_boxes']!r}, not x1 < x2 and y1 < y2")
     return {
@@ -63,14 +62,14 @@ def _from_row(row: dict[str, str]) -> Lesion:
         "box": box,
         "axes": [value - 1 for value in numbers("Measurement_coordinates", 8)],
         "diameter": numbers("Lesion_diameters_Pixel_", 2)[0] * spacing[0],
-        "type": int(float(row["Coarse_lesion_type"])),
-        "noisy": int(float(row["Possibly_noisy"])),
+        "type": int(*numbers("Coarse_lesion_type", 1, -1, 8, whole=True)),
+        "noisy": int(*numbers("Possibly_noisy", 1, 0, 1, whole=True)),
         "location": numbers("Normalized_lesion_location", 3),
         "spacing": spacing[0],
         "slice_interval": spacing[2],
-        "size": [int(value) for value in numbers("Image_size", 2)],
+        "size": [int(value) for value in numbers("Image_size", 2, 1, whole=True)],
         "window": numbers("DICOM_windows", 2),
-        "split": SPLITS[split],
+        "split": SPLITS[int(split)],
     }
 
 

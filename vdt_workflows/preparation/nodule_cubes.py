@@ -1,7 +1,5 @@
 """Cubes of 1 mm voxels around the nodules of an axial CT series, cut from the slices they need."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Picture sheets of prepared nodules, each in three planes with what its readers drew."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import math
 import os
 import re
 import shutil
@@ -13,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TypeVar
 
+import nibabel as nib
 import numpy as np
 
-from vdt_workflows.data.volumes import ROLE, SUFFIX, draw
+from vdt_transforms.geometry import SUFFIX
+from vdt_workflows.data.volume_files import ROLE, draw, patient_of
+from vdt_workflows.files import hash_file
 
 T = TypeVar("T")
 Lists = dict[str, list[T]]
 
+SURPLUS = 1 << 20  # bytes that a file may have beside its voxels
 IMAGE_WORDS = ("image", "img", "volume")
 LABEL_WORDS = ("label", "seg", "mask")
 
@@ -124,16 +131,15 @@ class StoredFile:
         """Name of the folder that it lies in."""
         return PurePath(self.member or self.path).parent.name
 
-    def stamp(self) -> list[int]:
-        """What shows whether the content is still the same: size and time of change, or size and CRC in an archive."""
+    def stamp(self) -> list[int | str]:
+        """What shows whether the content is still the same: size and SHA-256, or size and CRC in an archive."""
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"{self.path}: no such file")
         if self.member:
             with zipfile.ZipFile(self.path) as archive:
                 info = archive.getinfo(self.member)
             return [info.file_size, info.CRC]
-        status = os.stat(self.path)
-        return [status.st_size, status.st_mtime_ns]
+        return [os.path.getsize(self.path), hash_file(self.path)]
 
     def open_in(self, folder: Path) -> Path:
         """Path of the file to read from: itself, or a copy that is streamed out of the archive into a new `folder`."""
@@ -142,15 +148,34 @@ class StoredFile:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / self.name
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as source, target.open("wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+            with zipfile.ZipFile(self.path) as archive:
+                self._check_size(archive, shutil.disk_usage(folder).free)
+                with archive.open(self.member) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # damaged, or encrypted
             raise ValueError(f"{self}: cannot be unpacked ({error}); download the archive again") from error
         return target
 
+    def _check_size(self, archive: zipfile.ZipFile, free: int) -> None:
+        """Refuse a member that unpacks to more than its header speaks of, as none but a bomb does, or than there is."""
+        size = archive.getinfo(self.member).file_size
+        with archive.open(self.member) as file:
+            head = (gzip.GzipFile(fileobj=file) if self.name.lower().endswith(".gz") else file).read(1024)
+        kind = nib.Nifti2Header if 540 in (int.from_bytes(head[:4], order) for order in ("little", "big")) else None
+        try:
+            header = (kind or nib.Nifti1Header).from_fileobj(io.BytesIO(head), check=False)
+            voxels = math.prod(map(int, header.get_data_shape())) * header.get_data_dtype().itemsize
+        except Exception as error:  # broken bytes raise whatever they lead to
+            raise ValueError(f"{self}: not a readable NIfTI volume ({error})") from error
+        expected = voxels + int(max(header["vox_offset"], 0))
+        if size > expected + expected // 50 + SURPLUS:
+            raise ValueError(f"{self}: unpacks to {size} bytes, but its header speaks of {expected}; not unpacked")
+        if size > free:
+            raise ValueError(f"{self}: unpacks to {size} bytes, but {free} are free; free space or name another folder")
+
 
 def find_files(paths: Sequence[str | os.PathLike]) -> list[StoredFile]:
-    """List the NIfTI files in folders (at any depth) and zip archives, sorted; hidden ones are left out.
+    """List the volume files in folders (at any depth) and zip archives, sorted; hidden ones are left out.
 
     Raises:
         FileNotFoundError: if there is nothing at a path.
@@ -169,7 +194,7 @@ def find_files(paths: Sequence[str | os.PathLike]) -> list[StoredFile]:
         if not files:
             archives = sorted(path.glob("*.zip")) if path.is_dir() else []
             hint = f"; it holds {archives[0].name}, so name that instead" if archives else ""
-            raise ValueError(f"{path}: no .nii or .nii.gz file in it{hint}")
+            raise ValueError(f"{path}: no volume file (.nii, .nii.gz, .nrrd, .mha) in it{hint}")
         found += files
     return sorted(found)
 
@@ -276,12 +301,13 @@ class Split:
         Raises:
             ValueError: if there is no such fold, or there are too few cases.
         """
-        if not 2 <= self.folds <= len(cases):
-            raise ValueError(f"folds must be 2 to {len(cases)}, the number of cases, got {self.folds}")
+        patients = list(dict.fromkeys(map(patient_of, cases)))
+        if not 2 <= self.folds <= len(patients):
+            raise ValueError(f"folds must be 2 to {len(patients)}, the number of cases, got {self.folds}")
         if not 0 <= self.fold < self.folds:
             raise ValueError(f"fold must be 0 to {self.folds - 1}, got {self.fold}")
-        order = np.random.default_rng(self.seed).permutation(len(cases))
-        tested = set(np.array_split(order, self.folds)[self.fold].tolist())
-        rest = [case for i, case in enumerate(cases) if i not in tested]
+        order = np.random.default_rng(self.seed).permutation(len(patients))
+        tested = {patients[i] for i in np.array_split(order, self.folds)[self.fold]}
+        rest = [case for case in cases if patient_of(case) not in tested]
         training, validation = draw(rest, self.val_fraction, self.seed, self.fold)
-        return {"training": training, "validation": validation, "test": [c for i, c in enumerate(cases) if i in tested]}
+        return {"training": training, "validation": validation, "test": [c for c in cases if patient_of(c) in tested]}

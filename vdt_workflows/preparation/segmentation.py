@@ -3,7 +3,7 @@
     vdt prepare volumes --source btcv --data RawData.zip --output_dir btcv
     vdt prepare volumes --source lits --data "['Training Batch 1', 'Training Batch 2']" \
         --output_dir lits
-    vdt prepare volumes --data FOLDER_OF_NIFTI_PAIRS --output_dir mine
+    vdt prepare volumes FOLDER_OF_NIFTI_PAIRS mine
 
 Leaves `images/` and `labels/` (hard links where the disk allows; voxels are never resampled), `dataset.json` with the
 training, validation and test cases, `summary.csv` with a row and `pictures/` with three slices for each case. Give the
@@ -12,21 +12,23 @@ folder to a bundle as `--dataset_dir`. A run that was interrupted goes on where 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vdt_workflows.data.volumes import draw, list_cases
+from vdt_transforms.geometry import GEOMETRIES
+from vdt_workflows.data.volume_files import LeftOut, conclude, draw
+from vdt_workflows.data.volumes import list_cases
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, write_atomic, write_json
+from vdt_workflows.files import claim, read_json, write_atomic, write_json
+from vdt_workflows.locks import leaving
+from vdt_workflows.naming import tell_apart
 from vdt_workflows.preparation.case_sheets import draw_fault, draw_pages
+from vdt_workflows.preparation.fingerprint import FILE
 from vdt_workflows.preparation.public_sets import (
     DATA_SETS,
     LITS,
@@ -46,8 +48,10 @@ from vdt_workflows.preparation.volumes import (
     prepare_cases,
     write_table,
 )
+from vdt_workflows.progress import say
 
 logger = logging.getLogger(__name__)
+ALONE = "one case alone is there to learn from, and it is the validation too"
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,10 @@ class Plan:
     split: str
     about: dict[str, Any]  # for dataset.json
     missing: dict[str, str] = field(default_factory=dict)  # sentences by case
+    left_out: LeftOut = field(default_factory=dict)
 
 
+@leaving
 def prepare_segmentation(
     data: str | Sequence[str],
     output_dir: str,
@@ -78,6 +84,7 @@ def prepare_segmentation(
     label_names: Sequence[str] | Mapping[str, Any] | None = None,
     modality: str | None = None,
     affine: str = "strict",
+    geometry: str = "refuse",
     copy: bool = False,
     on_error: str = "raise",
     workers: int = 0,
@@ -102,6 +109,8 @@ def prepare_segmentation(
             labels alone and numbers them from 1. By default from the data's JSON, or else numbers.
         modality: own data: CT refuses what cannot be HU, and draws a fixed window. By default from the data's JSON.
         affine: whose affine counts where image and label of one shape differ: `image`, `label`, or `strict` to refuse.
+        geometry: what says where the voxels of a NIfTI file lie: `refuse` a file in which sform, qform and pixdim
+            disagree, or take its `sform` or `qform`; what is written then has it in both forms.
         copy: copy the files rather than link them.
         on_error: `raise` stops at the first bad case; `skip` leaves it out, counts it and goes on.
         workers: processes; 0 takes as many as there are cores, 8 at most. Each holds one volume.
@@ -115,6 +124,7 @@ def prepare_segmentation(
     """
     check_choice("source", source, (*DATA_SETS, "own"))
     check_choice("affine", affine, ("strict", "image", "label"))
+    check_choice("geometry", geometry, GEOMETRIES)
     check_choice("on_error", on_error, ("raise", "skip"))
     if split not in (known := ("recommended",) if source == "own" else ("published", "recommended")):
         raise ValueError(f"split of --source {source} must be {' or '.join(known)}, got {split!r}")
@@ -136,7 +146,7 @@ def prepare_segmentation(
         plan = _plan_numbered(DATA_SETS[source], paths, wanted, tumour)
     if plan.missing and on_error == "raise":
         raise ValueError(f"{next(iter(plan.missing.values()))}; --on_error skip goes on without the missing ones")
-    rules = replace(plan.rules, affine=affine, copy=copy)
+    rules = replace(plan.rules, affine=affine, geometry=geometry, copy=copy)
     made_from = {"source": source, "data": [str(path.resolve()) for path in paths]}
     claim(root, {**made_from, **asdict(rules)}, empty=True)
 
@@ -192,27 +202,33 @@ def _plan_own(
     """Plan own data, whose lists, label names and modality may come with them in a JSON file."""
     if len(paths) != 1:
         raise ValueError(f"own data must be one folder or list, got {len(paths)}: {', '.join(map(str, paths))}")
-    found, listing = list_cases(paths[0], paths[0] if paths[0].suffix == ".json" else None)
+    found, listing, left_out = list_cases(paths[0], paths[0] if paths[0].suffix == ".json" else None)
     listing = listing if listing.is_file() else listing / "dataset.json"
-    listed = json.loads(listing.read_text()) if listing.is_file() else {}
+    listed = read_json(listing, "a whole one") if listing.is_file() else {}
     if unlabelled := [pair for pair in found["test"] if "label" not in pair]:
-        logger.info("%s: %d test images have no label and are left alone", paths[0], len(unlabelled))
+        left_out["test images without label"] = [pair["image"] for pair in unlabelled]
         found["test"] = [pair for pair in found["test"] if "label" in pair]
     by_image = {pair["image"]: pair for group in found.values() for pair in group}
-    names_of = _name_apart([StoredFile(image) for image in by_image])
+    names_of = tell_apart(by_image, lambda image: StoredFile(image).stem)
     cases = {
-        name: SourceCase(name, image, StoredFile(label) if (label := by_image[image.path].get("label")) else None)
+        name: SourceCase(
+            name, StoredFile(image), StoredFile(label) if (label := by_image[image].get("label")) else None
+        )
         for image, name in names_of.items()
     }
-    lists = {part: [names_of[StoredFile(pair["image"])] for pair in group] for part, group in found.items()}
-    drawn_test = not (split.folds or lists["test"])
+    drawn_test = not (split.folds or found["test"])
     if split.folds:
-        lists = split.divide_folds(list(cases))
+        found = split.divide_folds(list(by_image.values()))
     else:
         if drawn_test and split.test_fraction:
-            lists["training"], lists["test"] = draw(lists["training"], split.test_fraction, split.seed, 0)
-        if not lists["validation"]:
-            lists["training"], lists["validation"] = draw(lists["training"], split.val_fraction, split.seed, 1)
+            found["training"], found["test"] = draw(found["training"], split.test_fraction, split.seed, 0)
+        if not found["validation"]:
+            found["training"], found["validation"] = draw(found["training"], split.val_fraction, split.seed, 1)
+    alone = not (split.folds or found["validation"])
+    if alone:
+        found["validation"] = found["training"]
+        logger.warning("%s: %s; scores on it say nothing of other cases", paths[0], ALONE)
+    lists = {part: [names_of[pair["image"]] for pair in group] for part, group in found.items()}
     names, values, only_these = _choose_labels(label_names, listed.get("labels"), listing)
     channels = listed.get("modality") or listed.get("channel_names")
     modality = modality or str(channels.get("0", "unknown") if isinstance(channels, dict) else channels or "unknown")
@@ -224,7 +240,12 @@ def _plan_own(
         names=names,
         rules=CaseRules(values=values, only_these=only_these, hounsfield=modality.upper() == "CT"),
         split=split.describe(drawn_test=drawn_test),
-        about={"modality": {"0": modality}, **{key: listed[key] for key in kept if listed.get(key)}},
+        left_out=left_out,
+        about={
+            "modality": {"0": modality},
+            **{key: listed[key] for key in kept if listed.get(key)},
+            **({"shared_cases": ALONE} if alone else {}),
+        },
     )
 
 
@@ -257,17 +278,6 @@ def _read_labels(listed: Any, listing: Path) -> list[str]:
     return [str(by_value[value]) for value in range(len(by_value))]
 
 
-def _name_apart(images: Sequence[StoredFile]) -> dict[StoredFile, str]:
-    """Name cases by their images, or with the folder before it where names repeat, as in a folder for each case."""
-    names = {image: image.stem for image in images}
-    if len(set(names.values())) < len(images):
-        names = {image: f"{image.folder}_{name}" for image, name in names.items()}
-    for name in (name for name, count in Counter(names.values()).items() if count > 1):
-        first, second, *_ = (image for image in names if names[image] == name)
-        raise ValueError(f"{first} and {second} would both be case {name}; rename one")
-    return names
-
-
 # The results ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +306,8 @@ def _finish(root: Path, plan: Plan, records: Sequence[Record]) -> dict[str, Any]
             **{part: [entries[case] for case in cases] for part, cases in lists.items()},
         },
     )
+    measured = {case: {**record["measured"], "range": record["range"]} for case, record in good.items()}
+    write_json(root / FILE, {"labels": names, "modality": plan.about["modality"]["0"], "cases": measured}, indent=None)
     write_atomic(root / "summary.csv", write_table(records, names))
     tiles = [
         draw_fault(record["case"], record["fault"]) if "fault" in record else (root / picture_of(record)).read_bytes()
@@ -306,11 +318,13 @@ def _finish(root: Path, plan: Plan, records: Sequence[Record]) -> dict[str, Any]
         old.unlink()
     for number, page in enumerate(pages, 1):
         write_atomic(root / "pictures" / f"cases_{number:02d}.png", page)
-    print(f"{plan.title}, {plan.split}\n{describe(records, lists, names)}", file=sys.stderr)
+    faults = [record["case"] for record in records if "fault" in record]
+    conclude(plan.title, len(good), {**plan.left_out, "unusable, see above": faults})
+    say(f"{plan.title}, {plan.split}\n{describe(records, lists, names)}")
     return {
         "datalist": str(datalist),
         **{part: len(cases) for part, cases in lists.items()},
-        "left_out": len(records) - len(good),
+        "left_out": len(faults) + sum(map(len, plan.left_out.values())),
         "summary": str(root / "summary.csv"),
         "pictures": f"{root / 'pictures'}, {len(pages)} pages",
     }
@@ -320,7 +334,7 @@ def _write_list(root: Path, content: dict[str, Any]) -> Path:
     """Write dataset.json, or where that holds another split, a list named after this one."""
     words = re.sub(r"[^\w.]+", "_", content["split"]).strip("_")
     for target in (root / "dataset.json", root / f"dataset_{words}.json"):
-        if not target.is_file() or json.loads(target.read_text())["split"] == content["split"]:
+        if not target.is_file() or read_json(target, "another output_dir")["split"] == content["split"]:
             break
     write_json(target, content)
     return target

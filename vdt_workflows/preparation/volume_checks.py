@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from nibabel.spatialimages import SpatialImage
 
+from vdt_transforms.checks import to_whole
+from vdt_transforms.geometry import read_voxels
 from vdt_workflows.files import few
 
 INT16 = np.iinfo(np.int16)
@@ -24,7 +26,7 @@ def read_intensities(image: SpatialImage, *, hounsfield: bool) -> tuple[np.ndarr
         ValueError: naming the file, if it is damaged (a CRC or a length that does not fit), a voxel is NaN or infinite,
             or an intensity has overflowed.
     """
-    name, values = image.get_filename(), _read_voxels(image)
+    name, values = image.get_filename(), read_voxels(image, scaled=False)
     ends = scaled(image, np.array([values.min(), values.max()], np.float64))  # NaN and infinity come through these
     low, high = float(ends.min()), float(ends.max())
     if not np.isfinite([low, high]).all():
@@ -60,14 +62,15 @@ def read_labels(
     Raises:
         ValueError: naming the file, if it is damaged, or a value is no whole number from 0 to 65535 or not expected.
     """
-    name, stored = image.get_filename(), scaled(image, _read_voxels(image))
+    name, stored = image.get_filename(), scaled(image, read_voxels(image, scaled=False))
+    stored = to_whole(stored)
     low, high = float(stored.min()), float(stored.max())
     if not (low >= 0 and high < MOST_LABELS):  # not what NaN gives either
         raise ValueError(f"{name}: label values from {low:g} to {high:g}; expected whole numbers from 0 on")
     labels = stored.astype(np.uint8 if high < 256 else np.uint16)
     if stored.dtype.kind == "f" and not np.array_equal(labels, stored):
         first = stored[labels != stored][0]
-        raise ValueError(f"{name}: label value {first:g}; expected whole numbers from 0 on")
+        raise ValueError(f"{name}: label value {first:.6g}; expected whole numbers from 0 on")
     # Slice by slice, which needs little memory.
     counts = np.sum([np.bincount(part.ravel(), minlength=int(high) + 1) for part in labels.T], axis=0)
     if values is None:
@@ -76,20 +79,10 @@ def read_labels(
     wrong = [str(value) for value in found if value and value not in values]
     if wrong and only_these:
         known = ", ".join(map(str, sorted({0, *values})))
-        raise ValueError(f"{name}: unknown label values {few(wrong)}; expected {known}")
+        raise ValueError(f"{name}: unknown label values {few(wrong)}; expected {known}; choose by --label_names")
     table = np.zeros(len(counts), np.uint8 if max(values.values(), default=0) < 256 else np.uint16)
     for value in found:
         table[value] = values.get(value, 0) if value else 0
     if all(table[value] == value for value in found):
         return labels, counts, False
     return table[labels], np.bincount(table, weights=counts).astype(np.int64), True
-
-
-def _read_voxels(image: SpatialImage) -> np.ndarray:
-    try:
-        return np.asanyarray(image.dataobj.get_unscaled()).reshape(image.shape[:3])
-    except Exception as error:  # damaged bytes raise whatever they lead to
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{image.get_filename()}: its voxels cannot be read ({reason}); copy or download it again"
-        ) from error

@@ -21,11 +21,13 @@ from nibabel.affines import obliquity
 from nibabel.openers import ImageOpener
 from nibabel.spatialimages import SpatialImage
 
-from vdt_workflows.data.headers import check_same_grid, check_voxel_size, grid_difference, read_header, voxel_size
+from vdt_transforms.geometry import farthest, open_volume, read_voxels, to_nifti, voxel_size
+from vdt_workflows.data.headers import check_same_grid, grid_difference, refuse_folder
 from vdt_workflows.drawing import cut_planes, find_centre
-from vdt_workflows.files import read_record, remove_unfinished, to_csv, write_atomic, write_record
+from vdt_workflows.files import UNFINISHED, read_record, remove_unfinished, to_csv, write_atomic, write_record
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.case_sheets import draw_case
+from vdt_workflows.preparation.fingerprint import measure_case
 from vdt_workflows.preparation.public_sets import StoredFile
 from vdt_workflows.preparation.volume_checks import read_intensities, read_labels, scaled
 
@@ -33,9 +35,8 @@ logger = logging.getLogger(__name__)
 
 RECORDS = ".prepared"  # folder of the records and pictures of finished cases
 STAGE = f"{RECORDS}/stage"  # folder of what is unpacked
-VERSION = 2  # of the records
+VERSION = 3  # of the records
 WINDOW = (-160.0, 240.0)  # HU, of pictures: level 40, width 400
-LEVEL = 6  # of gzip
 Record = Mapping[str, Any]
 
 
@@ -64,6 +65,7 @@ class CaseRules:
         hounsfield: intensities are HU: refuse what does not fit 16-bit signed integers, and draw a fixed window.
         empty: accept a label without foreground.
         affine: whose affine both files get where they differ: "image", "label", or "strict" to refuse the case.
+        geometry: what says where voxels lie, see `open_volume`; files that need a choice get it in both forms.
         copy: copy all files; False makes hard links where the disk allows.
     """
 
@@ -72,6 +74,7 @@ class CaseRules:
     hounsfield: bool = False
     empty: bool = True
     affine: str = "strict"
+    geometry: str = "refuse"
     copy: bool = False
 
 
@@ -126,8 +129,8 @@ def _try_case(folder: Path, rules: CaseRules, on_error: str, case: SourceCase) -
 def prepare_case(case: SourceCase, folder: Path, rules: CaseRules) -> Record:
     """Check one case and put it into `folder`, or find that this was done before.
 
-    A finished case has a record of its sources (size and time of change, or CRC) and of the rules. If either differs,
-    or a file is not as large as it was written, the case is prepared again.
+    A finished case has a record of its sources (size and hash) and of the rules. If either differs,
+    or a file is not as it was written, the case is prepared again.
 
     Returns:
         The record: what was found in the headers and voxels, what was written, and notes for people.
@@ -138,6 +141,8 @@ def prepare_case(case: SourceCase, folder: Path, rules: CaseRules) -> Record:
     if case.label is None:
         raise ValueError(f"{case.image}: has no label, which training and validation need")
     sources = {"image": case.image, "label": case.label}
+    for kept in sources.values():
+        refuse_folder(kept.path)
     stamps = {str(file): file.stamp() for file in sources.values()}
     made_from = {"version": VERSION, "sources": stamps, "rules": asdict(rules)}
     record_file = folder / RECORDS / f"{case.name}.json"
@@ -169,12 +174,15 @@ def picture_of(record: Record) -> str:
 def _prepare(
     name: str, sources: Mapping[str, StoredFile], files: Mapping[str, Path], folder: Path, rules: CaseRules
 ) -> Record:
-    image, label = (read_header(file) for file in files.values())
+    image, label = (
+        open_volume(file, rules.geometry, placed=rules.affine in ("strict", kind)) for kind, file in files.items()
+    )
     difference = _difference(image, label, rules.affine)
     affine = label.affine if difference and rules.affine == "label" else image.affine
 
     voxels, low, high = read_intensities(image, hounsfield=rules.hounsfield)
     labels, counts, renumbered = read_labels(label, rules.values, only_these=rules.only_these)
+    is_scaled = (label.dataobj.slope, label.dataobj.inter) != (1, 0)
     if not (counts[1:].any() or rules.empty):
         raise ValueError(f"{files['label']}: no voxel is labelled; expected some foreground")
 
@@ -183,11 +191,15 @@ def _prepare(
     labelled = cut_planes(labels, affine, centre)
     size = voxel_size(image if affine is image.affine else label)
     dtype = label.get_data_dtype()
-    anew = renumbered or dtype.kind == "f"
+    measured = measure_case(voxels, labels, affine, size)
+    measured["quantiles"] = sorted(scaled(image, np.array(measured["quantiles"])).tolist())
+    anew = renumbered or is_scaled or dtype.kind == "f"
     millilitres = np.prod(size) / 1000
     notes = {
         "label values renumbered": renumbered,
         f"label was {dtype}": dtype.kind == "f",
+        "label was scaled": is_scaled,
+        f"{rules.geometry} taken": rules.geometry != "refuse" and not (_is_plain(image) and _is_plain(label)),
         f"affine of the {rules.affine} taken, the other differed {difference}": difference,
         "no voxel labelled": not counts[1:].any(),
         **_axes_notes(affine),
@@ -203,12 +215,15 @@ def _prepare(
         "range": [low, high],
         "ml": {str(v): round(float(n * millilitres), 3) for v, n in enumerate(counts.tolist()) if v and n},
         "notes": [note for note, holds in notes.items() if holds],
+        "measured": measured,
     }
-    for kind, file in files.items():
+    for (kind, file), opened in zip(files.items(), (image, label), strict=True):
         target = folder / record[kind]
         if anew and kind == "label":
             write_atomic(target, to_nifti(labels, affine))
-        elif difference and kind != rules.affine:
+        elif not file.name.lower().endswith((".nii", ".nii.gz")):
+            write_atomic(target, to_nifti(read_voxels(opened), affine))
+        elif (difference and kind != rules.affine) or not _is_plain(opened):
             write_atomic(target, _with_affine(file, affine))
         else:
             _place(file, target, copy=rules.copy, moves=bool(sources[kind].member))
@@ -219,16 +234,14 @@ def _prepare(
 
 
 def _suffix(file: StoredFile) -> str:
-    return ".nii.gz" if file.name.endswith(".gz") else ".nii"
+    return ".nii" if file.name.lower().endswith(".nii") else ".nii.gz"
 
 
 def _difference(image: SpatialImage, label: SpatialImage, rule: str) -> str | None:
     """Say how the two affines differ, if they do and a rule mends it; raise if none does."""
-    check_voxel_size(label if rule == "label" else image)
     if rule != "strict" and image.shape[:3] == label.shape[:3]:
         return grid_difference(image, label)
     try:
-        check_voxel_size(label)
         check_same_grid(image, label)
     except ValueError as error:
         hint = "; if the header alone is wrong, --affine image takes the image's"
@@ -237,22 +250,20 @@ def _difference(image: SpatialImage, label: SpatialImage, rule: str) -> str | No
 
 
 def _axes_notes(affine: np.ndarray) -> dict[str, bool]:
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    shear = np.degrees(np.arcsin(np.abs(axes.T @ axes - np.eye(3)).max().clip(0, 1)))
     tilt = float(np.degrees(obliquity(affine)).max())
-    return {f"axes sheared by {shear:.1f} degrees": bool(shear > 0.5), f"oblique by {tilt:.0f} degrees": tilt > 1}
+    return {f"oblique by {tilt:.0f} degrees": tilt > 1}
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def to_nifti(voxels: np.ndarray, affine: np.ndarray, level: int = LEVEL) -> bytes:
-    """Make a .nii.gz file of voxels (X, Y, Z), with an affine in mm that all readers find."""
-    image = nib.Nifti1Image(voxels, affine)
-    image.set_sform(affine, 1)
-    image.set_qform(affine, 1)  # ITK reads this one
-    image.header.set_xyzt_units("mm")
-    return gzip.compress(image.to_bytes(), level, mtime=0)
+def _is_plain(image: SpatialImage) -> bool:
+    """Whether a file is read with this affine also where none of its forms is chosen."""
+    try:
+        plain = open_volume(image.get_filename())
+    except ValueError:
+        return False
+    return farthest(plain.affine, image.affine, image.shape[:3]) <= 0.1 * min(voxel_size(image))
 
 
 def _with_affine(file: Path, affine: np.ndarray) -> bytes:
@@ -263,14 +274,15 @@ def _with_affine(file: Path, affine: np.ndarray) -> bytes:
     header = kind(bytes(content[: kind.sizeof_hdr]), check=False)
     header.set_sform(affine, 1)
     header.set_qform(affine, 1)
+    header.set_xyzt_units("mm")
     content[: kind.sizeof_hdr] = header.binaryblock
-    return gzip.compress(content, LEVEL, mtime=0) if file.name.endswith(".gz") else bytes(content)
+    return gzip.compress(content, 6, mtime=0) if file.name.lower().endswith(".gz") else bytes(content)
 
 
 def _place(file: Path, target: Path, *, copy: bool, moves: bool) -> None:
     """Bring a whole file to its final name: move it, make a hard link where the disk allows, or copy it."""
     source = os.path.realpath(file)
-    temporary = target.with_name(f".{target.name}")
+    temporary = target.with_name(f".{os.getpid()}{UNFINISHED}")  # its own name with a dot may be too long
     linked = False
     if not (copy or moves):
         with suppress(OSError):  # another file system, or one without hard links

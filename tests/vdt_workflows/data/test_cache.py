@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +22,11 @@ from monai.transforms import (
     Transform,
 )
 
+from tests.makers.pictures import make_files
 from tests.makers.volumes import make_affine, write_pair, write_volume
 from tests.support.augmented import RandCount, augmentation, images, loaded, same
 from vdt_transforms import CheckFinited
+from vdt_workflows.data import cache
 from vdt_workflows.data.cache import SeededCacheDataset
 from vdt_workflows.data.sampling import SeededDataset
 
@@ -120,7 +124,59 @@ def test_disk_cache_serves_the_next_run(cases, tmp_path):
     again = make(loading(counted, RandScaleIntensityd("image", 0.5)))  # what is random is not part of what is kept
     assert again[0]["image"].shape == (1, 4, 5, 6)
     assert counted.calls == 0
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(list((tmp_path / "cache").glob("*.pt"))) == 3
+
+
+def save_again(file):
+    """Change one voxel, with checksums of the zip that fit."""
+    content = torch.load(file, weights_only=True)
+    content["image"]["_volume_"].flatten()[0] += 1
+    torch.save(content, file)
+
+
+DAMAGE = {
+    "byte": lambda file: file.write_bytes((data := file.read_bytes())[:900] + bytes([data[900] ^ 4]) + data[901:]),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-100]),
+    "pickle": lambda file: file.write_bytes(pickle.dumps(Counted())),
+    "another": save_again,
+    "no record": lambda file: file.with_suffix(".json").unlink(),
+    "cut record": lambda file: file.with_suffix(".json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_of_the_disk_cache_is_named_and_made_again(cases, tmp_path, caplog, damage):
+    make = partial(SeededCacheDataset, cases, cache="disk", cache_dir=tmp_path / "cache", progress=False)
+    first = make(loading())
+    expected, file = first[0]["image"].as_tensor().clone(), first.kept[0]  # not the map of a file that is cut
+    times = (status := file.stat()).st_atime_ns, status.st_mtime_ns
+    damage(file)
+    os.utime(file, ns=times)
+    again = make(loading())
+    assert f"{file}: damaged, or changed since it was written; it is made again" in caplog.text
+    assert torch.equal(again[0]["image"].as_tensor(), expected)
+    caplog.clear()
+    again = make(loading())
+    assert "made again" not in caplog.text
+    file.write_bytes(file.read_bytes())  # as another process of the run does that prepares the same sample
+    assert torch.equal(again[0]["image"].as_tensor(), expected)
+    save_again(file)
+    with pytest.raises(ValueError, match=rf"{file}: changed while in use; start again"):
+        again[0]
+
+
+def test_disk_cache_notices_a_slice_that_changed_in_its_folder_whatever_its_time_says(tmp_path):
+    folder = make_files(tmp_path / "series", "a.dcm", "b.dcm")
+    item = {"image": str(folder)}
+    make = partial(SeededCacheDataset, [item], Lambdad("image", measure), cache="disk", progress=False)
+    assert make(cache_dir=tmp_path / "cache")[0]["image"] == 0
+    (folder / "b.dcm").write_bytes(b"1")
+    os.utime(folder / "b.dcm", ns=(1, 1))
+    assert make(cache_dir=tmp_path / "cache")[0]["image"] == 1
+
+
+def measure(folder):
+    return sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
 
 
 def test_disk_cache_notices_a_changed_file_and_changed_transforms(cases, tmp_path):
@@ -197,3 +253,36 @@ def test_errors_show_the_sentence_that_helps(cached):
 def test_wrong_argument_is_named(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         SeededCacheDataset(images(), augmentation(), **arguments)
+
+
+def test_samples_that_do_not_fit_the_memory_go_to_disk(cases, tmp_path, monkeypatch, caplog):
+    expected = SeededCacheDataset(cases, loading())
+    monkeypatch.setattr(cache, "free_memory", lambda: 100.0)
+    dataset = SeededCacheDataset(cases, loading(), cache_dir=tmp_path / "cache")
+    assert (dataset.cache, len(list((tmp_path / "cache").glob("*.pt")))) == ("disk", 3)
+    assert "do not fit the 6e-08 GB of memory for them; they go to disk" in caplog.text
+    assert all(torch.equal(dataset[i]["image"], expected[i]["image"]) for i in range(3))
+    assert SeededCacheDataset(cases, loading()).cache == "memory"  # nowhere to go
+
+
+def test_the_memory_that_samples_take_is_said_before_the_training(cases, caplog):
+    caplog.set_level("INFO")
+    dataset = SeededCacheDataset(cases, loading())
+    voxels = sum(sample["image"].numel() for sample in dataset.kept)
+    assert sum(dataset.sizes) == 5 * voxels  # float32 and uint8
+    assert "3 samples are kept in memory" in caplog.text
+
+
+def test_processes_of_one_machine_map_the_same_files(cases, tmp_path, monkeypatch):
+    """Two processes in turn, as torchrun names them: each prepares its share, and the files hold the data once."""
+    counts, made = [], {}
+    processes = SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setattr(cache, "distributed", processes)
+    processes.barrier = lambda: counts.append(len(list(tmp_path.glob("shared/*.pt"))))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        made[rank] = SeededCacheDataset(cases, loading(), cache_dir=tmp_path / "shared")
+    assert counts == [1, 3]  # before the second process came the first had to prepare the others too
+    assert made["0"].kept == made["1"].kept
+    assert torch.equal(made["0"][2]["image"], SeededCacheDataset(cases, loading())[2]["image"])

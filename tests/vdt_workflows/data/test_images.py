@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 import os
 import pickle
@@ -74,10 +72,52 @@ def test_every_picture_in_a_class_folder_counts_and_nothing_else(tmp_path):
     assert relative(images, tmp_path / "data") == list(zip(expected, [0, 0, 1, 1, 1], strict=True))
 
 
-def test_a_class_folder_may_be_a_link(animals, tmp_path):
-    make_classes(tmp_path / "elsewhere", owl=2)
+def test_what_a_server_or_a_system_keeps_beside_the_pictures_is_left_out_and_counted(tmp_path, caplog):
+    root = make_classes(tmp_path / "data", cat=2, dog=2)
+    make_files(root, *(f"cat/{name}" for name in ("a.jfif", "b.AVIF", "c.JPG", "notes.txt", "._a.jpg", "Thumbs.db")))
+    make_files(root, "cat/@eaDir/000.jpg/SYNOPHOTO_THUMB_M.jpg", "dog/@eaDir/x.jpg", "@eaDir/x.jpg", "dog/raw.HEIC")
+    (root / "lost+found").mkdir()
+    (root / "dog" / "gone.jpg").symlink_to("nowhere.jpg")
+    for _ in range(2):  # listed, and from the index
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            images = scan_class_folders(root)
+        assert images.classes == ["cat", "dog"]
+        assert np.bincount(images.labels).tolist() == [5, 2]
+        kinds = {"@eaDir": 3, "lost+found": 1, ".txt": 1, "._*": 1, "Thumbs.db": 1, ".heic": 1, "broken link": 1}
+        assert images.left_out == kinds
+        assert "7 images of 2 classes used, 9 left out (1 ._*, 1 .heic, 1 .txt, 3 @eaDir," in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert len(list_images(root)) == 7
+    assert "7 images used, 9 left out" in caplog.text
+
+
+def test_a_class_folder_may_be_a_link_and_linked_folders_belong_to_their_class(animals, tmp_path):
+    make_classes(tmp_path / "elsewhere", owl=2, more=3)
     (animals / "owl").symlink_to(tmp_path / "elsewhere" / "owl")
-    assert scan_class_folders(animals).classes == ["cat", "dog", "owl"]
+    (animals / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    (animals / "cat" / "self").symlink_to(".")
+    images = scan_class_folders(animals)
+    assert images.classes == ["cat", "dog", "owl"]
+    assert np.bincount(images.labels).tolist() == [5, 3, 2]
+    assert images.left_out == {"linked again": 1}
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("cat/up", ".."), ("cat/more", "../dog"), ("hound", "dog"), ("cat/x.jpg", "../dog/000.jpg")],
+)
+def test_a_link_that_gives_a_picture_to_two_classes_is_refused(animals, link, target):
+    (animals / link).symlink_to(target)
+    with pytest.raises(ValueError, match=r"animals: .* and .* are one by a link, but in two classes; remove the link"):
+        scan_class_folders(animals)
+
+
+def test_a_validation_folder_that_is_the_training_folder_is_named(tmp_path, caplog):
+    root = make_classes(tmp_path / "data", **{"train/cat": 2, "train/dog": 2})
+    (root / "val").symlink_to("train")
+    assert len(find_images(root)["val"]) == 4
+    assert "train: its images are both trained on and validated on" in caplog.text
 
 
 def test_an_image_list_is_a_sequence(animals):
@@ -105,7 +145,7 @@ def test_the_second_scan_uses_the_index(animals, scans, caplog):
         second = scan_class_folders(animals)
     assert len(scans) == 1
     assert list(second) == list(first)
-    assert "5 images of 2 classes, from the index" in caplog.text
+    assert "5 images of 2 classes used, 0 left out; from the index" in caplog.text
 
 
 def test_the_index_moves_with_the_data(animals, scans):
@@ -120,6 +160,7 @@ CHANGES = {
     "file added in a new folder": lambda root: make_files(root, "cat/deeper/new.jpg"),
     "class added": lambda root: make_files(root, "owl/new.jpg"),
     "file removed": lambda root: (root / "dog" / "000.jpg").unlink(),
+    "its time set back": lambda root: [make_files(root, "cat/new.jpg"), os.utime(root / "cat", ns=(0, 0))],
     "class renamed": lambda root: (root / "dog").rename(root / "hound"),
 }
 
@@ -234,6 +275,8 @@ def test_flat_validation_images_get_their_classes_from_the_list(flat, caplog, pl
         found = find_images(flat)
     assert "6 training and 2 validation images of 2 classes" in caplog.text
     assert relative(found["val"], flat / "val") == [("two words.jpg", 1), ("one.jpg", 0)]
+    make_files(flat, "val/three.jpg", "val/.DS_Store")
+    assert find_images(flat)["val"].left_out == {"image": 1, ".DS_Store": 1}
     assert found["val"].classes == ["cat", "dog"]
 
 

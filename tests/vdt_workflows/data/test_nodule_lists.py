@@ -6,7 +6,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from tests.makers.dicom import write_series
 from tests.makers.volumes import make_affine, write_volume
+from vdt_transforms.dicom_folders import find_one_series
 from vdt_workflows.data.nodule_tables import list_nodules
 
 AFFINE = make_affine((-0.7, -0.7, 2.0), (100.0, 90.0, -300.0))
@@ -26,7 +28,7 @@ def table(path, text):
     ("text", "expected"),
     [
         ("x_mm,y_mm,z_mm\n1,2.5,-3\n", [{"nodule_id": "1", "position": [1, 2.5, -3]}]),
-        ("seriesuid,coordX,coordY,coordZ\nu,1,2,3\n", [{"nodule_id": "1", "position": [-1, -2, 3]}]),
+        ("seriesuid,coordX,coordY,coordZ\nct,1,2,3\n", [{"nodule_id": "1", "position": [-1, -2, 3]}]),
         ("column,row,slice\n4,5.5,6\n", [{"nodule_id": "1", "voxel": [4, 5.5, 6]}]),
         ("id,slice,row,column,note\nn7,6,5,4,x\n", [{"nodule_id": "n7", "voxel": [4, 5, 6]}]),
         ("nodule_id,column,row,slice,x_mm,y_mm,z_mm\na,4,5,6,1,2,3\n", [{"nodule_id": "a", "position": [1, 2, 3]}]),
@@ -64,7 +66,7 @@ def test_crops_need_no_positions(tmp_path):
         ("x,y,z\n1,2,3\n", r"columns are x, y, z; expected x_mm, y_mm, z_mm \(RAS\), coordX, .* or column, row, slice"),
         ("", "lists no nodules"),
         ("x_mm,y_mm,z_mm\n", "lists no nodules"),
-        (b"\xff\xfe\x00\x01", "not a CSV file of text"),
+        (b"\xff\xfe\x00", "not a CSV file of text"),
         ("x_mm,y_mm,z_mm\n1,2\n", "line 2: 2 values for 3 columns"),
         ("x_mm,y_mm,z_mm\n1,2,3\n1,here,3\n", "line 3: y_mm is 'here'; expected a number"),
         ("x_mm,y_mm,z_mm\n1,nan,3\n", "line 2: y_mm is 'nan'"),
@@ -112,3 +114,34 @@ def test_a_whole_scan_without_positions_is_refused(tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"broken\.nii\.gz: not a readable NIfTI volume"):
         list_nodules(tmp_path / "broken.nii.gz")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"nodule_id;x_mm;y_mm;z_mm\n1;0,5;0;-10\n",
+        "nodule_id\tx_mm\ty_mm\tz_mm\r\n1\t0.5\t0\t-10\r\n".encode("utf-16"),
+        "nodule_id, x_mm, y_mm, z_mm\n1, 0.5, 0, -10\n".encode("utf-8-sig"),
+    ],
+    ids=["semicolons", "UTF-16-tabs", "blanks"],
+)
+def test_tables_of_spreadsheets_are_read(scan, tmp_path, text):
+    [item] = list_nodules(scan, table(tmp_path / "p.csv", text))
+    assert item["nodules"] == [{"nodule_id": "1", "position": [0.5, 0, -10]}]
+
+
+def test_rows_of_other_scans_are_counted_and_never_scored(scan, tmp_path, caplog):
+    rows = "seriesuid,coordX,coordY,coordZ\n1.2.OTHER,0,0,0\nct,1,2,3\n1.2.THIRD,4,5,6\n"
+    [item] = list_nodules(scan, table(tmp_path / "p.csv", rows))
+    assert item["nodules"] == [{"nodule_id": "2", "position": [-1, -2, 3]}]
+    assert "p.csv: 1 used, 2 left out; 2 of other scans (1.2.OTHER, 1.2.THIRD)" in caplog.text
+    with pytest.raises(ValueError, match=r"its seriesuid names 1\.2\.OTHER, 1\.2\.THIRD and never this scan, ct,"):
+        list_nodules(scan, table(tmp_path / "p.csv", rows.replace("ct,", "1.2.OTHER,")))
+
+
+def test_rows_of_a_dicom_series_are_told_by_its_uid(tmp_path):
+    write_series(tmp_path / "scan")
+    uid = find_one_series(tmp_path / "scan").uid
+    rows = f"SeriesInstanceUID,x_mm,y_mm,z_mm\n1.2.3,0,0,0\n{uid},1,2,3\n"
+    [item] = list_nodules(tmp_path / "scan", table(tmp_path / "p.csv", rows))
+    assert [nodule["position"] for nodule in item["nodules"]] == [[1, 2, 3]]

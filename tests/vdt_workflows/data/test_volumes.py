@@ -8,11 +8,14 @@ from os.path import relpath
 import nibabel as nib
 import numpy as np
 import pytest
+from monai.transforms import LoadImage
 
-from tests.makers.dicom import write_series
+from tests.makers.dicom import uid, write_series
 from tests.makers.volumes import make_affine, write_pair, write_volume
 from vdt_workflows.data.headers import check_geometry
 from vdt_workflows.data.volumes import find_volumes, list_volumes
+from vdt_workflows.naming import result_name
+from vdt_workflows.preparation.segmentation import prepare_segmentation
 
 LAYOUTS = {
     "images_labels": ("images/{}.nii.gz", "labels/{}.nii.gz", ["case_1", "case_2", "case_3"]),
@@ -76,12 +79,19 @@ def test_the_split_is_seeded_disjoint_and_of_the_asked_size(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "fraction", "expected"), [(1, 0.5, 0), (2, 0.0, 1), (2, 1.0, 1), (5, 0.2, 1), (5, 0.5, 2)]
+    ("count", "fraction", "expected"), [(1, 0.5, 0), (2, 0.1, 1), (2, 1.0, 1), (5, 0.2, 1), (5, 0.5, 2)]
 )
 def test_both_parts_get_a_case_where_there_are_two(tmp_path, count, fraction, expected):
     make_cases(tmp_path, count)
     cases = find_volumes(tmp_path, val_fraction=fraction)
     assert (len(cases["training"]), len(cases["validation"])) == (count - expected, expected)
+
+
+def test_without_a_part_for_validation_all_cases_are_trained_on_and_scored(tmp_path):
+    make_cases(tmp_path, 3)
+    cases = find_volumes(tmp_path, val_fraction=0)
+    assert len(cases["training"]) == 3
+    assert cases["validation"] == cases["training"]
 
 
 # Datalists
@@ -137,7 +147,7 @@ def test_a_missing_folder_or_list_is_named(tmp_path):
 
 
 def test_a_folder_without_pairs_is_named_with_what_was_expected(tmp_path):
-    message = re.escape(str(tmp_path)) + r": no training cases; expected pairs of NIfTI"
+    message = re.escape(str(tmp_path)) + r": no training cases; expected pairs of volume"
     with pytest.raises(ValueError, match=message):
         find_volumes(tmp_path)
     write_list(tmp_path / "dataset.json", training=[])
@@ -216,6 +226,23 @@ def test_a_listed_file_that_is_missing_is_named(tmp_path):
         find_volumes(tmp_path)
 
 
+def test_a_listed_folder_is_refused_with_the_series_in_it(tmp_path, caplog):
+    listed = entries(make_cases(tmp_path, 3), tmp_path)
+    write_series(tmp_path / "images" / "scan", name="a", SeriesNumber=3)
+    write_series(tmp_path / "images" / "scan", name="b", SeriesNumber=4)
+    find_volumes(tmp_path)
+    assert caplog.messages[-1].endswith("; 1 folders (scan)")
+    write_list(tmp_path / "dataset.json", training=[{**listed[0], "image": "images/scan"}, *listed[1:]])
+    series = (
+        r"scan: a folder with 3: 1\.2\.\S+ with 4 images, 4: 1\.2\.\S+ with 4 images; a case with a label is a volume"
+    )
+    with pytest.raises(ValueError, match=series):
+        find_volumes(tmp_path)
+    assert sum(map(len, find_volumes(tmp_path, on_error="skip").values())) == 2
+    with pytest.raises(ValueError, match=series):
+        prepare_segmentation(str(tmp_path), str(tmp_path.with_name("out")), workers=1)
+
+
 def whole(tmp_path):
     return gzip.decompress(write_volume(tmp_path / "whole.nii.gz", shape=(20, 20, 20)).read_bytes())
 
@@ -253,17 +280,18 @@ def write_raw(path, values, *, affine=None, pixdim=None):
     image = nib.Nifti1Image(values, np.eye(4))
     content = bytearray(image.to_bytes())
     if affine is not None:
+        content[80:92] = np.linalg.norm(affine[:3, :3], axis=0).astype("<f4").tobytes()  # pixdim
         content[280:328] = affine[:3].astype("<f4").tobytes()  # sform
     if pixdim is not None:
         content[80:92] = np.array(pixdim, "<f4").tobytes()
-        content[252:256] = bytes(4)  # neither qform nor sform
+        content[252:256] = bytes([1, 0, 0, 0])  # qform alone
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
 GREY = np.zeros((2, 3, 4), np.int16)
 FLAT = np.array([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-SIZE = r"voxel size \({}\) mm in its header; expected numbers above 0$"
+SIZE = r"voxel size \({}\) mm in its header; expected 0.001 to 100 mm$"
 UNUSABLE = {
     "4D": (np.zeros((2, 3, 4, 5), np.int16), {}, r"4D, of shape \(2, 3, 4, 5\); expected one"),
     "2D": (GREY[0], {}, r"2D, of shape \(3, 4\); expected one 3D volume in a file$"),
@@ -339,12 +367,12 @@ def test_bad_cases_are_left_out_counted_and_named_and_no_other_changes_sides(tmp
     for part in ("training", "validation"):
         assert after[part] == [case for case in before[part] if any(name in case["image"] for name in good)]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 5
+    assert len(warnings) == 6
     for i, sentence in enumerate(sentences):
-        [line] = [w for w in warnings if f"c{i:03d}.nii.gz" in w]
+        [line] = [w for w in warnings[:-1] if f"c{i:03d}.nii.gz" in w]
         assert sentence in line
         assert line.endswith("; the case is left out")
-    assert caplog.messages[-1].endswith("0 test; 5 left out")
+    assert ": 7 used, 5 left out; 5 training, 2 validation, 0 test; 5 unusable, see above (c000" in caplog.messages[-1]
 
 
 def test_a_listed_case_is_left_out_and_a_missing_file_with_it(tmp_path):
@@ -428,9 +456,9 @@ def test_test_images_go_before_training_images(tmp_path):
 
 
 def test_nothing_to_list_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"/none: no such file or folder; expected a NIfTI volume or a folder"):
+    with pytest.raises(FileNotFoundError, match=r"/none: no such file or folder; expected a volume or a folder"):
         list_volumes(tmp_path / "none")
-    with pytest.raises(ValueError, match=r": no \.nii or \.nii\.gz file in it .*, and no DICOM series below it$"):
+    with pytest.raises(ValueError, match=r": no volume file .* nor DICOM series in or below it$"):
         list_volumes(tmp_path)
 
 
@@ -462,15 +490,40 @@ def test_series_without_a_slice_is_named_and_left_out_when_asked(tmp_path, caplo
     assert "lacks 1 slice" in caplog.text
 
 
-def test_two_series_in_a_folder_are_refused(tmp_path):
-    for name in ("a", "b"):
-        write_series(tmp_path / "both", name=name)
-    with pytest.raises(ValueError, match=r"both: holds 2 series; put each into a folder of its own"):
-        list_volumes(tmp_path)
+@pytest.mark.parametrize(
+    ("wanted", "taken"),
+    [("all", ["3", "5"]), (3, ["3"]), (" Portal Venous", ["5"]), (uid("P1", "a"), ["3"])],
+)
+def test_several_series_in_a_folder_are_each_done_under_its_own_name_or_chosen(tmp_path, wanted, taken):
+    for number, name, description in ((3, "a", "native"), (5, "b", "portal venous")):
+        fields = {"SeriesNumber": number, "SeriesDescription": description}
+        write_series(tmp_path / "both", shape=(6, 5, 2 + number), patient="P1", name=name, **fields)
+    found = [case["image"] for case in list_volumes(tmp_path, series=wanted)]
+    assert found == [str(tmp_path / "both" / f"series-{number}") for number in taken]
+    shapes = [LoadImage(reader="vdt_transforms.VolumeReader", image_only=True)(image).shape for image in found]
+    assert shapes == [(6, 5, 2 + int(number)) for number in taken]
 
 
-def test_volumes_whose_results_would_have_one_name_are_refused(tmp_path):
+def test_what_a_folder_holds_beside_a_series_is_named_and_counted(tmp_path, caplog):
+    files = write_series(tmp_path / "scan", SeriesNumber=3)
+    (tmp_path / "scan" / "last_slice").write_bytes(files[-1].read_bytes()[200:])
+    (tmp_path / "cut.dcm").write_bytes(files[-1].read_bytes()[:100])
+    list_volumes(tmp_path)
+    assert caplog.messages[-1].endswith(": 1 used, 2 left out; 1 damaged (cut.dcm); 1 not DICOM (last_slice)")
+    write_series(tmp_path / "scan", name="b", SeriesNumber=5)
+    list_volumes(tmp_path, series=5)
+    assert caplog.messages[-1].endswith(
+        "; 1 damaged (cut.dcm); 1 not DICOM (last_slice); 1 series not chosen (series-3)"
+    )
+
+
+def test_a_series_that_is_not_there_is_refused_with_those_that_are_but_no_words_of_their_headers(tmp_path):
+    write_series(tmp_path, patient="DOE", SeriesNumber=3, SeriesDescription="DOE")
+    with pytest.raises(ValueError, match=r"no series '4' in it; expected one of 3: [\d.]+ with 4 images$"):
+        list_volumes(tmp_path, series="4")
+
+
+def test_series_whose_folders_share_a_name_get_results_of_their_own(tmp_path):
     for patient in ("p1", "p2"):
         write_series(tmp_path / patient / "ct", name=patient)
-    with pytest.raises(ValueError, match=r"p2/ct: has the name of .*p1/ct, so that one result would replace the other"):
-        list_volumes(tmp_path)
+    assert [result_name(case["image"]) for case in list_volumes(tmp_path)] == ["p1_ct", "p2_ct"]

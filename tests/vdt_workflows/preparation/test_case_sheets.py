@@ -1,7 +1,5 @@
 """Pages of cases and of nodules; where things are in their planes is tested with vdt_workflows.drawing."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

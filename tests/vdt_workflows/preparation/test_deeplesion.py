@@ -95,10 +95,22 @@ def test_boxes_are_clipped_to_the_image_and_empty_ones_left_out(root):
     assert summary["left_out"] == {"less than a pixel of the box is inside the image": 1}
 
 
-@pytest.mark.parametrize("interval", ["0", "-5", "nan"])
+@pytest.mark.parametrize("interval", ["0", "-5"])
 def test_unusable_slice_interval_is_left_out_and_counted(root, interval):
     (reason,) = prepare(root, [row(), row(number=110, Spacing_mm_px_=f"0.5, 0.5, {interval}")])["left_out"]
     assert reason == f"the slice interval is {float(interval):g} mm"
+
+
+@pytest.mark.parametrize("spoilt", ["109", "106", "111"])
+def test_slices_of_8_bits_are_left_out_and_refused_where_there_are_no_others(root, spoilt):
+    (file,) = root.rglob(f"{spoilt}.png")
+    Image.fromarray(np.zeros((512, 512), np.uint8)).save(file)
+    with pytest.raises(
+        ValueError, match=r"can be used \(1 times the series has a slice that is no PNG of one channel of"
+    ):
+        prepare(root, [row()])
+    write_series(file.parents[1] / "000002_01_01", range(106, 112))
+    assert list(prepare(root, [row(), row("000002_01_01")])["left_out"].values()) == [1]
 
 
 def test_preparing_again_gives_the_same_file_and_a_longer_download_more(root):
@@ -119,8 +131,11 @@ def test_preparing_again_gives_the_same_file_and_a_longer_download_more(root):
         ({"Bounding_boxes": "1, 2, 3"}, r"line 3: Bounding_boxes is '1, 2, 3', not 4 numbers"),
         ({"Bounding_boxes": "9, 2, 3, 8"}, r"line 3: Bounding_boxes is '9, 2, 3, 8', not x1 < x2"),
         ({"File_name": "109.png"}, r"line 3: File_name is '109.png'"),
-        ({"Train_Val_Test": 4}, "line 3: Train_Val_Test is 4"),
-        ({"Spacing_mm_px_": "a, b, c"}, "line 3: could not convert"),
+        ({"Train_Val_Test": 4}, "line 3: a value: Train_Val_Test is '4'; expected a whole number from 1 to 3"),
+        ({"Spacing_mm_px_": "a, b, c"}, "line 3: a value: Spacing_mm_px_ is 'a'; expected a number"),
+        ({"Bounding_boxes": "1, 2, 1_0, inf"}, "line 3: a value: Bounding_boxes is '1_0'; expected a number"),
+        ({"Spacing_mm_px_": "0.5, 0.5, nan"}, "line 3: a value: Spacing_mm_px_ is 'nan'; expected a number"),
+        ({"Possibly_noisy": "2"}, "line 3: a value: Possibly_noisy is '2'; expected a whole number from 0 to 1"),
     ],
 )
 def test_row_that_is_no_lesion_is_named(root, change, sentence):
@@ -197,11 +212,25 @@ def test_noisy_lesions_are_ignored_dropped_or_kept_by_name(root):
 
 
 def test_unprepared_and_foreign_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"deeplesion.json: no such file; run vdt prepare deeplesion"):
+    with pytest.raises(FileNotFoundError, match=r"deeplesion.json: no such file; give the folder that vdt prepare"):
         find_key_slices(tmp_path)
     (tmp_path / "deeplesion.json").write_text("{}")
     with pytest.raises(ValueError, match="not a file of vdt prepare deeplesion"):
         find_key_slices(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("slice_interval", "NaN"), ("slice_interval", "-1"), ("boxes", "[[0, 0, Infinity, 5]]"), ("noisy", "[7]")],
+)
+def test_numbers_that_cannot_be_are_refused(root, name, value):
+    prepare(root, [row()])
+    content = json.loads((root / "deeplesion.json").read_text())
+    (entry,) = content["test"]
+    entry[name] = json.loads(value)
+    (root / "deeplesion.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"deeplesion\.json: not a file of vdt prepare deeplesion .*109\.png"):
+        find_key_slices(root)
 
 
 # From volumes and masks

@@ -1,13 +1,7 @@
-from __future__ import annotations
-
 import csv
 import io
-import json
 import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +157,63 @@ def test_a_second_run_writes_nothing_and_gives_the_same_result(source, tmp_path)
     assert written(tmp_path / "out") == files
 
 
+@pytest.mark.parametrize("changed", ["source", "out"])
+def test_a_picture_whose_content_changed_is_made_again_whatever_its_time_and_size_say(source, tmp_path, changed):
+    first, files = prepare(source), contents(tmp_path / "out", JPEG)
+    file = tmp_path / changed / "train/cat/0.JPEG"
+    data, stamp = file.read_bytes(), file.stat().st_mtime_ns
+    other = (source / "train/cat/1.JPEG").read_bytes() if changed == "source" else bytes(len(data))
+    file.write_bytes((other + bytes(len(data)))[: len(data)])
+    os.utime(file, ns=(stamp, stamp))
+    if changed == "out":
+        assert prepare(source) == first
+        assert contents(tmp_path / "out", JPEG) == files
+    else:
+        assert prepare(source, on_error="skip") != first or contents(tmp_path / "out", JPEG) != files
+
+
+def test_a_data_set_that_was_copied_is_not_written_again(source, tmp_path):
+    prepare(source)
+    files = written(tmp_path / "out")
+    shutil.copytree(source, tmp_path / "copy")
+    shutil.rmtree(source)
+    shutil.copytree(tmp_path / "copy", source)  # other times of change, the same content
+    prepare(source)
+    assert written(tmp_path / "out") == files
+
+
+def test_what_is_no_picture_is_counted_and_named_and_linked_folders_are_prepared_as_they_are_listed(source, tmp_path):
+    write(source / "train/cat/a.jfif")
+    write(source / "train/cat/b.avif", format="AVIF")
+    write(source / "train/cat/@eaDir/0.JPEG/SYNOPHOTO_THUMB_M.jpg")
+    write(tmp_path / "elsewhere/x.jpg")
+    (source / "train/cat/notes.txt").touch()
+    (source / "train/cat/more").symlink_to(tmp_path / "elsewhere")
+    (source / "train/cat/self").symlink_to(".")
+    done = prepare(source)
+    assert done["left_out"] == {"@eaDir": 1, ".txt": 1, "linked again": 1}
+    rows = {row["file"]: row["what"] for row in csv.DictReader(Path(done["report"]).read_text().splitlines())}
+    assert rows["train/cat/@eaDir"] == "left out: @eaDir"
+    assert done["training_images"] == 9 == len(find_images(source)["train"])
+    names = {Path(item["image"]).name for item in find_images(tmp_path / "out")["train"]}
+    assert {"a.jfif", "b.avif.jpg", "x.jpg"} < names
+    (source / "train/cat/dogs").symlink_to("../dog")
+    with pytest.raises(ValueError, match="are one by a link, but in two classes"):
+        prepare(source)
+
+
+def test_a_damaged_jpeg_is_written_anew_from_what_can_be_read_where_that_is_asked_for(source, tmp_path):
+    file = source / "train/cat/0.JPEG"
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) * 3 // 4] + data[-2:])
+    with pytest.raises(ValueError, match=r"0\.JPEG: it is damaged or cut short"):
+        prepare(source)
+    with pytest.raises(ValueError, match="decode 'strict', not 'lenient'"):
+        prepare(source, decode="lenient")
+    prepare_images(str(source), str(tmp_path / "lenient"), decode="lenient", workers=1)
+    assert len(find_images(tmp_path / "lenient")["train"]) == 6
+
+
 def test_a_picture_that_was_cut_short_or_lost_is_made_again_and_the_others_stay(source, tmp_path):
     first = prepare(source)
     files = written(tmp_path / "out")
@@ -171,9 +222,12 @@ def test_a_picture_that_was_cut_short_or_lost_is_made_again_and_the_others_stay(
     cut.write_bytes(cut.read_bytes()[:-200])
     os.utime(cut, ns=(stamp, stamp))
     lost.unlink()
-    (half := cut.with_name(".0.JPEG.abc123")).write_bytes(b"what a killed write leaves")
+    record = next((tmp_path / "out").rglob(".vdt_records/**/*.json"))
+    halves = [cut.with_name(".0.JPEG.abc123"), record.with_name(".a.part"), tmp_path / "out" / ".b.part"]
+    for half in halves:
+        half.write_bytes(b"what a killed write leaves")
     assert prepare(source) == first
-    assert not half.exists()
+    assert not any(half.exists() for half in halves)
     again = written(tmp_path / "out")
     assert again.keys() == files.keys()
     assert again.pop(cut) != files.pop(cut)
@@ -197,8 +251,8 @@ def test_what_changed_in_the_source_is_made_again_and_what_is_gone_goes(source, 
 def test_however_the_work_is_shared_out_the_files_are_the_same(source, tmp_path, monkeypatch, share, workers):
     whole = prepare(source)
     monkeypatch.setattr(images, "SHARE", share)
-    assert len(list(images._shares(source))) == (6 if share == 2 else 4)
     prepare_images(str(source), str(tmp_path / "parts"), short_side=32, workers=workers)
+    assert len(list((tmp_path / "parts").rglob(".vdt_records/**/*.json"))) == (6 if share == 2 else 4)
     assert contents(tmp_path / "parts", JPEG) == contents(tmp_path / "out", JPEG)
     assert whole["written_anew"] == 8
 
@@ -235,29 +289,6 @@ def test_two_pictures_of_one_name_are_refused(source):
     write(source / "train/cat/a.png.jpg")
     with pytest.raises(ValueError, match=r"a\.png\.jpg: two pictures would get this name"):
         prepare(source)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path):
-    for label in ("cat", "dog"):
-        for i in range(80):
-            write(tmp_path / "source" / "train" / label / f"{i}.jpg", smooth(375, 500, seed=i))
-    source = tmp_path / "source"
-    words = f"prepare images --images {source} --output_dir {tmp_path / 'out'} --short_side 32 --workers 2"
-    command = [sys.executable, "-m", "vdt_workflows.cli", *words.split()]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(written(tmp_path / "out")) < 20 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 20 <= len(written(tmp_path / "out")) < 160
-    time.sleep(1.5)  # the workers notice within a second that the script is gone
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1])["training_images"] == 144
-    whole = prepare_images(str(source), str(tmp_path / "whole"), 32, workers=1)
-    assert whole["written_anew"] == 160
-    assert contents(tmp_path / "out", JPEG) == contents(tmp_path / "whole", JPEG)
 
 
 def test_a_loaded_image_stays_as_it_is_while_others_are_loaded():

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 
 import nibabel as nib
 import numpy as np
@@ -62,7 +63,7 @@ def prepare(archive, tmp_path, monkeypatch):
 
     def run(name="out", sheets=False, **options):
         archive.write_database(archive.database)
-        given = {"annotations": str(archive.database), "size": SIZE, "workers": 1, **options}
+        given = {"annotations": str(archive.database), "size": SIZE, "workers": 1, "identity": "keep", **options}
         with monkeypatch.context() as patch:
             if not sheets:
                 patch.setattr(script, "draw_sheets", lambda *_: None)
@@ -180,14 +181,42 @@ def test_every_nodule_is_on_a_sheet(prepare):
     assert [file.name for file in folder.glob("sheet_*")] == ["sheet_001.png"]
 
 
-def test_nothing_of_a_patient_but_the_lidc_id_is_written(prepare, archive):
-    secrets = {"PatientName": "Doe^Jane", "PatientBirthDate": "19500102", "PatientSex": "F", "StudyDate": "20010203"}
-    add(archive, "LIDC-IDRI-0004", [(*BOX, (3,))], **secrets)
-    folder = prepare()
-    assert len(table(folder)) == 4
+def test_patients_are_pseudonyms_whose_key_lies_beside_the_folder_for_the_user_alone(archive, prepare, tmp_path):
+    for scan, patient in zip(archive.scans, ("../../x", "/abs", "DOE^JANE"), strict=True):
+        scan.patient = patient
+        for file in scan.files:
+            change(file, patient)
+    folder = prepare(identity="pseudonym")
+    assert [row["nodule_id"] for row in table(folder)] == ["P-0001_1_01", "P-0001_1_02", "P-0002_1_01"]
+    assert [row["patient_id"] for row in table(folder)] == ["P-0001", "P-0001", "P-0002"]
+    key = tmp_path / "out_patients.json"
+    assert json.loads(key.read_text()) == {"P-0001": "../../x", "P-0002": "/abs", "P-0003": "DOE^JANE"}
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
     for name, data in contents(folder).items():
         data = gzip.decompress(data) if name.endswith(".gz") else data
-        assert not [value for value in ("Doe", "19500102", "20010203") if value.encode() in data], name
+        assert not [text for text in (b"DOE", b"/abs", b"../x") if text in data], name
+    add(archive, "AAA", [(*BOX, (3,))])
+    prepare(identity="pseudonym")
+    assert [row["patient_id"] for row in table(folder)] == ["P-0001", "P-0001", "P-0002", "P-0004"]
+    key.rename(tmp_path / "elsewhere.json")
+    with pytest.raises(ValueError, match=r"out_patients\.json: the key of the patients in .*out is absent"):
+        prepare(identity="pseudonym")
+
+
+def test_an_id_that_would_lead_out_of_the_folder_is_refused_where_ids_are_kept(archive, prepare, tmp_path):
+    archive.scans[0].patient = "../../x"
+    for file in archive.scans[0].files:
+        change(file, "../../x")
+    with pytest.raises(ValueError, match=r"the PatientID of series [\d.]+ cannot be part of a file's name; prep"):
+        prepare()
+    assert {row["patient_id"] for row in table(prepare(on_error="skip"))} == {"LIDC-IDRI-0002"}
+    assert not list(tmp_path.parent.glob("x*"))
+
+
+def change(file, patient):
+    dataset = dcmread(file)
+    dataset.PatientID = patient
+    dataset.save_as(file)
 
 
 def test_every_option_and_column_is_documented():
@@ -261,10 +290,10 @@ def killed_after(writes, *args, **kwargs):
 @pytest.mark.parametrize("writes", [4, 7, 12, 13])  # in a scan, between scans, before the table, before the last record
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(archive, prepare, tmp_path, writes):
     whole = contents(prepare("whole", sheets=True))
-    options = {"annotations": str(archive.database), "size": SIZE, "workers": 1}
+    options = {"annotations": str(archive.database), "size": SIZE, "workers": 1, "identity": "keep"}
     run_until_killed(killed_after, writes, str(archive.root), str(tmp_path / "killed"), **options)
     assert not (tmp_path / "killed" / "prepare.json").exists()
-    (tmp_path / "killed" / "images" / ".half.nii.gz.x1").write_bytes(b"what a kill in the middle of a file leaves")
+    (tmp_path / "killed" / "images" / f".half.nii.gz.x1{files.UNFINISHED}").write_bytes(b"of a kill within a file")
     assert contents(prepare("killed", sheets=True)) == whole
 
 
@@ -272,7 +301,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(archive, pre
 def test_every_nodule_of_200_patients_is_found_once_with_all_its_readers(tmp_path, monkeypatch):
     archive = make_archive(tmp_path / "dicom", 200, slices=12)
     monkeypatch.setattr(script, "draw_sheets", lambda *_: None)
-    options = {"annotations": str(archive.write_xml(tmp_path / "xml")), "size": SIZE, "workers": 2}
+    options = {"annotations": str(archive.write_xml(tmp_path / "xml")), "size": SIZE, "workers": 2, "identity": "keep"}
     made = prepare_lidc(str(archive.root), str(tmp_path / "out"), **options)
     rows = table(tmp_path / "out")
     assert (made["patients"], made["scans"], made["skipped"]) == (200, 220, 0)

@@ -1,10 +1,8 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
 from tests.makers.dicom import AXIAL, box_line, write_series
-from vdt_transforms.dicom_series import find_series
+from vdt_transforms.dicom_folders import find_series
 from vdt_workflows.preparation.lidc import Annotation, Contour, consensus
 from vdt_workflows.preparation.nodule_cubes import cube_affine, cut_image, cut_masks, find_nodules
 

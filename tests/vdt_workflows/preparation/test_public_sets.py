@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import stat
 import zipfile
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from vdt_workflows.data.volumes import draw
@@ -160,14 +163,13 @@ def test_what_is_no_folder_and_no_archive_is_named(tmp_path):
     (tmp_path / "cut.zip").write_bytes(make_zip(tmp_path / "whole.zip", a="b").read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"cut\.zip: neither a folder nor a whole zip archive; download it again"):
         find_files([tmp_path / "cut.zip"])
-    with pytest.raises(
-        ValueError, match=r": no \.nii or \.nii\.gz file in it; it holds cut\.zip, so name that instead$"
-    ):
+    with pytest.raises(ValueError, match=r": no volume file \(.*\) in it; it holds cut\.zip, so name that instead$"):
         find_files([tmp_path])
 
 
 def test_a_member_is_streamed_out_and_a_damaged_one_is_named(tmp_path):
-    content = bytes(range(256)) * 5000
+    values = np.random.default_rng(0).integers(-1000, 1000, (40, 40, 40))
+    content = nib.Nifti1Image(values.astype(np.int16), np.eye(4)).to_bytes()
     archive = make_zip(tmp_path / "data.zip", **{"a/x.nii": content, "a/y.nii": content})
     good, bad = find_files([archive])
     assert good.open_in(tmp_path / "out").read_bytes() == content
@@ -176,6 +178,20 @@ def test_a_member_is_streamed_out_and_a_damaged_one_is_named(tmp_path):
     archive.write_bytes(whole)
     with pytest.raises(ValueError, match=r"data\.zip: a/y\.nii: cannot be unpacked \(.*\); download the archive again"):
         bad.open_in(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
+def test_a_member_that_unpacks_to_more_than_its_header_says_is_left_packed(tmp_path, name):
+    content = nib.Nifti1Image(np.zeros((35, 51, 35), np.int16), np.eye(4)).to_bytes()
+    sound = gzip.compress(content) if name.endswith(".gz") else content
+    make_zip(tmp_path / "sound.zip", **{name: sound})
+    make_zip(tmp_path / "bomb.zip", **{name: sound + bytes(9 << 20)})
+    assert StoredFile(str(tmp_path / "sound.zip"), name).open_in(tmp_path / "out").read_bytes() == sound
+    with pytest.raises(
+        ValueError, match=r"bomb.zip: x.* unpacks to 9\d+ bytes, but its header speaks of 125302; not unpacked$"
+    ):
+        StoredFile(str(tmp_path / "bomb.zip"), name).open_in(tmp_path / "other")
+    assert not any((tmp_path / "other").iterdir())
 
 
 def test_a_stamp_changes_with_the_content(tmp_path):

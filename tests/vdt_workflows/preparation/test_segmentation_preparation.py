@@ -211,6 +211,7 @@ SPOILT_AFFINES = {
 def write_with_sform(path, values, affine):
     """Write a NIfTI file whose affine may be any matrix."""
     content = bytearray(nib.Nifti1Image(values, np.eye(4)).to_bytes())
+    content[80:92] = np.linalg.norm(affine[:3, :3], axis=0).astype("<f4").tobytes()  # pixdim
     content[280:328] = affine[:3].astype("<f4").tobytes()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
@@ -316,9 +317,11 @@ def test_a_folder_for_each_case_is_taken_by_a_list_and_its_name_tells_cases_apar
     assert sorted(path.name for path in (tmp_path / "out/labels").iterdir()) == [f"p{n}_ct.nii.gz" for n in range(3)]
     (tmp_path / "q").mkdir()
     (tmp_path / "p0").rename(tmp_path / "q" / "p1")
-    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "q/p1/ct.nii.gz"}, *entries[1:]]}))
-    with pytest.raises(ValueError, match=r"q/p1/ct.nii.gz and .*/p1/ct.nii.gz would both be case p1_ct; rename one$"):
-        prepare(tmp_path / "list.json", tmp_path / "other")
+    moved = {"image": "q/p1/ct.nii.gz", "label": "q/p1/seg.nii.gz"}
+    (tmp_path / "list.json").write_text(json.dumps({"training": [moved, *entries[1:]]}))
+    prepare(tmp_path / "list.json", tmp_path / "other", test_fraction=0)
+    found = sorted(path.name for path in (tmp_path / "other/labels").iterdir())
+    assert found == ["p1_ct.nii.gz", "p2_ct.nii.gz", "q_p1_ct.nii.gz"]
 
 
 @pytest.mark.parametrize(
@@ -402,7 +405,7 @@ BAD_LABELS = {
     "missing label": (lambda file: file.unlink(), r"c_5_0000\.nii\.gz: has no label, which training"),
     "extra label": (
         lambda file: overwrite(file, make_label((1, 9)), np.uint8),
-        r"c_5\.nii\.gz: unknown label values 9; expected 0, 1, 2$",
+        r"c_5\.nii\.gz: unknown label values 9; expected 0, 1, 2; choose by --label_names$",
     ),
     "half a label": (
         lambda file: overwrite(file, LABEL * 0.75),
@@ -518,9 +521,12 @@ def test_a_case_that_has_become_bad_takes_its_old_files_away(own, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_processes_make_the_same_files_as_one(own, tmp_path):
+def test_several_processes_make_the_same_files_as_one_whose_links_stay(own, tmp_path):
     prepare(own, tmp_path / "one", label_names={"a": 1})
+    made = times(tmp_path / "one/.prepared", "*.png")
     prepare(own, tmp_path / "three", label_names={"a": 1}, workers=3)
+    prepare(own, tmp_path / "one", label_names={"a": 1})
+    assert times(tmp_path / "one/.prepared", "*.png") == made
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     (own / "labelsTr/c_3.nii.gz").unlink()
     with pytest.raises(ValueError, match=r"c_3_0000\.nii\.gz: has no label"):
@@ -574,3 +580,28 @@ def test_the_command_prints_json_or_one_sentence(own, tmp_path):
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("vdt prepare volumes: output_dir")
     assert "Traceback" not in result.stderr
+
+
+def test_a_chosen_form_and_scaled_labels_are_written_so_that_all_read_them_alike(tmp_path):
+    root = tmp_path / "own"
+    for n in range(3):
+        write_case(root / f"images/c{n}.nii.gz", root / f"labels/c{n}.nii.gz")
+    image = nib.load(root / "images/c0.nii.gz")
+    image.set_qform(make_affine(origin=(9, 0, 0)) @ image.affine, 1)
+    nib.save(image, root / "images/c0.nii.gz")
+    label = nib.load(root / "labels/c1.nii.gz")
+    values = np.asarray(label.dataobj)
+    label = nib.Nifti1Image((values * 100).astype(np.uint8), label.affine)
+    label.header.set_slope_inter(0.01, 0)
+    content = bytearray(label.to_bytes())
+    content[112:120] = np.array([0.01, 0], "<f4").tobytes()
+    (root / "labels/c1.nii.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=r"c0\.nii\.gz: its sform and its qform disagree by up to 9 mm"):
+        prepare(root, tmp_path / "strict")
+    prepare(root, tmp_path / "out", geometry="sform")
+    assert rows(tmp_path / "out")["c0"]["notes"] == "sform taken"
+    assert "label was scaled" in rows(tmp_path / "out")["c1"]["notes"]
+    written = nib.load(tmp_path / "out/images/c0.nii.gz")
+    np.testing.assert_allclose(written.get_qform(), written.get_sform(), atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "out/labels/c1.nii.gz").dataobj), values)
+    assert sum(map(len, find_volumes(tmp_path / "out").values())) == 3
