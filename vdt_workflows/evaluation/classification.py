@@ -12,9 +12,15 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from pydicom.sr.codedict import codes
 
 from vdt_workflows.drawing import Plane, cut_planes, draw_planes, draw_sheet, draw_tile, make_figure, to_png
+from vdt_workflows.evaluation.dicom_seg import writes_dicom
+from vdt_workflows.evaluation.dicom_sr import CANCER, FORMATS, Finding, save_report
 from vdt_workflows.files import write_atomic, write_csv, write_json
+from vdt_workflows.naming import result_name
+from vdt_workflows.progress import RESULT
+from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +208,7 @@ class ReportNodules:
 
     def _write(self, engine: Engine) -> None:
         found = {name: nodule for part in idist.all_gather(self.found) for name, nodule in part.items()}
-        if idist.get_rank() > 0:
+        if not is_first_process():
             return
         rows = [(name, *found[name], int(found[name][2] >= self.threshold)) for name in sorted(found)]
         _, patients, labels, scores, _ = zip(*rows, strict=True)
@@ -238,7 +244,12 @@ class SaveMalignancy:
         class_names: of benign and malignant.
         threshold: scores from here on count as malignant.
         shown: values of the crop that are drawn black and white.
+        output_format: "json", or "dicom_sr" for a Structured Report too, of a DICOM series (see `save_report`).
         notes: plain values for the record.
+
+    Raises:
+        ImportError: if highdicom is missing, which "dicom_sr" needs.
+        ValueError: if the format is neither.
     """
 
     folder: str
@@ -246,9 +257,14 @@ class SaveMalignancy:
     _: KW_ONLY
     threshold: float = 0.5
     shown: tuple[float, float] = (0.0, 1.0)
+    output_format: str = "json"
     notes: Mapping[str, Any] = field(default_factory=dict)
     found: list[dict[str, Any]] = field(default_factory=list, init=False)
     crops: list[list[Plane]] = field(default_factory=list, init=False)
+    reported: dict[str, list[Finding]] = field(default_factory=dict, init=False)  # by image
+
+    def __post_init__(self) -> None:
+        self.reports = writes_dicom(self.output_format, FORMATS)
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluator."""
@@ -261,9 +277,11 @@ class SaveMalignancy:
             file = str(item["image"].meta["filename_or_obj"])
             x, y, z = (round(float(value), 2) for value in item["position"])
             called = self.class_names[int(score >= self.threshold)]
-            name = item.get("nodule_id", Path(file).name.split(".")[0])
-            place = {"x_mm": x, "y_mm": y, "z_mm": z}
-            self.found.append({"image": file, "nodule_id": name, **place, "malignancy": score, "class": called})
+            name = item.get("nodule_id", result_name(file))
+            place_mm = {"x_mm": x, "y_mm": y, "z_mm": z}
+            self.found.append({"image": file, "nodule_id": name, **place_mm, "malignancy": score, "class": called})
+            place = np.asarray(item["position"], float).reshape(1, 3)
+            self.reported.setdefault(file, []).append(Finding(f"nodule {name}", "nodule", score, place, called))
             if len(self.crops) < DRAWN:
                 self.crops.append(cut_planes(item["image"].cpu().numpy()[0], item["image"].affine))
 
@@ -271,11 +289,13 @@ class SaveMalignancy:
         folder, content = Path(self.folder), {"nodules": self.found, "threshold": self.threshold, "_run_": self.notes}
         write_json(folder / "malignancy.json", content)
         write_csv(folder / "malignancy.csv", self.found, list(self.found[0]))
+        for file, findings in self.reported.items() if self.reports else ():
+            save_report(findings, file, folder, measured=CANCER, site=codes.SCT.Lung)
         titles = [f"{nodule['nodule_id']}: {nodule['class']} {nodule['malignancy']:.2f}" for nodule in self.found]
         pictures = [draw_planes(planes, window=self.shown, panel=150) for planes in self.crops]
         tiles = [draw_tile(picture, title) for picture, title in zip(pictures, titles, strict=False)]
         write_atomic(folder / "crops.png", to_png(draw_sheet(tiles, "axial, coronal, sagittal", columns=3)))
         more = f" (the first {DRAWN} drawn)" if len(self.found) > DRAWN else ""
         for nodule, title in zip(self.found[:DRAWN], titles, strict=False):
-            logger.info("%s at (%s, %s, %s) mm", title, nodule["x_mm"], nodule["y_mm"], nodule["z_mm"])
+            logger.info("%s at (%s, %s, %s) mm", title, nodule["x_mm"], nodule["y_mm"], nodule["z_mm"], extra=RESULT)
         logger.info("%d nodules: malignancy.json, .csv and crops.png%s in %s", len(self.found), more, self.folder)

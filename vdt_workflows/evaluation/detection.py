@@ -3,8 +3,6 @@
 Pure functions on NumPy arrays. Boxes are (x1, y1, x2, y2) with widths x2 - x1; an overlap is an IoU of at least 0.5.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

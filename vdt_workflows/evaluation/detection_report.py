@@ -27,6 +27,8 @@ from vdt_workflows.evaluation.detection import (
     score_detections,
 )
 from vdt_workflows.files import write_atomic, write_json
+from vdt_workflows.naming import tell_apart
+from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ class DetectionReport:
         self._drawn[label["truth"]["name"]] = stack[len(stack) // 2].float().cpu().numpy(), np.asarray(label["scale"])
 
     def _write(self, engine: Engine) -> None:
-        if idist.get_rank() > 0:
+        if not is_first_process():
             return
         slices, folder = self.scores.slices, Path(self.folder)
         scored = {**engine.state.metrics, **score_detections(slices, intervals=self.intervals), "_run_": self.notes}
@@ -140,11 +142,11 @@ class DetectionReport:
         curve = curves["lenient"]
         allowed = np.flatnonzero(curve.false_positives <= 1)
         threshold = float(curve.thresholds[allowed[-1]]) if len(allowed) else 1.0
+        files = tell_apart(self._drawn, lambda name: name.removeprefix("Images_png/").replace("/", "_"))
         for slice_ in slices:
-            if slice_.name in self._drawn:
-                name = slice_.name.removeprefix("Images_png/").replace("/", "_").rpartition(".")[0]
+            if slice_.name in files:
                 picture = draw_slice(*self._drawn[slice_.name], slice_, threshold)
-                write_atomic(folder / "slices" / f"{name}.png", picture)
+                write_atomic((folder / "slices" / files[slice_.name]).with_suffix(".png"), picture)
         for rule in RULES:
             found = curves[rule].scores()
             shown = ", ".join(f"{k.removeprefix('sensitivity_')} {100 * v:.2f}" for k, v in found.items() if "_at" in k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,10 +18,14 @@ from pydicom import Dataset, dcmread
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from vdt_transforms.dicom_series import DicomSeries, find_one_series
+from vdt_transforms.dicom_folders import find_one_series
+from vdt_transforms.dicom_headers import open_dicom
+from vdt_transforms.dicom_series import DicomSeries
 from vdt_transforms.grids import align_grids
+from vdt_workflows.drawing import colour
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import write_atomic
+from vdt_workflows.naming import result_name
 
 logger = logging.getLogger(__name__)
 
@@ -44,22 +49,26 @@ EMPTY = (
 )
 
 
-def writes_dicom(output_format: str) -> bool:
-    """Say whether an inference's `output_format` asks for DICOM SEG beside NIfTI.
+def writes_dicom(output_format: str, formats: Sequence[str] = ("nifti", "dicom_seg")) -> bool:
+    """Say whether an inference's `output_format` asks for the second of two formats, DICOM beside the first.
 
     Raises:
-        ValueError: if it is neither "nifti" nor "dicom_seg".
+        ValueError: if it is neither of them.
+        ImportError: if highdicom is missing, where it asks for DICOM.
     """
-    check_choice("output_format", output_format, ("nifti", "dicom_seg"))
-    return output_format == "dicom_seg"
+    check_choice("output_format", output_format, formats)
+    if output_format == formats[1]:
+        import_highdicom()
+    return output_format == formats[1]
 
 
 class SaveDicomSegd(MapTransform):
     """Write the label map of a DICOM series as a binary DICOM SEG, `<folder>_seg.dcm`.
 
-    Each label but the background is a segment. Each frame lies on one image of the series, in that image's rows and
-    columns, and refers to it; frames without the label are left out, unless all are. Names that are known get their
-    SNOMED CT code ("right kidney": Kidney, with the modifier Right), others one of a private scheme, 99VDT.
+    Each label but the background is a segment, in the colour of previews and pages. Each frame lies on one image of the
+    series, in that image's rows and columns, and refers to it; frames without the label are left out, unless all are.
+    Names that are known get their SNOMED CT code ("right kidney": Kidney, with the modifier Right), others one of a
+    private scheme, 99VDT.
 
     Of the source's headers the patient's id, the study's uid and the frame of reference are copied, and the images'
     uids and geometry are referred to. Names, dates of birth, dates, institutions and all else are not.
@@ -98,19 +107,30 @@ class SaveDicomSegd(MapTransform):
         for key in self.key_iterator(data):
             labels = data[key]
             source = Path(str(labels.meta["filename_or_obj"]))
-            if source.is_file() and not source.name.endswith((".nii", ".nii.gz", ".npz")):
-                source = source.parent  # one slice of its series
-            if not source.is_dir():
-                raise ValueError(
-                    f"{source}: no DICOM folder, whose images a DICOM SEG must refer to; use output_format: nifti"
-                )
-            series = find_one_series(source)
-            series.check()
+            series = find_source(source, "a DICOM SEG", "nifti")
             frames = place_on_slices(np.asarray(labels[0].cpu()), np.asarray(labels.affine, float), series)
-            path = self.output_dir / f"{source.name}_seg.dcm"
+            path = self.output_dir / f"{result_name(source)}_seg.dcm"
             write_atomic(path, make_segmentation(frames, series, self.label_names, self.algorithm))
             logger.info("%s: written as %s", source, path)
         return dict(data)
+
+
+def find_source(source: Path, kind: str, other: str) -> DicomSeries:
+    """Find the series whose images a DICOM result refers to.
+
+    Args:
+        source: what was read.
+        kind: of the result, for the error.
+        other: the output format that needs no series, for the error.
+
+    Raises:
+        ValueError: naming the source, if it is no DICOM series, or one that cannot be used.
+    """
+    if re.search(r"\.(nii|nii\.gz|npz|nrrd|nhdr|mha|mhd)$", source.name, re.IGNORECASE):
+        raise ValueError(f"{source}: no DICOM series, whose images {kind} must refer to; use output_format: {other}")
+    series = find_one_series(source)
+    series.check(irregular=True)  # which the reader refuses unless it is asked not to
+    return series
 
 
 def place_on_slices(labels: np.ndarray, affine: np.ndarray, series: DicomSeries) -> np.ndarray:
@@ -142,7 +162,7 @@ def make_segmentation(frames: np.ndarray, series: DicomSeries, label_names: Sequ
         ValueError: naming a file without PatientID, StudyInstanceUID or FrameOfReferenceUID.
     """
     highdicom = import_highdicom()
-    version = _version()
+    version = installed_version()
     identification = highdicom.AlgorithmIdentificationSequence(
         name=algorithm, version=version, family=codes.DCM.ArtificialIntelligence
     )
@@ -156,13 +176,14 @@ def make_segmentation(frames: np.ndarray, series: DicomSeries, label_names: Sequ
             segmented_property_type=kind,
             algorithm_type="AUTOMATIC",
             algorithm_identification=identification,
+            display_color=highdicom.color.CIELabColor.from_rgb(*colour(number)),
         )
         if side is not None:
             modifier = highdicom.sr.CodedConcept.from_code(side)
             segment.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [modifier]
         segments.append(segment)
     segmentation = highdicom.seg.Segmentation(
-        source_images=[_source_header(file) for file in series.files],
+        source_images=[source_header(file) for file in series.files],
         pixel_array=frames.astype(np.uint8),
         segmentation_type="BINARY",
         segment_descriptions=segments,
@@ -178,8 +199,13 @@ def make_segmentation(frames: np.ndarray, series: DicomSeries, label_names: Sequ
         content_description=algorithm[:64],
         series_description=f"{algorithm} segmentation"[:64],
     )
+    return to_bytes(segmentation)
+
+
+def to_bytes(dataset: Dataset) -> bytes:
+    """Give a data set as the bytes of a DICOM file."""
     content = io.BytesIO()
-    segmentation.save_as(content)
+    dataset.save_as(content)
     return content.getvalue()
 
 
@@ -202,26 +228,33 @@ def import_highdicom() -> Any:
     try:
         import highdicom
         import highdicom.seg
+        import highdicom.sr
     except ImportError as error:
-        message = "DICOM SEG needs highdicom; install it with: pip install highdicom (the extra [dicom] has it)"
+        message = "DICOM output needs highdicom; install it with: pip install highdicom (the extra [dicom] has it)"
         raise ImportError(message) from error
     return highdicom
 
 
-def _version() -> str:
+def installed_version() -> str:
+    """Give the version of this package, as DICOM results name it."""
     try:
         return metadata.version("vdt-bundles")
     except metadata.PackageNotFoundError:  # the code came with a packaged bundle
         return "unknown"
 
 
-def _source_header(file: Path) -> Dataset:
-    """Read of an image's header what its segmentation refers to, and nothing else."""
-    full = dcmread(file, stop_before_pixels=True)
+def source_header(file: Path) -> Dataset:
+    """Read of an image's header what its results refer to, and nothing else.
+
+    Raises:
+        ValueError: naming the file, if it has no PatientID, StudyInstanceUID or FrameOfReferenceUID.
+    """
+    with open_dicom(file) as content:
+        full = dcmread(content, stop_before_pixels=True)
     header = Dataset()
     for name in COPIED:
         if not full.get(name):
-            raise ValueError(f"{file}: has no {name}, which a DICOM SEG of it must have")
+            raise ValueError(f"{file}: has no {name}, which a DICOM result of it must have")
     for name in (*COPIED, *GEOMETRY):
         if name in full:
             setattr(header, name, full[name].value)

@@ -1,24 +1,109 @@
-"""What inference writes: classes of images as JSON and CSV, lesions of volumes as JSON and markups of 3D Slicer."""
+"""What inference writes: volumes in NIfTI, classes of images as JSON and CSV, lesions as JSON and 3D Slicer markups."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data import decollate_batch
+from monai.data import NibabelWriter, decollate_batch
+from nibabel.affines import apply_affine
 
-from vdt_workflows.files import write_csv, write_json
+from vdt_transforms.geometry import to_nifti
+from vdt_workflows.drawing import draw_planes, draw_sheet, to_png, write_colour_table
+from vdt_workflows.evaluation.dicom_seg import writes_dicom
+from vdt_workflows.evaluation.dicom_sr import FORMATS, Finding, save_report
+from vdt_workflows.evaluation.segmentation import central_planes
+from vdt_workflows.files import write_atomic, write_csv, write_json
+from vdt_workflows.naming import result_name
+from vdt_workflows.progress import RESULT
 
 logger = logging.getLogger(__name__)
 
 MARKUPS = "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/markups-schema-v1.0.3.json#"
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
+
+
+class VolumeWriter(NibabelWriter):
+    """MONAI writer of volumes as .nii.gz, whole or not at all, that keeps the place of the volume they were made from.
+
+    Give it to `SaveImaged(writer="vdt_workflows.VolumeWriter")`. On the grid of a NIfTI file, as
+    `vdt_transforms.RestoreGridd` leaves label and probability maps, the header gets both forms of that file, their
+    codes and its unit, so that every program that opens both puts them at one place, whichever form it reads. MONAI's
+    writer makes one form of the affine in mm.
+    """
+
+    def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:
+        """Take over the affine, and the forms if the volume lies on the file's grid."""
+        super().set_metadata(meta_dict, resample, **options)
+        meta = meta_dict or {}
+        on_grid = self.affine is not None and np.allclose(self.affine, np.asarray(meta.get("original_affine", np.nan)))
+        self.forms = meta.get("forms") if on_grid else None
+
+    def write(self, filename: str | PathLike, verbose: bool = False, **options: Any) -> None:
+        """Write the file."""
+        voxels = np.asarray(self.data_obj).astype(self.output_dtype, copy=False)
+        voxels = voxels.reshape(*voxels.shape, *[1] * (3 - voxels.ndim))  # MONAI drops a last axis of one slice
+        affine = np.eye(4) if self.affine is None else np.asarray(self.affine, np.float64)
+        write_atomic(filename, to_nifti(voxels, affine, forms=self.forms))
+
+
+@dataclass(eq=False)
+class ReportVolumes:
+    """Handler: measure the labels of each segmented volume in ml, and draw them.
+
+    Volumes are those of the voxels of the label map that is written, whatever its spacing and direction. `labels.ctbl`
+    has the labels' names and colours for 3D Slicer.
+
+    Args:
+        folder: where the files go.
+        label_names: by label value, the background first.
+        statistics: whether to write `statistics.csv`, a row for each volume and label, those not found too.
+        previews: whether to draw `<name>_seg.png` of each volume: three planes where most is labelled.
+    """
+
+    folder: str
+    label_names: Sequence[str]
+    statistics: bool = False
+    previews: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list, init=False)
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an evaluator whose postprocessing brings `pred` to the grid of the file."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _measure(self, engine: Engine) -> None:
+        for item in engine.state.output:
+            name, pred = result_name(item["image"].meta["filename_or_obj"]), item["pred"]
+            labels = np.asarray(pred.as_tensor().cpu()[0]).round().astype(np.uint8)
+            number = len(self.label_names)  # plane by plane, since bincount makes eight bytes of each voxel
+            counts = np.sum([np.bincount(plane.ravel(), minlength=number) for plane in labels], axis=0)
+            voxel = abs(np.linalg.det(np.asarray(pred.affine, float)[:3, :3])) / 1000  # ml
+            found: dict[int, str] = {}
+            for value, label in enumerate(self.label_names[1:], 1):
+                ml, voxels = float(counts[value] * voxel), int(counts[value])
+                measured = {"volume": name, "value": value, "label": label, "voxels": voxels, "ml": f"{ml:.6g}"}
+                self.rows.append(measured)
+                found |= {value: f"{label}: {ml:.3g} ml"} if voxels else {}
+            logger.info("%s: %s", name, ", ".join(found.values()) or "nothing is labelled", extra=RESULT)
+            if self.previews:
+                image, planes, _ = central_planes(item["image"], labels, labels)
+                row = draw_planes(image, planes, planes, window=(0, 255), panel=400)
+                title = f"{name}, where most is labelled" if found else f"{name}, nothing is labelled"
+                write_atomic(Path(self.folder, f"{name}_seg.png"), to_png(draw_sheet([row], title, found, columns=1)))
+
+    def _write(self, engine: Engine) -> None:
+        write_atomic(Path(self.folder, "labels.ctbl"), write_colour_table(self.label_names).encode())
+        if self.statistics:
+            columns = ["volume", "value", "label", "voxels", "ml"]
+            write_csv(Path(self.folder, "statistics.csv"), self.rows, columns)
 
 
 @dataclass(eq=False)
@@ -84,10 +169,19 @@ class SaveLesions:
     Args:
         output_dir: where the files go.
         label_names: by label.
+        output_format: "json", or "dicom_sr" for a Structured Report too, of DICOM series (see `save_report`).
+
+    Raises:
+        ImportError: if highdicom is missing, which "dicom_sr" needs.
+        ValueError: if the format is neither.
     """
 
     output_dir: str
     label_names: Sequence[str] = ("lesion",)
+    output_format: str = "json"
+
+    def __post_init__(self) -> None:
+        self.reports = writes_dicom(self.output_format, FORMATS)
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator whose postprocessing begins with `unbatch_lesions`."""
@@ -106,9 +200,7 @@ class SaveLesions:
             _lesion(np.asarray(box, float), float(score), self.label_names[int(label)], affine, own)
             for box, score, label in zip(data["box"], data["label_scores"], data["label"], strict=True)
         ]
-        name = Path(source).name
-        for ending in (".gz", ".nii", ".nrrd", ".dcm"):
-            name = name.removesuffix(ending)
+        name = result_name(source)
         content = {
             "image": source,
             "conventions": {
@@ -123,7 +215,17 @@ class SaveLesions:
         write_json(Path(self.output_dir, f"{name}_lesions.json"), content)
         markups = {"@schema": MARKUPS, "markups": [_markup(i, lesion) for i, lesion in enumerate(lesions, 1)]}
         write_json(Path(self.output_dir, f"{name}_lesions.mrk.json"), markups)
-        logger.info("%s: %d lesions", source, len(lesions))
+        if self.reports:
+            corners = apply_affine(affine, np.reshape(np.asarray(data["box"], float), (-1, 2, 3)))
+            save_report(
+                [
+                    Finding(f"{lesion['label']} {i}", lesion["label"], lesion["score"], places)
+                    for i, (lesion, places) in enumerate(zip(lesions, corners, strict=True), 1)
+                ],
+                source,
+                self.output_dir,
+            )
+        logger.info("%s: %d lesions", source, len(lesions), extra=RESULT)
 
 
 def _lesion(box: np.ndarray, score: float, label: str, affine: np.ndarray, own: np.ndarray) -> dict[str, Any]:

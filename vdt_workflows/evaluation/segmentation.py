@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -26,9 +28,13 @@ from vdt_workflows.drawing import (
     draw_tile,
     find_centre,
     make_figure,
+    to_grey,
     to_png,
 )
 from vdt_workflows.files import write_atomic, write_csv, write_json
+from vdt_workflows.naming import tell_apart
+from vdt_workflows.progress import RESULT
+from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 SMOOTH = 1e-5  # of the published pooled Dice
@@ -161,6 +167,16 @@ def case_means(scores: Sequence[OrganScore]) -> dict[str, float]:
     return {case: _mean_and_deviation(values)["mean"] for case, values in cases.items()}
 
 
+def rank_examples(scores: Sequence[OrganScore]) -> dict[str, str]:
+    """Name the cases of the best, the median and the worst mean Dice by their rank; of two there is no median."""
+    means = case_means(scores)
+    ranked = sorted(means, key=lambda case: -1.0 if math.isnan(means[case]) else means[case])
+    if len(ranked) == 1:
+        return {"the only case": ranked[0]}
+    ranks = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
+    return {rank: case for rank, case in ranks.items() if rank != "median" or len(ranked) > 2}
+
+
 def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
     known = np.asarray([v for v in values if math.isfinite(v)])
     mean = float(known.mean()) if len(known) else math.nan
@@ -206,29 +222,28 @@ class CaseScores:
             spacing = np.asarray(label.pixdim).tolist()
             found, true = (np.asarray(v.as_tensor().cpu()[0]).round().astype(np.uint8) for v in (pred, label))
             self.scores += score_organs(found, true, self.label_names, spacing, name, self.surfaces)
-            self.shown[name] = _central_planes(image, true, found)
+            self.shown[name] = central_planes(image, true, found)
 
     def _write(self, engine: Engine) -> None:
         parts = idist.all_gather((self.scores, self.shown))
-        if idist.get_rank() > 0:
+        if not is_first_process():
             return
         # Where there are fewer cases than processes, all of them score all cases.
         scores = {(s.case, s.organ): s for part, _ in parts for s in part}
         shown = {path: planes for _, part in parts for path, planes in part.items()}
-        names = {path: Path(path).name for path in shown}
-        if len(set(names.values())) < len(names):  # files of one name in several folders
-            names = {path: path for path in names}
+        names = tell_apart(shown, os.path.basename)
         renamed = (replace(s, case=names[s.case]) for s in scores.values())
         self.scores = sorted(renamed, key=lambda s: (s.case, self.label_names.index(s.organ)))
         self.shown = {names[path]: planes for path, planes in shown.items()}
         folder, summary = Path(self.folder), summarise(self.scores, self.label_names)
         write_csv(folder / "cases.csv", [_row(s) for s in self.scores], [f.name for f in fields(OrganScore)])
         metrics = {name: torch.as_tensor(value).tolist() for name, value in engine.state.metrics.items()}
-        write_json(folder / "scores.json", _finite({**metrics, **summary, "_run_": self.notes}))
+        examples = rank_examples(self.scores)
+        write_json(folder / "scores.json", _finite({**metrics, **summary, "examples": examples, "_run_": self.notes}))
         write_atomic(folder / "scores.png", draw_scores(self.scores, self.label_names))
         write_atomic(folder / "examples.png", draw_examples(self.shown, self.scores, self.label_names))
         for line in _as_table(summary).splitlines():
-            logger.info("%s", line)
+            logger.info("%s", line, extra=RESULT)
         logger.info("cases.csv, scores.json, scores.png and examples.png in %s", self.folder)
 
 
@@ -265,14 +280,31 @@ def _with_spread(value: Mapping[str, float], digits: int) -> str:
     return f"{value['mean']:.{digits}f}{spread}"
 
 
-def _central_planes(image: MetaTensor, label: np.ndarray, pred: np.ndarray) -> tuple[Planes, Planes, Planes]:
-    """Cut the image, the label and the prediction where most of the organs is, on the grid of the file."""
-    values = image.as_tensor()
-    low, high = np.percentile(values.flatten()[:: max(values.numel() // 100_000, 1)].float().cpu().numpy(), (1, 99))
-    grey = ((values - low) / max(high - low, 1e-6)).clamp(0, 1).mul(255).to("cpu", torch.uint8)
-    restored = np.asarray(RestoreGrid()(MetaTensor(grey, affine=image.affine), image))[0]
-    affine, centre = np.asarray(image.meta["original_affine"]), find_centre(label) or find_centre(pred)
-    return tuple(cut_planes(volume, affine, centre) for volume in (restored, label, pred))  # type: ignore[return-value]
+def central_planes(image: MetaTensor, label: np.ndarray, pred: np.ndarray) -> tuple[Planes, Planes, Planes]:
+    """Cut the image, the label and the prediction where most of the organs is, on the grid of the file.
+
+    Args:
+        image: (1, X, Y, Z) on the network's grid, with MONAI's record of the file's.
+        label: (X, Y, Z), on the file's grid.
+        pred: the same shape.
+    """
+    affine, centre = np.asarray(image.meta["original_affine"]), find_centre(label)
+    if centre is None:
+        centre = find_centre(pred) or tuple(length // 2 for length in label.shape)
+    step = max(round((image.numel() / 100_000) ** (1 / 3)), 1)
+    low, high = map(float, np.percentile(image.as_tensor()[:, ::step, ::step, ::step].float().cpu().numpy(), (1, 99)))
+    found, true = cut_planes(pred, affine, centre), cut_planes(label, affine, centre)
+    planes = []
+    for axis, plane in zip(np.argsort(nib.io_orientation(affine)[:, 0])[::-1], true, strict=True):
+        # Slice by slice: a whole CT on the grid of its file would take seconds and more than a gigabyte.
+        place = np.where(np.arange(3) == axis, centre, 0)
+        moved = nib.affines.from_matvec(affine[:3, :3], nib.affines.apply_affine(affine, place))
+        size = np.where(np.arange(3) == axis, 1, label.shape)
+        slab = MetaTensor(torch.empty(0), meta={**image.meta, "original_affine": moved, "spatial_shape": size})
+        restored = np.asarray(RestoreGrid(outside=low)(image, slab).cpu())[0]
+        cut = next(p for p in cut_planes(restored, affine, (centre - place).tolist()) if p.name == plane.name)
+        planes.append(cut._replace(values=to_grey(cut.values, (low, max(high, low + 1e-6)))))
+    return planes, true, found
 
 
 def draw_scores(scores: Sequence[OrganScore], label_names: Sequence[str]) -> bytes:
@@ -309,12 +341,8 @@ def draw_examples(
         scores: of all cases.
         label_names: by label value, the background first.
     """
-    means = case_means(scores)
-    ranked = sorted(shown, key=lambda case: -1.0 if math.isnan(means[case]) else means[case])
-    ranks = {ranked[-1]: "best", ranked[len(ranked) // 2]: "median"}
-    ranks[ranked[0]] = "worst" if len(ranked) > 1 else "the only case"  # of two cases each comes once
-    tiles = []
-    for case, rank in reversed(ranks.items()):
+    means, tiles = case_means(scores), []
+    for rank, case in reversed(rank_examples(scores).items()):
         image, label, pred = shown[case]
         picture = draw_planes(image, pred, label, window=(0, 255), panel=400)
         tiles.append(draw_tile(picture, f"{rank}: {case}, Dice {means[case]:.3f}"))

@@ -13,11 +13,14 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from networks import load_pretrained, read_checkpoint
-from networks.checkpoints import describe_damage, load_whole
+from networks.checkpoints import check_types, check_values, describe_damage, load_whole
 from vdt_workflows.files import save_atomic
+from vdt_workflows.naming import plain
+from vdt_workflows.overrides import given_files
+from vdt_workflows.training.ownership import RunFolders
 from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
@@ -53,9 +56,11 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is unreadable (see `networks.read_checkpoint`) or was made by another architecture.
+        ValueError: if the file cannot be used (see `networks.read_checkpoint`), was made by another architecture, or
+            has whole numbers for weights.
     """
     state = read_checkpoint(path)
+    check_types(path, state, bare(network).state_dict())
     hint = "build the network as in training, for instance with --args_file and the run.json beside the checkpoint"
     if getattr(state, "_metadata", None):
         try:
@@ -70,13 +75,38 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
             ) from None
         return
     report = load_pretrained(bare(network), path)
-    if report.left_random:
-        raise ValueError(f"{path}: has no weights for {report.left_random[0]} and maybe others; {hint}")
+    missing = [name for name in report.left_random if not name.startswith("side_heads.")]  # which serve training alone
+    if missing:
+        raise ValueError(f"{path}: has no weights for {missing[0]} and maybe others; {hint}")
+
+
+def check_settings(record: Path, weights: str | os.PathLike) -> None:
+    """Refuse a `run.json` that contradicts what its checkpoint says of its own training; one alone is taken as it is.
+
+    Raises:
+        ValueError: naming both files and the settings that differ, or if `record` is no JSON.
+    """
+    if not record.is_file():
+        return
+    try:
+        settings = plain(json.loads(record.read_bytes()))
+        own = json.loads(json.dumps(read_provenance(weights), default=str))
+        differ = [f"{k} {settings[k]!r}, not {v!r}" for k, v in own.items() if settings.get(k, v) != v]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{record}: no settings of a run ({error}); give the run.json that training wrote") from error
+    if differ:
+        raise ValueError(
+            f"{record}: contradicts {weights}, which was trained otherwise ({'; '.join(differ)}); give the run.json"
+            " that was written with it, and settings that shall differ on the command line"
+        )
 
 
 @dataclass(eq=False)
 class LoadWeights:
-    """Handler: load a whole network when the engine starts (see `load_weights`)."""
+    """Handler: load a whole network when the engine starts (see `load_weights`).
+
+    The `run.json` beside the file, and the `--args_file` of the process, must not contradict it (see `check_settings`).
+    """
 
     network: nn.Module
     path: str
@@ -87,6 +117,8 @@ class LoadWeights:
 
     def __call__(self, engine: Engine) -> None:
         """Load the weights."""
+        for record in {Path(self.path).parent / "run.json", *given_files()}:
+            check_settings(record, self.path)
         load_weights(self.network, self.path)
         logger.info("%s: loaded", self.path)
 
@@ -145,13 +177,13 @@ class ResumeRun:
     """Handler: keep what a killed run needs to go on from its last whole epoch, and go on.
 
     Attach it to the trainer, last of the handlers, so that what it writes includes what the others did. The file is
-    removed when the run is finished. It is taken only if its settings equal those of the run that starts: otherwise
-    the run starts afresh and the file is put aside as `<name>.old`.
+    removed when the run is finished. That it is this run's is what `RunFolders` sees to: in the configs before anything
+    is built, and here for those who call the trainer themselves.
 
     Args:
         path: file for the state, in the run's output folder.
         objects: what has a `state_dict`: network, optimizer, scheduler, handlers that remember.
-        settings: plain values that make the run what it is.
+        folders: what owns the run's folders, and is told of its end.
         writes: whether this process writes, by default the first one (rank 0); all processes read.
 
     Raises:
@@ -159,13 +191,17 @@ class ResumeRun:
     """
 
     def __init__(
-        self, path: str, objects: Mapping[str, Any], settings: Mapping[str, Any], *, writes: bool | None = None
+        self,
+        path: str | os.PathLike,
+        objects: Mapping[str, Any],
+        *,
+        folders: RunFolders | None = None,
+        writes: bool | None = None,
     ) -> None:
         self.path = Path(path)
         self.objects = dict(objects)
-        self.settings = json.loads(json.dumps(settings, default=str))
+        self.folders = folders
         self.writes = is_first_process() if writes is None else writes
-        self.put_aside = False
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer."""
@@ -175,19 +211,12 @@ class ResumeRun:
             engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def load(self, engine: Engine) -> None:
-        """Go on from the file, if there is one for this run."""
+        """Go on from the file, if there is one."""
+        if self.folders is not None:
+            self.folders.take()
         if not self.path.is_file():
             return
         kept = self._read()
-        differ = [
-            f"{name} was {kept['settings'].get(name)!r}, is {self.settings.get(name)!r}"
-            for name in sorted({*kept["settings"], *self.settings})
-            if kept["settings"].get(name) != self.settings.get(name)
-        ]
-        if differ:
-            logger.warning("%s: not resumed, the settings differ (%s); starting afresh", self.path, "; ".join(differ))
-            self.put_aside = True
-            return
         objects = {name: bare(item) for name, item in self.objects.items()}
         Checkpoint.load_objects(to_load=objects, checkpoint=kept["objects"])
         if getattr(engine, "scaler", None) is not None and kept["scaler"]:
@@ -198,28 +227,32 @@ class ResumeRun:
     def _read(self) -> dict[str, Any]:
         try:
             kept = load_whole(self.path)
-            if {"settings", "epoch", "iteration", "objects", "scaler"} <= kept.keys():
+            kept = kept if isinstance(kept, dict) else {}
+            kinds = {"epoch": int, "iteration": int, "objects": dict, "scaler": dict}
+            if all(isinstance(kept.get(name), kind) for name, kind in kinds.items()):
+                if not 0 < kept["epoch"] <= kept["iteration"]:
+                    raise ValueError(f"epoch {kept['epoch']}, step {kept['iteration']}")
+                for name, state in kept["objects"].items():
+                    check_values(name, {key: value for key, value in state.items() if isinstance(value, Tensor)})
                 return kept
             reason = "not written by ResumeRun"
         except Exception as error:  # a damaged pickle may raise anything
-            reason = describe_damage(error)
+            reason = str(error) if isinstance(error, ValueError) else describe_damage(error)
         raise ValueError(f"{self.path}: not a whole state of a run ({reason}); delete it to start afresh")
 
     def save(self, engine: Engine) -> None:
         """Write the state of the run after a whole epoch."""
         scaler = getattr(engine, "scaler", None)
         content = {
-            "settings": self.settings,
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "objects": {name: bare(item).state_dict() for name, item in self.objects.items()},
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
-        if self.put_aside:
-            os.replace(self.path, f"{self.path}.old")
-            self.put_aside = False
         save_atomic(content, self.path)
 
     def finish(self, engine: Engine) -> None:
-        """Remove the file of a run that came to its end."""
+        """Record that the run came to its end, and remove the file."""
+        if self.folders is not None:
+            self.folders.finish()
         self.path.unlink(missing_ok=True)

@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from networks import GenesisUNet3D, ResNet3D, constrain, load_pretrained
+from networks import P3D, GenesisUNet3D, ResNet3D, constrain, load_pretrained, read_checkpoint
+from networks.published_names import describe_encoder
 from vdt_workflows.errors import check_choice
 from vdt_workflows.files import hash_file
 from vdt_workflows.training.checkpoints import read_provenance
+from vdt_workflows.training.shipped import Weights, list_weights, name_of
 
 # What each takes from `pretrained`.
 INITIALISATIONS = {
     "scratch": "nothing",
-    "vdt": "the encoder that pre-training writes as models/encoder.pt",
+    "vdt": "the encoder that pre-training writes as models/encoder.pt (of configs/p3d.yaml for lesion detection)",
     "i3d": "a 2D ResNet, such as torchvision's, its kernels inflated along depth",
     "acs": "a 2D ResNet, its kernels spread over three views, which is all that is trained",
     "2.5d": "a 2D ResNet, its kernels kept flat, which is all that is trained",
@@ -45,7 +47,7 @@ def initialise(
         init: one of `INITIALISATIONS`. "scratch" keeps the random weights; "vdt", "kinetics", "medicalnet", "imagenet"
             and "coco" load a 3D file as it is, and say for the record what it was trained on; "i3d", "acs" and "2.5d"
             convert a 2D one; "genesis" fills a `GenesisUNet3D`.
-        pretrained: path of the weights; needed by every `init` but "scratch".
+        pretrained: path of the weights, such as `first_weights` finds; needed by every `init` but "scratch".
         stem: how a stem for RGB is folded (see `networks.load_pretrained`).
 
     Raises:
@@ -63,6 +65,11 @@ def initialise(
             f" {INITIALISATIONS[init]}"
         )
     _check_network(network, init)
+    if any(isinstance(m, P3D) for m in network.modules()) and describe_encoder(read_checkpoint(pretrained)):
+        raise ValueError(
+            f"{pretrained}: holds a ResNet, whose kernels fit no layer of a P3D; pre-train a P3D with configs/p3d.yaml"
+            " of imagenet_vdt_pretraining, or give a P3D backbone or detector"
+        )
     load_pretrained(network, pretrained, stem=stem, conversion=init if init in CONVERTED else None)
     if init in FLAT:
         constrain(network, init)
@@ -73,12 +80,35 @@ def initialise(
     return network
 
 
-def describe_weights(path: str | os.PathLike) -> dict[str, Any]:
+def pick_norm(init: str, pretrained: str | os.PathLike | None, scratch: str = "instance") -> str:
+    """Give the norm that a network needs for its first weights: that of the file, or `scratch` without one."""
+    if init == "scratch" or pretrained is None or not os.path.isfile(pretrained):
+        return scratch
+    tensors = read_checkpoint(pretrained)
+    written = [part["architecture"] for part in getattr(tensors, "_metadata", {}).values() if "architecture" in part]
+    return next((a["norm"] for a in written if "norm" in a), None) or describe_encoder(tensors).get("norm", "batch")
+
+
+def describe_weights(path: str | os.PathLike | None) -> dict[str, Any] | None:
     """Say which file of weights this is, as plain values for a record: name, SHA-256, and its own provenance.
 
-    The provenance is empty for files that these packages did not write, such as other people's published weights.
+    The provenance is empty for files that these packages did not write, such as other people's published weights. Those
+    that are shipped have `shipped`, their name, too; without a file there is nothing to say.
     """
-    return {"file": os.path.basename(path), "sha256": hash_file(path), "provenance": read_provenance(path)}
+    if path is None:
+        return None
+    sha256 = hash_file(path)
+    shipped = {"shipped": name} if (name := name_of(sha256)) else {}
+    return {"file": os.path.basename(path), "sha256": sha256, **shipped, "provenance": read_provenance(path)}
+
+
+def find_origins(path: str | os.PathLike) -> list[Weights]:
+    """List the shipped weights that a file is or started from, whose data and terms hold for it too."""
+    hashes, provenance = [hash_file(path)], read_provenance(path)
+    while started := provenance.get("pretrained"):
+        hashes.append(started["sha256"])
+        provenance = started["provenance"]
+    return [list_weights()[name] for name in map(name_of, hashes) if name]
 
 
 def _check_network(network: nn.Module, init: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +118,104 @@ def polynomial_rate(step: int, *, total: int, power: float = 0.9, floor: float =
         raise ValueError(f"total must be at least 1, got {total}")
     factor = (1 - floor) * (1 - min(step / total, 1)) ** power + floor
     return factor * min(1.0, (step + 1) / warmup) if warmup > 0 else factor
+
+
+def rates_by_layer(
+    network: nn.Module, learning_rate: float, encoder_rate: float = 1.0, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Group a network's parameters for an optimiser, so that a pre-trained encoder moves less than what is new.
+
+    The first group, whose rate the log shows, is the decoder and head. In the encoder the deepest stage has
+    `learning_rate * encoder_rate`, and each shallower one `layer_decay` times the rate of the next; the stem is the
+    last of these. MONAI's `generate_param_groups` takes groups that are listed one by one.
+
+    Args:
+        network: one whose encoder is called `backbone`; it may be wrapped.
+        learning_rate: of decoder and head.
+        encoder_rate: factor in the encoder; 0 keeps its weights, while batch norms still follow the data.
+        layer_decay: factor from each stage to the shallower one.
+
+    Returns:
+        Groups with `params` and `lr`; one group if no rate differs, as `network.parameters()` would give.
+
+    Raises:
+        ValueError: if a factor is negative, or one is not 1 and the network has no encoder of that name.
+    """
+    if encoder_rate < 0 or layer_decay < 0:
+        raise ValueError(f"encoder_rate and layer_decay must not be negative, got {encoder_rate} and {layer_decay}")
+    rates: dict[float, list[nn.Parameter]] = {learning_rate: []}
+    found = False
+    for name, weight in network.named_parameters():
+        _, encoder, inside = name.rpartition("backbone.")
+        found |= bool(encoder)
+        stage = int(inside[5]) if inside.startswith("layer") else 0
+        rate = learning_rate * encoder_rate * layer_decay ** (4 - stage) if encoder else learning_rate
+        rates.setdefault(rate, []).append(weight)
+    if not found and (encoder_rate, layer_decay) != (1, 1):
+        raise ValueError(f"encoder_rate and layer_decay must be 1, as {type(network).__name__} has no backbone")
+    return [{"params": weights, "lr": rate} for rate, weights in rates.items()]
+
+
+class AverageWeights:
+    """Handler: keep an exponential average of a network's weights over the optimiser's steps.
+
+    After t steps the average moves by max(1 - decay, 9 / (10 + t)) of its distance to the weights, so that it follows
+    them closely at first. Running statistics of batch norms are averaged too; counters are copied.
+
+    Args:
+        network: the network that is trained, not wrapped for several processes.
+        decay: share of the old average in the new one; 0 takes no average.
+
+    Attributes:
+        network: what is validated and saved: the average, or without one the trained network itself.
+
+    Raises:
+        ValueError: if `decay` is not at least 0 and below 1.
+    """
+
+    def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
+        self.trained = network
+        self.decay = decay
+        self.network = copy.deepcopy(network).eval().requires_grad_(False) if decay else network
+        self.steps = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI trainer."""
+        if self.decay:
+            engine.add_event_handler(Events.STARTED, self._begin)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _begin(self, engine: Engine) -> None:
+        """Start from the weights of the first step, unless a killed run goes on."""
+        if not self.steps:
+            self._move(1.0)
+
+    def __call__(self, engine: Any) -> None:
+        """Move the average, if the optimiser stepped."""
+        if _steps_now(engine):
+            self.steps += 1
+            self._move(max(1 - self.decay, 9 / (10 + self.steps)))
+
+    @torch.no_grad()
+    def _move(self, share: float) -> None:
+        own, theirs = (itertools.chain(n.parameters(), n.buffers()) for n in (self.network, self.trained))
+        for average, weight in zip(own, theirs, strict=True):
+            if average.is_floating_point():
+                average.lerp_(weight, share)
+            else:
+                average.copy_(weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the average and the number of steps, for `ResumeRun`."""
+        return {"steps": self.steps, "network": self.network.state_dict() if self.decay else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the average of the killed run back."""
+        self.steps = state["steps"]
+        if self.decay:
+            self.network.load_state_dict(state["network"])
 
 
 class ValidateEpochs(ValidationHandler):

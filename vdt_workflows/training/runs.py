@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from ignite.engine import Engine, Events
 
 from vdt_workflows.drawing import make_figure, to_png
 from vdt_workflows.files import write_atomic, write_csv, write_json
+from vdt_workflows.naming import join_words, list_results, literal
 from vdt_workflows.training.processes import is_first_process
 
 logger = logging.getLogger(__name__)
@@ -37,24 +37,29 @@ class RememberRun:
         path: the file, beside the checkpoint.
         settings: plain values by config id.
         notes: further plain values for the record (protocol, data, seed, ...).
+        results: folder in which the files of each volume of the settings' `volumes` are listed at the end, as
+            `results` of the file.
     """
 
     path: str
     settings: Mapping[str, Any]
     notes: Mapping[str, Any] | None = None
+    results: str | None = None
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer."""
         engine.add_event_handler(Events.STARTED, self)
+        if self.results is not None:
+            engine.add_event_handler(Events.COMPLETED, self, self.results)
 
-    def __call__(self, engine: Engine) -> None:
-        """Write the file."""
+    def __call__(self, engine: Engine, results: str | None = None) -> None:
+        """Write the file, with what lies in the folder of results."""
         if not is_first_process():
             return
         import monai  # the version alone is wanted, and monai is loaded whenever an engine runs
 
         record = {
-            "command": shlex.join(sys.argv),
+            "command": join_words(sys.argv),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "torch": str(torch.__version__),
@@ -62,7 +67,8 @@ class RememberRun:
             "device": str(engine.state.device),
             **(self.notes or {}),
         }
-        write_json(self.path, _literal({**self.settings, "_run_": record}), indent=2)
+        found = {} if results is None else {"results": list_results(self.settings["volumes"], results)}
+        write_json(self.path, literal({**self.settings, **found, "_run_": record}), indent=2)
 
 
 PATIENCE = 20  # steps
@@ -261,14 +267,3 @@ class SkippedImages:
         if self.reasons:
             logger.warning("%d images left out so far, listed in %s", len(self.reasons), self.path)
             write_atomic(self.path, ("\n".join(self.reasons) + "\n").encode())
-
-
-def _literal(value: Any) -> Any:
-    """Keep MONAI from reading a text, such as the name of a class `@home`, as an expression, reference or macro."""
-    if isinstance(value, dict):
-        return {name: _literal(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_literal(inner) for inner in value]
-    if isinstance(value, str) and value.strip().startswith(("$", "@", "%")):
-        return "$" + repr(value).replace("@", r"\x40")
-    return value

@@ -1,7 +1,5 @@
 """The figures against MONAI's and against what is known, the interval by patient, and the pictures."""
 
-from __future__ import annotations
-
 import io
 import json
 

@@ -1,7 +1,6 @@
 """DICOM SEG: what is written, read back by highdicom and pydicom, against the NIfTI of the same labels."""
 
-from __future__ import annotations
-
+import shutil
 import sys
 
 import nibabel as nib
@@ -13,7 +12,8 @@ from monai.transforms import LoadImaged, SaveImaged
 from nibabel.affines import apply_affine
 
 from tests.makers.dicom import uid, write_series
-from vdt_transforms.dicom_series import find_series
+from vdt_transforms.dicom_folders import find_series
+from vdt_workflows.drawing import colour
 from vdt_workflows.evaluation.dicom_seg import SaveDicomSegd, code_label, writes_dicom
 
 pytest.importorskip("highdicom")
@@ -108,10 +108,13 @@ def test_highdicom_reads_the_same_volume_back(tmp_path):
     np.testing.assert_array_equal(pixels.transpose(2, 1, 0), nifti)
 
 
-def test_segments_have_the_names_and_codes_of_the_labels(tmp_path):
+def test_segments_have_the_names_codes_and_colours_of_the_labels(tmp_path):
     make_series(tmp_path / "ct")
     written = segment(tmp_path / "ct", tmp_path)
     assert [item.SegmentLabel for item in written.SegmentSequence] == NAMES[1:]
+    lab = [item.RecommendedDisplayCIELabValue for item in written.SegmentSequence]
+    rgb = [highdicom.color.CIELabColor.from_dicom_value(tuple(value)).to_rgb() for value in lab]
+    np.testing.assert_allclose(rgb, [colour(value) for value in (1, 2, 3)], atol=2)
     kidney = written.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0]
     assert (kidney.CodeValue, kidney.CodingSchemeDesignator) == ("64033007", "SCT")
     assert kidney.SegmentedPropertyTypeModifierCodeSequence[0].CodeMeaning == "Right"
@@ -148,6 +151,16 @@ def test_only_the_patient_id_of_the_patients_data_is_copied(tmp_path):
         assert text not in content
 
 
+def test_images_in_a_zip_archive_are_referred_to(tmp_path):
+    make_series(tmp_path / "ct")
+    shutil.make_archive(str(tmp_path / "ct"), "zip", tmp_path / "ct")
+    image = LoadImaged("image", reader="vdt_transforms.VolumeReader", ensure_channel_first=True)(
+        {"image": str(tmp_path / "ct.zip")}
+    )["image"]
+    SaveDicomSegd("pred", tmp_path, NAMES)({"pred": MetaTensor(torch.ones(image.shape), meta=image.meta)})
+    assert highdicom.seg.segread(tmp_path / "ct_seg.dcm").NumberOfFrames == SHAPE[2]
+
+
 def test_labels_of_nothing_are_written(tmp_path):
     make_series(tmp_path / "ct")
     image = LoadImaged("image", ensure_channel_first=True)({"image": str(tmp_path / "ct")})["image"]
@@ -158,7 +171,7 @@ def test_labels_of_nothing_are_written(tmp_path):
 def test_a_nifti_has_no_series_to_refer_to(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.int16), np.eye(4)), tmp_path / "case.nii.gz")
     image = LoadImaged("image", ensure_channel_first=True)({"image": str(tmp_path / "case.nii.gz")})["image"]
-    with pytest.raises(ValueError, match=r"case\.nii\.gz: no DICOM folder, .*; use output_format: nifti$"):
+    with pytest.raises(ValueError, match=r"case\.nii\.gz: no DICOM series, .*; use output_format: nifti$"):
         SaveDicomSegd("pred", tmp_path, NAMES)({"pred": image})
 
 
@@ -173,7 +186,7 @@ def test_labels_on_another_grid_are_refused(tmp_path):
 def test_a_source_without_an_identifier_is_named(tmp_path, name):
     options = {"patient": None} if name == "PatientID" else {name: None}
     make_series(tmp_path / "ct", **options)
-    with pytest.raises(ValueError, match=rf"a\d\d\d\.dcm: has no {name}, which a DICOM SEG of it must have"):
+    with pytest.raises(ValueError, match=rf"a\d\d\d\.dcm: has no {name}, which a DICOM result of it must have"):
         segment(tmp_path / "ct", tmp_path)
 
 

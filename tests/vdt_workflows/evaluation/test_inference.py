@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.makers.volumes import make_affine
 from vdt_transforms import Spacingd
-from vdt_workflows.evaluation.inference import SlabInferer
+from vdt_workflows.evaluation.inference import PULL, SlabInferer
 
 WINDOW = {"roi_size": (24, 32, 16), "overlap": (0.5, 0.5, 0.625)}
 CHANNELS = 5
@@ -51,7 +51,7 @@ def test_labels_are_those_of_the_default_inferer(network, size, mode, batch):
 
 @pytest.mark.parametrize(
     ("slices", "windows"),
-    [(33, 18), (44, 18), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((32, 9), (85, 54)))],
+    [(33, 18), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((32, 9), (44, 18), (85, 54)))],
 )
 def test_windows_of_a_512_pixel_scan_are_as_many_as_published(slices, windows):
     seen = []
@@ -60,7 +60,7 @@ def test_windows_of_a_512_pixel_scan_are_as_many_as_published(slices, windows):
         seen.extend(x)
         return x
 
-    SlabInferer((256, 256, 32), (0.5, 0.5, 0.625))(torch.zeros(1, 2, 512, 512, slices), look)
+    SlabInferer((256, 256, 32), (0.5, 0.5, 0.625))(torch.zeros(1, 1, 512, 512, slices), look)
     assert len(seen) == windows
 
 
@@ -146,6 +146,20 @@ def test_flips_average_the_logits_of_mirror_images(network):
     assert_same_labels(SlabInferer(**WINDOW, flips=[[1], [0, 2]])(x, network), logits / 3)
 
 
+def test_the_pull_of_class_weights_is_taken_from_the_logits():
+    x = noise(1, 1, 24, 32, 16)
+    odds = torch.sigmoid(x)  # of class 1 against class 0, as it is in the data
+    weights = [0.1, 2]
+
+    def learnt(x):  # what weights make of them, beside an unweighted Dice
+        return torch.cat([torch.sigmoid(-x) * weights[0] ** PULL, torch.sigmoid(x) * weights[1] ** PULL], 1).log()
+
+    assert torch.equal(SlabInferer(**WINDOW, class_weights=weights)(x, learnt), (odds > 0.5).to(torch.uint8))
+    assert SlabInferer(**WINDOW)(x, learnt).sum() > 1.5 * (odds > 0.5).sum()
+    with pytest.raises(ValueError, match="class_weights has 3 values for a network of 2"):
+        SlabInferer(**WINDOW, class_weights=[1, 1, 1])(x, learnt)
+
+
 def test_windows_in_air_are_not_shown_and_are_background():
     seen = []
 
@@ -187,6 +201,7 @@ def test_half_precision_logits_are_summed_in_single_precision(network):
         ({"overlap": 1.0}, "overlap must be at least 0 and below 1"),
         ({"skip_below": "air"}, "skip_below must be a number or 'none'"),
         ({"flips": [[3]]}, "flips must hold lists of axes"),
+        ({"flips": [[0], [0, 1]], "mirrored": [0]}, r"training did not flip axis 1, .* mirrored is \[0\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

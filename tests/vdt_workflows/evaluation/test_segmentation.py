@@ -12,8 +12,9 @@ from monai.data import MetaTensor
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from PIL import Image
 
-from vdt_workflows.drawing import colour, read_png
-from vdt_workflows.evaluation.segmentation import CaseScores, OrganScore, score_organs, summarise
+from vdt_transforms import RestoreGrid
+from vdt_workflows.drawing import colour, cut_planes, find_centre, read_png
+from vdt_workflows.evaluation.segmentation import CaseScores, OrganScore, central_planes, score_organs, summarise
 
 NAMES = ["background", "liver", "left kidney", "right kidney"]
 
@@ -160,21 +161,50 @@ def test_a_case_without_organs_is_no_number_but_no_fault(tmp_path):
 
 
 @pytest.mark.parametrize(("cases", "drawn"), [(1, 1), (2, 2), (5, 3)])
-def test_pictures_are_drawn_for_any_number_of_cases(tmp_path, cases, drawn):
+def test_pictures_are_drawn_of_any_number_of_cases_and_the_summary_names_them(tmp_path, cases, drawn):
     folder = evaluated(tmp_path, cases)
+    rows, scores = read(folder)
+    known = [(row["case"], float(row["dice"])) for row in rows if row["dice"]]
+    dice = {name: [value for case, value in known if case == name] for name, _ in known}
+    ranked = sorted(dice, key=lambda name: np.mean(dice[name]))
+    named = {"the only case": ranked[0]} if cases == 1 else {"best": ranked[-1], "worst": ranked[0]}
+    assert scores["examples"] == named | ({"median": ranked[2]} if cases == 5 else {})
     assert Image.open(folder / "scores.png").size[0] > 500
     examples = read_png((folder / "examples.png").read_bytes())
     assert examples.shape[0] == pytest.approx(456 * drawn, abs=90)  # a row for each case below the legend
     assert all((examples[90:] == colour(value)).all(-1).any() for value in (1, 2, 3))  # lines of the labels
 
 
+def test_the_planes_of_a_picture_are_those_of_the_image_on_the_files_grid_cut_out_of_slices_of_it(monkeypatch):
+    file, own = np.diag([-0.8, 0.8, 2.0, 1.0]), np.zeros((4, 4))
+    own[:3, :3] = np.array([[0, -1.1, 0], [0, 0, 1.2], [-1.5, 0, 0]])  # axes in another order and direction
+    own[:, 3] = 0, 2, 30, 1  # the image shows a part of the file
+    label = np.zeros((16, 18, 20), np.uint8)
+    label[5:8, 8:12, 9:13] = 1
+    meta = {"original_affine": file, "spatial_shape": np.array(label.shape)}
+    image = MetaTensor(torch.rand(1, 14, 9, 10) * 1000 + 500, affine=torch.as_tensor(own), meta=dict(meta))
+    whole = RestoreGrid(outside=0)(image, image).numpy()[0]
+    made = []
+    monkeypatch.setattr(
+        RestoreGrid, "__call__", lambda *words, own=RestoreGrid.__call__: made.append(own(*words)) or made[-1]
+    )
+    planes, true, _ = central_planes(image, label, label)
+    assert [min(thin.shape[1:]) for thin in made] == [1, 1, 1]
+    for cut, plane, drawn in zip(cut_planes(whole, file, find_centre(label)), planes, true, strict=True):
+        assert (plane.name, plane.size, plane.values.shape) == (drawn.name, drawn.size, drawn.values.shape)
+        low, high = np.percentile(image.numpy(), (1, 99))
+        expected = np.clip((cut.values - low) / (high - low), 0, 1) * 255
+        assert np.abs(expected - plane.values).max() <= 1
+        assert 0 < (cut.values == 0).mean() < 0.9
+
+
 def test_cases_of_one_file_name_in_several_folders_stay_apart(tmp_path):
     rows, _ = read(evaluated(tmp_path, 2, file="scan{}/image.nii.gz"))
-    assert [row["case"] for row in rows] == [f"scan{i}/image.nii.gz" for i in (0, 1) for _ in NAMES[1:]]
+    assert [row["case"] for row in rows] == [f"scan{i}_image.nii.gz" for i in (0, 1) for _ in NAMES[1:]]
 
 
 def test_running_twice_scores_each_case_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("vdt_workflows.evaluation.segmentation.is_first_process", lambda: False)
     engine = Engine(lambda engine, batch: [])
     handler = CaseScores(str(tmp_path), NAMES)
     handler.attach(engine)

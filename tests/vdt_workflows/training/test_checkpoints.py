@@ -8,6 +8,7 @@ import signal
 import time
 from contextlib import suppress
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from monai.engines import SupervisedTrainer
 from monai.transforms import RandGaussianNoised
 from torch import nn
 
-from networks import ResNet3D, ResNet3DClassifier
+from networks import ResNet3D, ResNet3DClassifier, load_pretrained
+from tests.support.folders import ROOT
 from vdt_transforms import RandSliceShuffled
 from vdt_workflows.data.sampling import SeededDataset, SeededSampler, SeedEpochs
 from vdt_workflows.training.checkpoints import (
@@ -30,9 +32,11 @@ from vdt_workflows.training.checkpoints import (
     read_provenance,
     save_weights,
 )
-from vdt_workflows.training.runs import RunLog
+from vdt_workflows.training.runs import RememberRun, RunLog
 
-FORK = multiprocessing.get_context("fork")  # a process of its own without the seconds of importing torch again
+# Processes of their own without the seconds of importing torch again. They are not forked from this one: where a test
+# before has run autograd's threads, torch refuses to do so in a fork.
+FORKS = multiprocessing.get_context("forkserver")
 
 
 def same(a, b):
@@ -114,6 +118,85 @@ def test_a_file_of_other_origin_must_fill_the_whole_network(tmp_path):
         load_weights(other, tmp_path / "part.pt")
 
 
+VALUES = {  # what a weight of a damaged file, or of a failed training, may become
+    "nan": ("backbone.conv1.weight", lambda t: t.fill_(float("nan"))),
+    "inf": ("head.fc.bias", lambda t: t.index_fill_(0, torch.tensor(1), float("-inf"))),
+    "absurd": ("backbone.layer1.0.conv1.weight", lambda t: t.flatten()[3:4].fill_(1e38)),
+    "variance": ("backbone.bn1.running_var", lambda t: t[2:3].fill_(-1e-3)),
+    "whole numbers": ("backbone.bn1.weight", lambda t: t.to(torch.int8)),
+    "truth values": ("backbone.conv1.weight", lambda t: t > 0),
+}
+
+
+@pytest.mark.parametrize("load", [load_weights, load_pretrained, load_at_the_start])
+@pytest.mark.parametrize("bare_dict", [False, True], ids=["written by save_weights", "of other origin"])
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_no_trained_network_has_are_refused_by_tensor_and_file(tmp_path, load, bare_dict, name):
+    network, other = classifier(), classifier(seed=1)
+    before = {name: value.clone() for name, value in tensors(other).items()}
+    state, (key, change) = network.state_dict(), VALUES[name]
+    changed = change(state[key])
+    state[key] = changed if changed.dtype != torch.float32 else state[key]
+    torch.save(dict(state) if bare_dict else state, tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match=rf"model\.pt: {key} (holds values from|is (int8|bool), the network has float32)"
+    ):
+        load(other, str(tmp_path / "model.pt"))
+    assert same(tensors(other), before)
+
+
+def test_weights_in_half_precision_and_large_variances_are_taken(tmp_path):
+    network, other = classifier(), classifier(seed=1)
+    network.backbone.bn1.running_var.fill_(1e12)
+    torch.save(dict(network.state_dict()), tmp_path / "model.pt")
+    load_weights(other, tmp_path / "model.pt")
+    assert same(tensors(other), tensors(network))
+    torch.save({k: v.half() for k, v in classifier().state_dict().items()}, tmp_path / "half.pt")
+    load_weights(other, tmp_path / "half.pt")
+
+
+def test_a_run_json_that_contradicts_its_checkpoint_is_refused(tmp_path, monkeypatch):
+    network = classifier()
+    model, record = tmp_path / "model.pt", tmp_path / "run.json"
+    provenance = {"mean": 1.0, "patch_size": (8, 8), "class_names": ["@home", "b"], "init": "scratch"}
+    save_weights(network, model, provenance)
+    load_at_the_start(network, str(model))  # one alone
+    engine = Engine(lambda engine, batch: None)
+    engine.state.device = "cpu"
+    settings = {name: value for name, value in provenance.items() if name != "init"}
+    RememberRun(str(record), settings)(engine)
+    load_at_the_start(network, str(model))
+    content = record.read_text()
+    record.write_text(content.replace('"mean": 1.0', '"mean": 100.0'))
+    with pytest.raises(ValueError, match=r"run\.json: contradicts .*model\.pt, .* \(mean 100\.0, not 1\.0\); give the"):
+        load_at_the_start(network, str(model))
+    record.write_text(content[:-5])
+    with pytest.raises(ValueError, match=r"run\.json: no settings of a run"):
+        load_at_the_start(network, str(model))
+    record.write_text(content)
+    other = tmp_path / "other.json"
+    other.write_text('{"patch_size": [8, 9]}')
+    monkeypatch.setattr("vdt_workflows.training.checkpoints.given_files", lambda: [other])
+    with pytest.raises(ValueError, match=r"other\.json: contradicts .*\(patch_size \[8, 9\], not \[8, 8\]\)"):
+        load_at_the_start(network, str(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"epoch": 0}, "epoch 0, step 2"),
+        ({"epoch": 3}, "epoch 3, step 2"),
+        ({"iteration": "2"}, "not written by ResumeRun"),
+        ({"objects": {"network": {"a.weight": torch.full((2,), float("nan"))}}}, "network: a.weight holds values"),
+    ],
+)
+def test_a_state_of_a_run_with_values_that_cannot_be_is_refused(tmp_path, change, reason):
+    state = {"settings": {}, "epoch": 1, "iteration": 2, "objects": {}, "scaler": {}} | change
+    torch.save(state, tmp_path / "resume.pt")
+    with pytest.raises(ValueError, match=rf"resume\.pt: not a whole state of a run \({reason}.*; delete it to start"):
+        ResumeRun(str(tmp_path / "resume.pt"), {}).load(None)
+
+
 def test_a_missing_or_damaged_file_is_refused_with_a_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint file"):
         load_weights(classifier(), tmp_path / "none.pt")
@@ -176,7 +259,7 @@ class StopError(Exception):
 class Run:
     """A small training in a folder, with everything that remembers; started anew it goes on by itself."""
 
-    def __init__(self, folder, settings=None, epochs=EPOCHS, width=4, stop_at=None, wrap=lambda network: network):
+    def __init__(self, folder, epochs=EPOCHS, width=4, stop_at=None, wrap=lambda network: network):
         torch.manual_seed(0)
         self.folder = folder
         convolution = [nn.Conv3d(1, width, 3, padding=1), nn.BatchNorm3d(width), nn.ReLU()]
@@ -194,9 +277,7 @@ class Run:
         dataset = SeededDataset(data, [RandGaussianNoised("image", prob=0.5), RandSliceShuffled("image")])
         sampler = SeededSampler(dataset, samples=2 * STEPS)
         objects = {"network": self.network, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        self.resume = ResumeRun(
-            folder / "resume.pt", {**objects, "log": self.log, "best": self.best}, settings or {"seed": 0}
-        )
+        self.resume = ResumeRun(folder / "resume.pt", {**objects, "log": self.log, "best": self.best})
         self.trainer = SupervisedTrainer(
             device="cpu",
             max_epochs=epochs,
@@ -301,33 +382,12 @@ def test_a_run_that_stops_after_every_epoch_ends_alike_in_and_out_of_compile(fol
     assert same(Run(where).run().result(), whole.result())
 
 
-def test_other_settings_start_afresh_say_what_differs_and_put_the_old_state_aside(folder, caplog):
-    where, fresh = folder("run"), Run(folder("fresh")).run()
-    kept = stop(where, 2 * STEPS + 1, settings={"seed": 0, "learning_rate": 0.1, "gone": 1})
-    # The old state stays until the new run has something to keep.
-    assert stop(where, STEPS, settings={"seed": 0, "learning_rate": 0.2}) == kept
-    differ = "the settings differ (gone was 1, is None; learning_rate was 0.1, is 0.2); starting afresh"
-    assert f"resume.pt: not resumed, {differ}" in caplog.text
-    after = Run(where).run()
-    assert (where / "resume.pt.old").read_bytes() == kept
-    assert not (where / "resume.pt").exists()
-    assert same(after.result(), fresh.result())
-
-
-def test_settings_that_json_changes_still_compare_equal(folder):
-    where, settings = folder("run"), {"size": (1, 2), "path": torch.float16, 3: None}
-    stop(where, STEPS + 1, settings=settings)
-    resumed = Run(where, settings=settings)
-    resumed.trainer.fire_event(Events.STARTED)
-    assert resumed.trainer.state.epoch == 1
-
-
 def test_the_scaler_of_mixed_precision_goes_on(tmp_path):
     scales = []
     for scale in (8.0, 1.0):
         engine = Engine(lambda engine, batch: None)
         engine.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        resume = ResumeRun(tmp_path / "resume.pt", {"network": nn.Linear(1, 1)}, {})
+        resume = ResumeRun(tmp_path / "resume.pt", {"network": nn.Linear(1, 1)})
         engine.add_event_handler(Events.STARTED, resume.load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, resume.save)
         engine.run([0], max_epochs=1)
@@ -350,7 +410,7 @@ def test_a_damaged_state_or_another_file_is_refused_with_what_to_do(folder, cont
 def test_processes_that_do_not_write_still_resume(tmp_path):
     def process(writes, rank_epochs):
         network = nn.Linear(1, 1)
-        resume = ResumeRun(tmp_path / "resume.pt", {"network": network}, {}, writes=writes)
+        resume = ResumeRun(tmp_path / "resume.pt", {"network": network}, writes=writes)
         engine = Engine(lambda engine, batch: None)
         resume.attach(engine)
         engine.add_event_handler(Events.EPOCH_STARTED(once=2), lambda engine: engine.terminate("skip_completed"))
@@ -376,8 +436,10 @@ def train_until_killed(folder, width):
 
 
 def start(folder, width):
-    process = FORK.Process(target=train_until_killed, args=(folder, width))
-    process.start()
+    FORKS.set_forkserver_preload([__name__])
+    process = FORKS.Process(target=train_until_killed, args=(folder, width))
+    with patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # where the server, which starts with the first, finds this file
+        process.start()
     return process
 
 
@@ -398,6 +460,7 @@ def wait_for_a_write(process, folder):
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not_and_leaves_no_half_file(folder):
     width = 4000  # files of some megabytes, which take a while to write
     whole, where = folder("whole"), folder("killed")
+    start(folder("first"), 4).join()  # starts the server, which takes the seconds of importing torch
     begin = time.monotonic()
     process = start(whole, width)
     process.join()

@@ -11,59 +11,78 @@ import time
 import pytest
 import torch
 
-from tests.support.bundle_runs import BUNDLES, command, read, rows
+from tests.support.bundle_runs import BUNDLES, command, read, rows, run
 from tests.support.two_nodes import start_nodes, wait_for
 
 pytestmark = pytest.mark.slow  # each test starts processes that import torch and MONAI
 
 SEGMENTATION, _, PRETRAINING, NODULES, *_ = BUNDLES
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-ONE = [sys.executable, "-m"]
 NO_DROPOUT = {"network_def::network::dropout": 0.0}
 
 
-def execute(words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+@pytest.fixture
+def run_by_two(preloaded, tmp_path):
+    """Return a function that runs a bundle by two processes, started as torchrun does."""
+
+    def run_both(bundle, overlays, folder, data, **settings):
+        log, names = tmp_path / "log", ["train", "multi_gpu_train", *overlays]
+        words = ["-m", *command(bundle, names, folder, data, **settings)]
+        status = preloaded.run(words, tmp_path, {}, log, processes=2)
+        assert status == 0, log.read_text()[-6000:]
+
+    return run_both
 
 
-@pytest.mark.parametrize("bundle", [PRETRAINING, SEGMENTATION, NODULES], ids=lambda bundle: bundle.name)
-def test_evaluation_by_two_processes_equals_evaluation_by_one(bundle, data_of, trained, tmp_path):
+@pytest.fixture
+def run_twice(run_by_two, tmp_path):
+    """Return a function that runs a bundle into `one` in this process, and into `two` by two processes."""
+
+    def run_each(bundle, overlays, data, **settings):
+        run(bundle, ["train", *overlays], tmp_path / "one", data, **settings)
+        run_by_two(bundle, overlays, tmp_path / "two", data, **settings)
+        return tmp_path / "one", tmp_path / "two"
+
+    return run_each
+
+
+def assert_same_scores(*folders):
+    one, two = (read(folder / "eval" / "scores.json") for folder in folders)
+    assert one.keys() == two.keys()
+    for name in {name for name in one if not isinstance(one[name], dict)} - {"confusion_matrix"}:
+        assert two[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("bundle", [PRETRAINING, NODULES], ids=lambda bundle: bundle.name)  # segmentation: two nodes
+def test_evaluation_by_two_processes_equals_evaluation_by_one(bundle, data_of, trained, run_twice):
     more = {"ckpt_path": str(trained(bundle) / "models" / "model.pt")}
     if bundle != PRETRAINING:
         more["part"] = "training"
-    # Nine images, five cases, an odd number of nodules: none that two processes can share evenly.
-    for name, start, overlay in (("one", ONE, []), ("two", TWO, ["multi_gpu_train"])):
-        execute([*start, *command(bundle, ["train", *overlay, "evaluate"], tmp_path / name, data_of(bundle), **more)])
-    one, two = (read(tmp_path / name / "eval" / "scores.json") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    numbers = {name for name in one if not isinstance(one[name], dict)} - {"confusion_matrix"}
-    for name in numbers:
-        assert two[name] == pytest.approx(one[name], abs=1e-5), name
+    # Nine images, an odd number of nodules: none that two processes can share evenly.
+    folders = run_twice(bundle, ["evaluate"], data_of(bundle), **more)
+    assert_same_scores(*folders)
     if bundle == NODULES:
-        a, b = (rows(tmp_path / name / "eval" / "predictions.csv") for name in ("one", "two"))
+        a, b = (rows(folder / "eval" / "predictions.csv") for folder in folders)
         assert len(a) % 2
         assert [row["nodule_id"] for row in a] == [row["nodule_id"] for row in b]
 
 
 @pytest.mark.parametrize("bundle", [PRETRAINING, SEGMENTATION], ids=["pretraining", "segmentation"])
-def test_training_with_group_norm_by_two_processes_ends_as_by_one(bundle, data_of, tmp_path):
+def test_training_with_group_norm_by_two_processes_ends_as_by_one(bundle, data_of, run_twice):
     # Large enough that no norm works on a handful of values, which would blow up the last bits; and no dropout, whose
     # draws differ between processes. What is left is the order of sums.
     more = {"image_size": 64} if bundle == PRETRAINING else {"patch_size": [32, 32, 32], **NO_DROPOUT}
-    for name, start, overlay in (("one", ONE, []), ("two", TWO, ["multi_gpu_train"])):
-        settings = {"norm": "group", "epochs": 2, "base_channels": 8, **more}
-        execute([*start, *command(bundle, ["train", *overlay], tmp_path / name, data_of(bundle), **settings)])
+    settings = {"norm": "group", "epochs": 2, "base_channels": 8, **more}
+    folders = run_twice(bundle, [], data_of(bundle), **settings)
     name = "model.pt" if bundle == PRETRAINING else "model_last.pt"
-    one, two = (torch.load(tmp_path / n / "models" / name, weights_only=True) for n in ("one", "two"))
+    one, two = (torch.load(folder / "models" / name, weights_only=True) for folder in folders)
     assert list(one) == list(two)
     for key in one:
         torch.testing.assert_close(two[key], one[key], atol=1e-4, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_training_with_batch_norm_by_two_processes_runs_and_only_one_writes(images, tmp_path):
-    execute([*TWO, *command(PRETRAINING, ["train", "multi_gpu_train"], tmp_path, images)])
+def test_training_with_batch_norm_by_two_processes_runs_and_only_one_writes(images, run_by_two, tmp_path):
+    run_by_two(PRETRAINING, [], tmp_path, images)
     assert (tmp_path / "models" / "model.pt").is_file()
     assert len((tmp_path / "eval" / "history.csv").read_text().splitlines()) == 3
 
@@ -76,13 +95,12 @@ def last_lines(folder, number):
 
 
 def test_evaluation_on_two_nodes_equals_evaluation_by_one_process(volumes, trained, tmp_path):
-    more = {"ckpt_path": str(trained(SEGMENTATION) / "models" / "model.pt"), "part": "training"}
+    more = {"ckpt_path": str(trained(SEGMENTATION) / "models" / "model.pt"), "part": "training"}  # five cases
     names = ["train", "multi_gpu_train", "evaluate"]
     nodes = start_nodes(command(SEGMENTATION, names, tmp_path / "two", volumes, **more), tmp_path)
     assert [node.wait(600) for node in nodes] == [0, 0], last_lines(tmp_path, 0)
-    execute([*ONE, *command(SEGMENTATION, ["train", "evaluate"], tmp_path / "one", volumes, **more)])
-    two, one = (read(tmp_path / name / "eval" / "scores.json") for name in ("two", "one"))
-    assert two["val_mean_dice"] == pytest.approx(one["val_mean_dice"], abs=1e-6)
+    run(SEGMENTATION, ["train", "evaluate"], tmp_path / "one", volumes, **more)
+    assert_same_scores(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_killed_process_ends_the_other_node_within_a_minute_with_its_cause(volumes, tmp_path):

@@ -1,6 +1,3 @@
-from __future__ import annotations
-
-import csv
 import io
 import json
 import logging
@@ -15,14 +12,10 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from PIL import Image
 
+from tests.support.bundle_runs import rows as read_rows
 from vdt_workflows.training.runs import Attach, RememberRun, RunLog, SaveScores, SkippedImages, draw_curves
 
 PICTURE = (1000, 400)  # pixels
-
-
-def read_rows(file):
-    with file.open() as lines:
-        return list(csv.DictReader(lines))
 
 
 # RunLog

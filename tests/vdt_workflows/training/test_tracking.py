@@ -1,8 +1,5 @@
 """Experiment tracking by MONAI's own knob, which the check of the command line must let through."""
 
-from __future__ import annotations
-
-import csv
 import os
 import sqlite3
 import subprocess
@@ -10,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.bundle_runs import BASE, ROOT, command
+from tests.support.bundle_runs import BASE, ROOT, command, history
 
 
 @pytest.mark.slow
@@ -21,8 +18,7 @@ def test_mlflow_keeps_the_curves_in_the_output_folder(volumes, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    with (tmp_path / "eval" / "history.csv").open() as file:
-        expected = [float(row["val_mean_dice"]) for row in csv.DictReader(file)]
+    expected = [float(row["val_mean_dice"]) for row in history(tmp_path)]
     database = sqlite3.connect(tmp_path / "eval" / "mlruns.db")
     found = database.execute("SELECT value FROM metrics WHERE key = 'val_mean_dice' ORDER BY step").fetchall()
     assert [value for (value,) in found] == pytest.approx(expected)

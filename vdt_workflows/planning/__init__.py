@@ -1,0 +1,1 @@
+"""Settings found from the data, and trainings that take them."""

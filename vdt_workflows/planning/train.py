@@ -1,0 +1,160 @@
+"""Train a segmentation of your own data: prepare, plan, train and evaluate, as the bundle's own commands do.
+
+    vdt train VOLUMES
+    vdt train VOLUMES --minutes 30 -o mine
+    vdt train PREPARED -o mine --init vdt --learning_rate 0.001
+
+The lines of `python -m monai.bundle run` that it stands for are printed, and can be given by hand. A run that was
+killed goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from networks import describe_encoder, read_checkpoint
+from vdt_workflows.files import write_json
+from vdt_workflows.locator import find_bundles
+from vdt_workflows.planning.lines import config_words, make_page, run_line, setting_words
+from vdt_workflows.planning.plan import find_memory, make_plan, write_plan
+from vdt_workflows.preparation.fingerprint import FILE, read_fingerprint
+from vdt_workflows.preparation.segmentation import prepare_segmentation
+from vdt_workflows.progress import say
+from vdt_workflows.training.shipped import find_encoders
+
+BUNDLE = "bcv_multiorgan_segmentation"
+STEPS = ("epochs", "steps_per_epoch", "val_interval")
+
+
+def train(
+    data: str,
+    output_dir: str = "",
+    minutes: float = 0,
+    protocol: str = "",
+    device: str | float = "",
+    datalist: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Prepare and plan what is not yet, train, and evaluate the test cases.
+
+    Args:
+        data: a folder of `vdt prepare`, or volumes with labels as it takes them (folder or JSON list), which are then
+            prepared into OUTPUT_DIR/data.
+        output_dir: of the run; by default the data's name with _run, here. A plan.json there is taken as it is.
+        minutes: time of everything, the evaluation included; 0 trains the whole schedule of the plan.
+        protocol: recommended, or the name of another overlay; by default short for a time, else recommended.
+        device: what to plan for: cpu, cuda, or the GB of memory of a GPU; by default what this machine has.
+        datalist: JSON list in place of the folder's.
+        settings: any setting of the bundle, and of vdt prepare where the data are not prepared; with --init the
+            width of the encoder is taken, of shipped ones that of the narrowest.
+
+    Returns:
+        The mean Dice, the cases it was found on, the folder, and a page of curves, scores and pictures of the worst,
+        median and best case.
+
+    Raises:
+        ValueError: if an argument or the data are wrong.
+        ChildProcessError: if the training or the evaluation fails.
+    """
+    began = time.time()
+    for name in {"args_file", "config_file"} & settings.keys():
+        raise ValueError(
+            f"--{name} {settings[name]}: vdt train writes and gives its own; give settings as --NAME VALUE"
+        )
+    source = Path(str(data))
+    root = Path(str(output_dir) or f"{source.resolve().name.partition('.')[0]}_run").resolve()
+    within = f"within {minutes:g} minutes" if minutes else "as long as its plan says; the bar tells the time left"
+    say(f"{source}: checked, planned for, trained on and scored in {root}, {within}")
+    prepared, settings = _prepare(source, root / "data", start_from(settings))
+    lines = _write_lines(prepared, root, minutes, protocol, device, datalist, settings)
+    bundle = find_bundles() / BUNDLE
+    done = root / "trained.json"
+    for words, when in zip(lines, ([f"--began={began:.0f}"] if minutes else [], []), strict=True):
+        if done.is_file() and json.loads(done.read_text()) == lines[0] and words is lines[0]:
+            continue  # killed in the evaluation
+        run_line(bundle, [*words, *when], root)
+        if words is lines[0]:
+            write_json(done, words)
+    scores = json.loads((root / "eval" / "scores.json").read_text())
+    page = make_page(str(root), 0)
+    return {"mean_dice": scores["mean_dice"], "cases": lines[1][-1], "folder": str(root), "page": page}
+
+
+def _prepare(source: Path, target: Path, settings: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Prepare what is not; give the folder, and the settings that are the bundle's."""
+    if (source / FILE).is_file():
+        return source.resolve(), dict(settings)
+    known = inspect.signature(prepare_segmentation).parameters.keys() - {"data", "output_dir"}
+    options = {name: value for name, value in settings.items() if name in known}
+    prepare_segmentation(str(source), str(target), **options)
+    return target, {name: v for name, v in settings.items() if name not in known or name in ("seed", "on_error")}
+
+
+def _write_lines(
+    prepared: Path,
+    root: Path,
+    minutes: float,
+    protocol: str,
+    device: str | float,
+    datalist: str | None,
+    settings: Mapping[str, Any],
+) -> tuple[list[str], list[str]]:
+    """Write the plan if there is none, and the words of training and evaluation after `monai.bundle run`.
+
+    Raises:
+        ValueError: if there is no such protocol.
+    """
+    configs = find_bundles() / BUNDLE / "configs"
+    protocol = protocol or ("short" if minutes else "recommended")
+    if protocol != "recommended" and not (configs / f"{protocol}.yaml").is_file():
+        raise ValueError(f"protocol must be recommended or an overlay in {configs}, such as short, got {protocol!r}")
+    target = root / "plan.json"
+    if not target.is_file():
+        made = make_plan(read_fingerprint(prepared, datalist), find_memory(device), _plannable(settings))
+        write_plan(made, target, without=STEPS if minutes else ())
+    names = ["train", *([protocol] if protocol != "recommended" else [])]
+    data = {"bundle_root": str(root), "dataset_dir": str(prepared), **({"datalist": datalist} if datalist else {})}
+    data |= {"device": "$torch.device('cpu')"} if str(device) == "cpu" else {}
+    more = {**data, **settings, **({"minutes": minutes} if minutes else {})}
+    lists = json.loads(Path(datalist or prepared / "dataset.json").read_text())
+    score = {**data, "part": "test" if lists.get("test") else "validation"}
+    planned = ["--args_file", str(target)]
+    train = [*config_words([*names, "timed"] if minutes else names), *planned, *setting_words(more)]
+    remembered = ["--args_file", str(root / "models" / "run.json")]
+    return train, [*config_words([*names, "evaluate"]), *remembered, *setting_words(score)]
+
+
+def start_from(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the width of the encoder that a training starts from, where it is known and no other is given."""
+    settings = dict(settings)
+    known: dict[str, Any] = {}
+    if (file := settings.get("pretrained")) is not None:
+        known = describe_encoder(read_checkpoint(file))
+        settings["pretrained"] = os.path.abspath(file)  # the bundle runs in its own folder
+    elif encoders := find_encoders(settings.get("init", "scratch")):
+        known = {"base_channels": next(iter(encoders))[1]}
+    return {**{name: known[name] for name in ("depth", "base_channels") if name in known}, **settings}
+
+
+def _plannable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the settings that a plan decides by, or decides."""
+    known = {
+        "label_names",
+        "spacing",
+        "window",
+        "mean",
+        "std",
+        "patch_size",
+        "depth",
+        "base_channels",
+        "stem",
+        "strides",
+    }
+    known |= {"batch_size", "micro_batch", "overlap", "pairs", "mirror", "centres", *STEPS}
+    return {name: value for name, value in settings.items() if name in known}
