@@ -1,7 +1,5 @@
 """Samples with random transforms of every build, for the tests of the datasets."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from monai.data import DataLoader

@@ -12,10 +12,10 @@ import monai.bundle
 import torch
 from monai.bundle import ConfigParser
 
+from tests.support.folders import BUNDLES as BUNDLES
+from tests.support.folders import ROOT as ROOT
 from vdt_workflows.errors import root_cause
 
-ROOT = Path(__file__).parents[2]
-BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if path.is_dir())
 BASE = ["train"]
 
 # What makes each bundle small enough to train in seconds. The networks keep their depth.

@@ -1,7 +1,5 @@
 """The documents, and what they show as code."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

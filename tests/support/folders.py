@@ -1,4 +1,4 @@
-"""What folders hold, and processes that are killed or should have ended."""
+"""The repository's folder and its bundles; what folders hold, and processes that are killed or should have ended."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import multiprocessing
 import signal
 import time
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if path.is_dir())
 
 
 def contents(root, pattern="*"):

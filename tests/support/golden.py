@@ -5,8 +5,6 @@ has, the input's shape and seed, and for each output its shape, its largest magn
 No weights are stored: each tensor is drawn from a generator seeded with the CRC-32 of its name.
 """
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 from math import prod, sqrt

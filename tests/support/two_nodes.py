@@ -1,7 +1,5 @@
 """Two nodes of torchrun, which are two process groups of this machine that meet over loopback."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

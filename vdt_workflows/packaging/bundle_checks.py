@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -75,6 +76,10 @@ class Bundle:
             parser.get_parsed_content("code")
         return parser
 
+    def code(self, name: str) -> Any:
+        """Return one of the packages: a package's own copy of it."""
+        return self.parser("inference").get_parsed_content(name) if self.packaged else import_module(name)
+
     def overlays(self) -> list[str]:
         """List the configs that are merged over `train` or `inference`."""
         found = {path.stem for path in (self.folder / "configs").glob(f"*.{self.suffix}")}
@@ -91,7 +96,7 @@ def check_files(bundle: Bundle) -> Iterator[str]:
         place = path.relative_to(bundle.folder)
         if place.parts[0] in ("eval", "data") or (place.parts[0] == "models" and not bundle.packaged):
             continue
-        if path.is_file() and path.suffix != ".pt" and path.stat().st_size > LIMIT:
+        if path.is_file() and path.suffix not in (".pt", ".safetensors") and path.stat().st_size > LIMIT:
             yield f"{place} has {path.stat().st_size:,} bytes; the Model Zoo takes {LIMIT:,}, or large_files.yml"
         if path.suffix in (".json", ".yaml", ".md", ".py", ".txt") and (
             found := re.search(r"/(?:home|root|Users|tmp|mnt|workspace)/[\w.]+", path.read_text())
@@ -179,7 +184,7 @@ def check_network(bundle: Bundle) -> Iterator[str]:
         if not weights.is_file() or not bundle.packaged:
             weights = Path(folder) / "model.pt"
             torch.save(network.state_dict(), weights)
-        network.load_state_dict(torch.load(weights, weights_only=True))
+        network.load_state_dict(bundle.code("networks").read_checkpoint(weights))
         exported = str(Path(folder) / "model.ts")
         monai.bundle.ckpt_export(net_id="network_def", filepath=exported, ckpt_file=str(weights), **place)
         form = bundle.metadata["network_data_format"]["inputs"]["image"]
@@ -209,8 +214,7 @@ def eval_size(size: int | str) -> int:
 def check_readme(bundle: Bundle) -> Iterator[str]:
     """Check that the README's commands name files that are there, and settings that exist."""
     text = (bundle.folder / "docs" / "README.md").read_text().replace("\\\n", " ")
-    code = bundle.parser("inference").get_parsed_content("vdt_workflows") if bundle.packaged else None
-    code = code or __import__("vdt_workflows")
+    code = bundle.code("vdt_workflows")
     for line in (line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()):
         if "monai.bundle" not in line:
             continue

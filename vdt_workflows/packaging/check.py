@@ -11,8 +11,6 @@ give a network too, and only the zip's own code may run. `--python` lets another
 has nothing but what the zip's `docs/requirements.txt` lists.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -116,6 +114,9 @@ def open_package(path: Path) -> Iterator[tuple[zipfile.ZipFile, str]]:
             top = members[0][0] if members else ""
             if not top or any(len(parts) < 2 or parts[0] != top or ".." in parts for parts in members):
                 raise ValueError(f"{path}: not a bundle's zip, which has one folder of the bundle's name")
+            packed, unpacked = (sum(getattr(i, a) for i in archive.infolist()) for a in ("compress_size", "file_size"))
+            if unpacked > 100 * packed + (1 << 24):
+                raise ValueError(f"{path}: unpacks to {unpacked} bytes from {packed}; not a bundle's zip")
             yield archive, top
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: not a whole zip ({error})") from error

@@ -2,6 +2,7 @@
 
     vdt package lits_liver_segmentation
     vdt package lits_liver_segmentation --weights bundles/lits_liver_segmentation/models/model.pt
+    vdt package bcv_multiorgan_segmentation --weights hippocampus_mr_w16 --name hippocampus_mr_segmentation
 
 The zip is as the Model Zoo and MONAI Label take it: JSON configs (`monai.bundle.load` opens no YAML), metadata,
 licences, README, the weights or a `large_files.yml`, and the packages as `scripts.networks`, `scripts.vdt_transforms`
@@ -26,11 +27,23 @@ from monai.bundle import ConfigParser
 
 from vdt_workflows.files import hash_file, write_atomic
 from vdt_workflows.locator import find_bundles
-from vdt_workflows.training.checkpoints import load_weights, read_provenance
+from vdt_workflows.packaging.description import (
+    describe,
+    list_packages,
+    merge,
+    read_object,
+    read_scores,
+    rename,
+    write_readme,
+)
+from vdt_workflows.packaging.hub import make_hub_files, write_folder
+from vdt_workflows.training.checkpoints import check_settings, load_weights, read_provenance
+from vdt_workflows.training.initialisation import find_origins
+from vdt_workflows.training.shipped import MODEL, Weights, find_weights, list_weights
 
 ROOT = Path(__file__).resolve().parents[2]  # of the packages
 # what a zip leaves out of vdt_workflows: no bundle reaches it
-LEFT_OUT = ("preparation", "report", "packaging", "weights", "cli.py", "locator.py", "__main__.py")
+LEFT_OUT = ("preparation", "planning", "report", "packaging", "weights", "cli.py", "locator.py", "__main__.py")
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
 COMPLETE = ("train", "inference")  # configs that stand alone; the others are overlays
 OURS = ("scratch", "vdt", "i3d", "acs", "2.5d")  # initialisations that can rest on weights of our own
@@ -57,64 +70,92 @@ _NAME = re.compile(rf"(?<![\w.@:'\"])({'|'.join(PACKAGES)})(?=\.)")
 
 
 def package_bundle(
-    name: str,
+    bundle: str,
     output_dir: str = "dist",
     weights: str | None = None,
     run: str | None = None,
     scores: str | None = None,
     weights_url: str | None = None,
+    name: str | None = None,
+    metadata: str | None = None,
+    hub: str | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write `<output_dir>/<name>_v<version>.zip` and return its path.
+    """Write `<output_dir>/<name>_v<version>.zip`, or the folder `<output_dir>/<name>` for a hub, and return its path.
 
     Args:
-        name: a folder of `bundles/`.
+        bundle: a folder of `bundles/`.
         output_dir: folder for the zip.
-        weights: a trained `model.pt` of this bundle. Without it the zip has code and configs alone.
+        weights: a trained `model.pt` of this bundle, or the name of shipped weights. Without it the zip has code and
+            configs alone.
         run: the `run.json` of that training; by default the one beside the weights. Its settings become the defaults
             of the configs, and the metadata follow them.
         scores: `scores.json` of an evaluation; its figures become `eval_metrics` of the metadata.
         weights_url: where the weights will be downloaded from; then the zip has a `large_files.yml` with their SHA-256
             instead of the file.
-        overwrite: replace a zip of the same version that has other content.
+        name: of the package, that of the bundle by default; it ends as that does.
+        metadata: a JSON file whose values replace those of the metadata: authors, version and its changelog, ...
+        hub: a repository of Hugging Face, as OWNER/NAME; instead of the zip, a folder that an upload there takes as it
+            is, with a model card, the weights as safetensors too, and the hash of each file.
+        overwrite: replace a package of the same version that has other content.
 
     Raises:
         FileNotFoundError: if there is no such bundle or file.
-        ValueError: if the weights do not fit the settings, or rest on weights of others.
-        FileExistsError: if a zip of this version with other content is there and `overwrite` is off.
+        ValueError: if the weights do not fit the settings, or rest on weights of others, or an argument is wrong.
+        FileExistsError: if a package of this version with other content is there and `overwrite` is off.
+        ImportError: if safetensors, which a hub's folder needs, is not installed.
     """
-    bundle = find_bundles() / name
-    if not (bundle / "configs").is_dir():
+    source, name = find_bundles() / bundle, name or bundle
+    if not (source / "configs").is_dir():
         known = sorted(path.parent.name for path in find_bundles().glob("*/configs"))
-        raise FileNotFoundError(f"{name}: no such bundle; there are {', '.join(known)}")
+        raise FileNotFoundError(f"{bundle}: no such bundle; there are {', '.join(known)}")
     given = [option for option, value in (("run", run), ("scores", scores), ("weights_url", weights_url)) if value]
     if given and not weights:
         raise ValueError(f"--{given[0]} describes weights; give --weights too")
-    defaults = ConfigParser.load_config_file(str(bundle / "configs" / "inference.yaml"))
+    defaults = ConfigParser.load_config_file(str(source / "configs" / "inference.yaml"))
     settings: dict[str, Any] = {}
     files = dict(collect_code())
+    origins: list[Weights] = []
+    terms = (source / "docs" / "data_license.txt").read_text()
     if weights:
-        settings, record = read_run(Path(run) if run else Path(weights).parent / "run.json")
+        weights = str(find_weights(weights) / MODEL) if weights in list_weights() else weights
+        run_file = Path(run) if run else Path(weights).parent / "run.json"
+        settings, record = read_run(run_file)
+        check_settings(run_file, weights)
         refuse_others(weights, record)
         load_weights(ConfigParser({**defaults, **settings}).get_parsed_content("network_def"), weights)  # if they fit
         files["models/run.json"] = to_json(settings)
         files.update(describe_weights_file(Path(weights), weights_url))
-    files |= {
-        file: (bundle / file).read_bytes() for file in ("LICENSE", "docs/data_license.txt", "configs/logging.conf")
-    }
-    for config, content in convert_configs(bundle, settings).items():
+        terms = terms.replace("No data and no weights are", "Weights, but no data, are")
+        origins = find_origins(weights)
+        for origin in origins:
+            card = f"docs/weights/{origin.folder.name}.md"
+            files[card] = origin.text.encode()
+            terms += f"\nFor the weights {origin.license} holds, and the terms of the data that {card} names.\n"
+    files |= {file: (source / file).read_bytes() for file in ("LICENSE", "configs/logging.conf")}
+    files["docs/data_license.txt"] = terms.encode()
+    for config, content in convert_configs(source, settings).items():
         files[f"configs/{config}.json"] = to_json(content)
-    metadata = describe(json.loads((bundle / "configs" / "metadata.json").read_text()), settings, defaults)
+    meta = describe(json.loads((source / "configs" / "metadata.json").read_text()), settings, defaults)
+    if name != bundle:
+        rename(meta, bundle, name)
+    if origins and weights and origins[0].sha256[MODEL] == hash_file(weights):
+        merge(meta, origins[0].metadata)
     if scores:
-        metadata["eval_metrics"] = read_scores(Path(scores))
-    files["configs/metadata.json"] = to_json(metadata)
-    files["docs/requirements.txt"] = list_packages(metadata).encode()
-    files["docs/README.md"] = write_readme(bundle, bool(weights), weights_url).encode()
-    target = Path(output_dir) / f"{name}_v{metadata['version']}.zip"
+        meta["eval_metrics"] = read_scores(Path(scores))
+    if metadata:
+        merge(meta, read_object(Path(metadata), "--metadata, an object as metadata.json"))
+    title = meta["name"] if name != bundle else ""
+    files["docs/README.md"] = write_readme(source, bool(weights), weights_url, name, title).encode()
+    files["docs/requirements.txt"] = list_packages(meta).encode()
+    files["configs/metadata.json"] = to_json(meta)
+    if hub is not None:
+        return write_folder(Path(output_dir, name), make_hub_files(hub, name, files, meta, weights, origins), overwrite)
+    target = Path(output_dir) / f"{name}_v{meta['version']}.zip"
     content = make_zip(name, files)
     if target.exists() and target.read_bytes() != content and not overwrite:
         raise FileExistsError(
-            f"{target}: there is another package of version {metadata['version']}; raise the version in metadata.json,"
+            f"{target}: there is another package of version {meta['version']}; raise the version in metadata.json,"
             " or give --overwrite"
         )
     write_atomic(target, content)
@@ -200,7 +241,7 @@ def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not what training writes.
     """
-    settings = _read_json(path, "--run, the run.json that training wrote beside the weights")
+    settings = read_object(path, "--run, the run.json that training wrote beside the weights")
     if "_run_" not in settings:
         raise ValueError(f"{path}: not the record of a run; give the run.json that training wrote")
     record = settings.pop("_run_")
@@ -235,90 +276,6 @@ def describe_weights_file(weights: Path, url: str | None) -> dict[str, bytes]:
         return {"models/model.pt": weights.read_bytes()}
     entry = {"path": "models/model.pt", "url": url, "hash_val": hash_file(weights), "hash_type": "sha256"}
     return {"large_files.yml": yaml.safe_dump({"large_files": [entry]}, sort_keys=False).encode()}
-
-
-def describe(metadata: dict[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Adapt the metadata to a run's settings: labels, channels, and the network's input."""
-    taken = metadata["network_data_format"]["inputs"]["image"]
-    given = metadata["network_data_format"]["outputs"]["pred"]
-    names = settings.get("label_names") or settings.get("class_names")
-    if names:
-        given.update(num_channels=len(names), channel_def={str(i): name for i, name in enumerate(names)})
-    if "crop_size" in settings:
-        taken["spatial_shape"] = [settings["crop_size"]] * 3
-    if "image_size" in settings:
-        taken["spatial_shape"] = [3, settings["image_size"], settings["image_size"]]
-    if "slices" in settings:
-        taken["spatial_shape"] = [settings["slices"], *taken["spatial_shape"][1:]]
-    scaling = [id for id in ("window", "mean", "std", "value_range") if id in settings]
-    if any(settings[id] != defaults.get(id) for id in scaling):
-        taken["value_range"] = []  # not that of the defaults
-    return metadata
-
-
-def read_scores(path: Path) -> dict[str, float]:
-    """Take the figures out of an evaluation's `scores.json`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it has none.
-    """
-    meant = "the scores.json that evaluation wrote"
-    found = {name: value for name, value in _read_json(path, meant).items() if isinstance(value, int | float)}
-    if not found:
-        raise ValueError(f"{path}: no figures in it; give {meant}")
-    return found
-
-
-def _read_json(path: Path, meant: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give {meant}")
-    try:
-        return dict(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error}); give {meant}") from error
-
-
-def list_packages(metadata: Mapping[str, Any]) -> str:
-    """List what the metadata require, one a line, as pip takes it."""
-    versions = {"torch": "pytorch_version", "monai": "monai_version", "numpy": "numpy_version"}
-    listed = {name: metadata[key] for name, key in versions.items()} | metadata["required_packages_version"]
-    return "".join(f"{name}=={version}\n" for name, version in listed.items())
-
-
-def write_readme(bundle: Path, has_weights: bool, url: str | None) -> str:
-    """Write the zip's README: how to use it as it lies, then the bundle's own, with JSON for YAML."""
-    title, _, rest = (bundle / "docs" / "README.md").read_text().partition("\n")
-    rest = re.sub(r"(configs/\w+)\.yaml", r"\1.json", rest)
-    name = bundle.name
-    example = re.search(r"configs/inference\.json.*?(--dataset_dir .*?)\n```", rest, re.DOTALL)
-    data = " ".join(example[1].replace("\\\n", " ").split()) if example else "--dataset_dir DATA"
-    weights = "Its weights are `models/model.pt`; the settings that belong to them are the configs' defaults."
-    if url:
-        weights = (
-            f"Its weights lie elsewhere; `python -m monai.bundle download_large_files --bundle_path {name}` fetches and"
-            " checks them."
-        )
-    if not has_weights:
-        weights = "It has no weights: train it, or put a `model.pt` into `models/`."
-    return f"""{title}
-
-This is a package of the bundle. It holds its code (`scripts/`) and works from any folder; the commands further below
-are given from within it; the command `vdt`, which prepares data among others, comes with the package vdt-bundles alone.
-{weights}
-
-```bash
-pip install -r {name}/docs/requirements.txt
-python -m monai.bundle run --config_file {name}/configs/inference.json --bundle_root {name} \\
-    {data}
-```
-
-```python
-import monai
-
-network = monai.bundle.load("{name}", bundle_dir=".", workflow_type="inference")
-```
-{rest}"""
 
 
 def to_json(content: Any) -> bytes:

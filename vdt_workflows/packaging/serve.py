@@ -2,11 +2,10 @@
 
     vdt serve STUDIES dist/*.zip --python monailabel/bin/python
 
-STUDIES is a folder of volumes. The zips are those of `vdt package`, with weights; each brings its own code, so that
-MONAI Label's environment needs no package of this repository. `docs/monai_label.md` explains how to make it.
+STUDIES is a folder of volumes or of DICOM series, or the address of a DICOMweb store. The zips are those of `vdt
+package`, with weights; each brings its own code, so that MONAI Label's environment needs no package of this repository.
+`docs/monai_label.md` explains how to make it.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -16,9 +15,29 @@ import sys
 import tempfile
 from pathlib import Path
 
+from vdt_workflows.files import write_atomic
 from vdt_workflows.packaging.check import open_package
+from vdt_workflows.packaging.label_studies import find_studies
 
 TASKS = ("_segmentation", "_classification", "_detection")  # endings by which MONAI Label knows the kind of a model
+REFUSAL = """
+
+# Added by vdt serve: what cannot be trained from labels of a viewer is refused in a sentence, and not offered.
+from fastapi import HTTPException
+
+
+class MyApp(MyApp, MONAILabelApp):  # which MONAI Label looks for among the direct bases
+    def init_trainers(self):
+        return {name: task for name, task in super().init_trainers().items() if not name.endswith("_detection")}
+
+    def train(self, request):
+        name = request.get("model")
+        if name not in self._trainers:
+            why = "a detection trains on the key slices of a prepared data set, by its train.yaml alone"
+            why = why if str(name).endswith("_detection") else f"expected one of {', '.join(self._trainers)}"
+            raise HTTPException(400, f"model {name!r}: cannot be trained through MONAI Label; {why}")
+        return super().train(request)
+"""
 logger = logging.getLogger(__name__)
 
 
@@ -34,34 +53,35 @@ def serve_monai_label(
     """Make an app of the bundles and start its server in place of this process.
 
     Args:
-        studies: folder of the volumes to label.
+        studies: what to label: folder of volumes (.nii.gz, .nii, .nrrd), folder or zip with DICOM series, which become
+            volumes in the app's folder, or address of a DICOMweb store (http://127.0.0.1:8042/dicom-web).
         packages: zips of bundles, each with its weights.
         app: folder for MONAI Label's app and the unpacked bundles; a bundle that is there already, with the same
             metadata, is not unpacked again.
         python: the interpreter that has MONAI Label.
         host: address to listen at; 0.0.0.0 lets other machines in.
         port: number to listen at.
-        start: start the server; otherwise return its command.
+        start: `--start False` returns the command of the server without starting it.
 
     Raises:
         FileNotFoundError: if a folder, a zip or the interpreter is not there.
-        ValueError: if a zip has no weights or is not for MONAI Label.
+        ValueError: if a zip has no weights or is not for MONAI Label, or there is nothing to label.
     """
-    if not Path(studies).is_dir():
-        raise FileNotFoundError(f"{studies}: no such folder of studies")
     if not packages:
         raise ValueError("name the zips of the bundles to serve; vdt package makes them")
     place = Path(app).absolute() / "monaibundle"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PATH"] = f"{Path(python).absolute().parent}{os.pathsep}{environment.get('PATH', '')}"
+    source = find_studies(studies, place.parent / "studies", environment["PATH"])
     if not place.is_dir():
         copy = ["apps", "--download", "--name", "monaibundle", "--output", str(place.parent)]
         _run([python, "-m", "monailabel.main", *copy], environment)
+    add_refusal(place / "main.py")
     names = [unpack(Path(package), place / "model") for package in packages]
     # any other source than MONAI's would do: it keeps the server from asking the network for local bundles
     conf = {"models": ",".join(names), "zoo_source": "local", "sam2": "false"}
     words = [python, "-m", "monailabel.main", "start_server", "--app", str(place)]
-    words += ["--studies", str(Path(studies).absolute())]
+    words += ["--studies", source]
     words += ["--host", host, "--port", str(port)]
     words += [word for name, value in conf.items() for word in ("--conf", name, value)]
     if not start:
@@ -69,6 +89,19 @@ def serve_monai_label(
     logger.info("serving %s at http://%s:%s", ", ".join(names), host, port)
     sys.stdout.flush()
     os.execve(python, words, environment)
+
+
+def add_refusal(main: Path) -> None:
+    """Add to the copy of MONAI Label's app how trainings are refused that would end in an error of a library.
+
+    Raises:
+        ValueError: if the app is not MONAI Label's for bundles.
+    """
+    text = main.read_text(encoding="utf-8")
+    if "class MyApp(MONAILabelApp):" not in text:
+        raise ValueError(f"{main}: not the app of MONAI Label for bundles; name another --app")
+    if REFUSAL not in text:
+        write_atomic(main, (text + REFUSAL).encode())
 
 
 def unpack(package: Path, folder: Path) -> str:

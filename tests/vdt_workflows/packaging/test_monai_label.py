@@ -1,16 +1,11 @@
 """All bundles but pre-training from one MONAI Label server. Set MONAI_LABEL_PYTHON to the interpreter that has it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +15,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 from monai.utils import version_geq
+from scipy.ndimage import gaussian_filter
 
 from tests.makers.dicom import write_series
 from tests.support.bundle_runs import BUNDLES, ROOT, infer
+from tests.support.label_server import PYTHON, ask, predict, serving
 from vdt_workflows.packaging.package import package_bundle
 from vdt_workflows.packaging.serve import serve_monai_label, unpack
 
-PYTHON = os.environ.get("MONAI_LABEL_PYTHON")
 SERVED = [bundle for bundle in BUNDLES if not bundle.name.startswith("imagenet")]
 SEGMENTATIONS = [bundle for bundle in SERVED if bundle.name.endswith("_segmentation")]
 NAME = "bcv_multiorgan_segmentation"
@@ -118,38 +114,8 @@ def server(answering, volumes, tmp_path_factory):
         config.write_text(json.dumps({**content, **{id: few[id] for id in few if id in content}}))
     config = models / DETECTION / "configs" / "inference.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "least_score": LEAST_SCORE}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "vdt_workflows.cli", "serve", str(folder / "studies"), *packages]
-    words += ["--app", str(folder / "app"), "--python", PYTHON, "--port", str(port)]
-    with (folder / "server.log").open("w") as log:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            if subprocess.run(["curl", "-sf", f"{address}/info/"], capture_output=True, check=False).returncode == 0:
-                break
-            assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
-            time.sleep(1)
+    with serving(str(folder / "studies"), packages, folder) as address:
         yield Server(address, models)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def ask(*words: str) -> bytes:
-    """Send a request; a status of 400 or more fails the test with the answer."""
-    result = subprocess.run(["curl", "-s", "--fail-with-body", *words], capture_output=True, check=False)
-    assert result.returncode == 0, result.stdout.decode(errors="replace")[-3000:]
-    return result.stdout
-
-
-def predict(server: Server, name: str, where: str, output: str = "image") -> bytes:
-    """Let the server predict: a mask, or JSON."""
-    settings = json.dumps({"device": "cpu", "result_dtype": "uint8", "result_extension": ".nii.gz"})
-    return ask("-X", "POST", f"{server}/infer/{name}?{where}&output={output}", "-F", f"params={settings}")
 
 
 def compare(mask: bytes, reference: Path, folder: Path) -> None:
@@ -218,8 +184,9 @@ def test_the_documented_colours_are_those_of_the_viewers_since_the_server_sends_
 
 
 def make_series(folder: Path, **more) -> Path:
-    """Write a DICOM series of noise, oblong in all directions."""
-    hu = np.random.default_rng(0).integers(-400, 400, (20, 22, 15))
+    """Write a DICOM series, oblong in all directions; smooth, so that no two parts of a mask are equally large."""
+    smooth = gaussian_filter(np.random.default_rng(0).normal(size=(20, 22, 15)), 2)
+    hu = np.rint(smooth / smooth.std() * 200).astype(int)
     write_series(folder, hu, spacing=(0.8, 0.7, 2.5), origin=(-20.0, -10.0, -100.0), **more)
     return folder
 
@@ -318,6 +285,16 @@ def test_a_segmentation_trains_twice_in_a_row_and_still_answers_on_the_grid_of_t
     a, b = (nib.load(tmp_path / f"{name}.nii.gz") for name in "ab")
     assert a.shape == b.shape
     np.testing.assert_array_equal(a.affine, b.affine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [DETECTION, "unknown_segmentation"])
+def test_what_cannot_be_trained_is_not_offered_and_refused_in_a_sentence(server, name):
+    assert set(json.loads(ask(f"{server}/info/"))["trainers"]) == {b.name for b in SERVED} - {DETECTION}
+    words = ["curl", "-s", "-w", "%{http_code}", "-X", "POST", f"{server}/train/{name}?run_sync=true"]
+    answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert answer.endswith("400")
+    assert f"model '{name}': cannot be trained through MONAI Label; " in json.loads(answer[:-3])["detail"]
 
 
 @pytest.mark.slow
