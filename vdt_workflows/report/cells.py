@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import platform
-import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -22,8 +21,9 @@ import torch
 
 from networks import read_checkpoint
 from vdt_workflows.errors import root_cause
-from vdt_workflows.files import write_atomic, write_json
+from vdt_workflows.files import read_json, remove_unfinished, write_atomic, write_json
 from vdt_workflows.locator import find_bundles
+from vdt_workflows.naming import join_words
 from vdt_workflows.parallel import follow_parent
 
 SHORT_SPIN = ("GOMP_SPINCOUNT", "100000")  # threads that spin for ever while they wait take the cores of others
@@ -76,7 +76,7 @@ class Cell:
     def result(self) -> dict[str, Any] | None:
         """Read `result.json`: what each stage took, and which versions ran; None before the end."""
         path = Path(self.folder) / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_json(path, "the command again without it") if path.is_file() else None
 
     def error(self) -> str | None:
         """Read the sentence of the error that the last try ended with, if it did."""
@@ -197,17 +197,19 @@ def run_cell(cell: Cell, device: str | None = None) -> None:
     Raises:
         SystemExit: if a stage fails; `error.txt` says how, and `log.txt` all of it.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     follow_parent()
     folder = Path(cell.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "error.txt").unlink(missing_ok=True)
+    remove_unfinished(folder, folder / "stages")
     with (folder / "log.txt").open("a") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    commands = [shlex.join([*COMMAND, *stage.words()]) for stage in cell.stages]
-    write_atomic(folder / "commands.txt", "\n".join([f"cd {shlex.quote(cell.bundle)}", *commands, ""]).encode())
+    commands = [join_words([*COMMAND, *stage.words()]) for stage in cell.stages]
+    write_atomic(folder / "commands.txt", "\n".join([f"cd {join_words([cell.bundle])}", *commands, ""]).encode())
     try:
         for stage in cell.stages:
             _run_stage(cell, stage)
@@ -230,7 +232,11 @@ def _run_stage(cell: Cell, stage: Stage) -> None:
     os.chdir(cell.bundle)
     sys.argv = ["monai.bundle", *stage.words()]  # what run.json records
     start, busy = time.perf_counter(), time.process_time()
-    monai.bundle.run(config_file=list(stage.configs), bundle_root=".", **stage.settings)
+    try:
+        monai.bundle.run(config_file=list(stage.configs), bundle_root=".", **stage.settings)
+    except SystemExit as end:
+        if end.code:
+            raise  # else a training that was finished when its cell was killed
     took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy}
     write_json(record, {name: round(value, 2) for name, value in took.items()}, indent=None)
 
@@ -248,7 +254,7 @@ def _describe(cell: Cell) -> dict[str, Any]:
     return {
         "parameters": sum(value.numel() for value in state.values() if value.is_floating_point()),
         "commit": find_commit(),
-        "stages": {s.name: json.loads((stages / f"{s.name}.json").read_text()) for s in cell.stages},
+        "stages": {s.name: read_json(stages / f"{s.name}.json") for s in cell.stages},
         "machine": f"{platform.node()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device}",
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "monai": monai.__version__},
         "threads": cell.threads,

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from vdt_transforms.checks import to_whole
+from vdt_transforms.geometry import open_volume, read_voxels
 from vdt_workflows.drawing import cut_planes, draw_planes, find_centre
 from vdt_workflows.report.pages import COLOURS, percent
 from vdt_workflows.report.statistics import NEAR
@@ -143,14 +144,15 @@ def draw_example(results: Mapping[str, Any]) -> tuple[str, list[tuple[str, np.nd
             found[cell["row"], cell["protocol"]] = files[0], cell
     if example is None or not found:
         return "", []
-    image = nib.load(example["image"])
-    label = _read(example["label"])
-    centre = find_centre(label)
-    planes = cut_planes(_read(example["image"]), image.affine, centre)
+    geometry = example.get("geometry", "refuse")
+    image, label = (open_volume(example[kind], geometry) for kind in ("image", "label"))
+    labels = to_whole(read_voxels(label))
+    centre = find_centre(labels)
+    planes = cut_planes(read_voxels(image), image.affine, centre)
     several = len({protocol for _, protocol in found}) > 1
-    masks = {"image": None, "label": label}
+    masks = {"image": None, "label": labels}
     for (row, protocol), (file, _) in found.items():
-        masks[f"{row}, {protocol}" if several else row] = _read(file)
+        masks[f"{row}, {protocol}" if several else row] = read_voxels(open_volume(file, geometry))
     pictures = []
     for name, mask in masks.items():
         areas = None if mask is None else cut_planes(mask, image.affine, centre)
@@ -158,7 +160,3 @@ def draw_example(results: Mapping[str, Any]) -> tuple[str, list[tuple[str, np.nd
     _, cell = next(iter(found.values()))
     text = f"{Path(example['image']).name}, the planes with most labelled voxels; seed {cell['seed']}"
     return f"{text}, {percent(cell['share'])} of the labels", pictures
-
-
-def _read(file: str | Path) -> np.ndarray:
-    return np.asarray(nib.load(file).dataobj)

@@ -1,7 +1,5 @@
 """The page of a comparison: what was found, the scores, and where they come from."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -9,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from vdt_workflows.drawing import colour, to_png
+from vdt_workflows.drawing import list_colours, to_png
 from vdt_workflows.report.charts import draw_curves, draw_example, draw_labels_needed, to_svg
 from vdt_workflows.report.pages import percent, render, signed, to_base64
 from vdt_workflows.report.statistics import NEAR
@@ -42,7 +40,7 @@ def write_page(results: Mapping[str, Any]) -> str:
         example_text=example_text,
         pictures=[(name, to_base64(to_png(pixels))) for name, pixels in pictures],
         label_names=labels,
-        label_colours=["#{:02x}{:02x}{:02x}".format(*colour(value)) for value in range(1, len(labels) + 1)],
+        label_colours=list_colours(range(1, len(labels) + 1)),
         waiting=sum(cell["state"] == "not run" for cell in cells),
         missing=[
             [cell["row"], percent(cell["share"]), cell["seed"], cell["protocol"], "failed", _shorten(cell["error"])]

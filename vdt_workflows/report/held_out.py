@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
+from vdt_transforms.checks import to_whole
+from vdt_transforms.geometry import open_volume, read_voxels
 from vdt_workflows.data.nodules import find_nodules
 from vdt_workflows.data.volumes import find_volumes
+from vdt_workflows.files import read_json
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,15 @@ class Split:
 
 
 def split_volumes(
-    dataset_dir: str, datalist: str | None, held_out: int, curve_cases: int, training_cases: int | None
+    dataset_dir: str,
+    datalist: str | None,
+    held_out: int,
+    curve_cases: int,
+    training_cases: int | None,
+    geometry: str = "refuse",
 ) -> Split:
     """Separate the volumes; test cases with labels are held out, or else a draw of the labelled ones."""
-    cases = find_volumes(dataset_dir, datalist=datalist)
+    cases = find_volumes(dataset_dir, datalist=datalist, geometry=geometry)
     tests = [case for case in cases["test"] if "label" in case]
     labelled = [*cases["training"], *cases["validation"]]
     if not tests:
@@ -61,7 +67,7 @@ def split_volumes(
             "shared_cases": "the curve is drawn from some of the held-out cases, and nothing is selected on them",
         }
 
-    return Split(pool, scored, len(pool), draw, "datalist", example=scored[0])
+    return Split(pool, scored, len(pool), draw, "datalist", example={**scored[0], "geometry": geometry})
 
 
 def split_nodules(
@@ -111,14 +117,16 @@ def count_cases(share: float, available: int) -> int:
     return count
 
 
-def find_label_names(dataset_dir: str, datalist: str | None, cases: Sequence[Mapping[str, Any]]) -> list[str]:
+def find_label_names(
+    dataset_dir: str, datalist: str | None, cases: Sequence[Mapping[str, Any]], geometry: str = "refuse"
+) -> list[str]:
     """Take the names from dataset.json, or number the values that the labels of the cases hold."""
     listing = Path(datalist or Path(dataset_dir, "dataset.json"))
-    found = json.loads(listing.read_text()).get("labels", {}) if listing.is_file() else {}
+    found = read_json(listing, "a whole one").get("labels", {}) if listing.is_file() else {}
     if found:
         named = {int(k): v for k, v in found.items()} if "0" in found else {int(v): k for k, v in found.items()}
         return [named[value] for value in sorted(named)]
-    highest = max(int(np.asarray(nib.load(case["label"]).dataobj).max()) for case in cases)
+    highest = max(int(to_whole(read_voxels(open_volume(case["label"], geometry))).max()) for case in cases)
     return ["background", *(f"label {value}" for value in range(1, highest + 1))]
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import claim, hash_file, write_atomic, write_json
+from vdt_workflows.files import claim, hash_file, remove_unfinished, write_atomic, write_json
 from vdt_workflows.locator import find_bundles
+from vdt_workflows.locks import leaving
+from vdt_workflows.naming import NAMES, literal, plain
 from vdt_workflows.overrides import check_command_line
-from vdt_workflows.parallel import track
+from vdt_workflows.progress import say, track
 from vdt_workflows.report.cells import Cell, Stage, run_cells
 from vdt_workflows.report.comparison_page import write_page
 from vdt_workflows.report.held_out import count_cases, describe_cases, find_label_names, split_nodules, split_volumes
@@ -38,6 +38,7 @@ from vdt_workflows.report.rows import (
     choose_reference,
     find_protocols,
     merge_settings,
+    name_weights,
     read_mapping,
     read_rows,
 )
@@ -73,21 +74,26 @@ SEGMENTATION = Task(
     train={"best_name": "model_best.pt", "last_name": "model_last.pt"},
     score={"part": "test", "surfaces": False},
 )
-TASKS = {
-    "bcv_multiorgan_segmentation": replace(SEGMENTATION, example=True),
-    "lits_liver_segmentation": replace(SEGMENTATION, example=True),
-    "lidc_nodule_segmentation": SEGMENTATION,
-    "lidc_nodule_classification": Task(
-        "val_auc",
-        "area under the ROC curve",
-        steps="steps",
-        weights="model.pt",
-        train={"selection": "last"},
-        score={"part": "test"},
-    ),
-}
+CLASSIFICATION = Task(
+    "val_auc",
+    "area under the ROC curve",
+    steps="steps",
+    weights="model.pt",
+    train={"selection": "last"},
+    score={"part": "test"},
+)
 
 
+def find_task(bundle: str) -> Task:
+    """Say how a bundle is compared: every one that segments, and the classification of nodules."""
+    segmentations = sorted(path.name for path in find_bundles().glob("*_segmentation"))
+    check_choice("bundle", bundle, (*segmentations, "lidc_nodule_classification"))
+    if bundle in segmentations:
+        return replace(SEGMENTATION, example=not bundle.startswith("lidc"))
+    return CLASSIFICATION
+
+
+@leaving
 def compare(
     rows: str | Sequence[Any],
     dataset_dir: str,
@@ -136,18 +142,18 @@ def compare(
         ray_resources: what Ray reserves for a cell, such as "{'num_cpus': 4, 'num_gpus': 1}".
 
     Returns:
-        Paths of the report and the tables, and how many cells are finished and failed.
+        Path of the report, and how many cells are finished and failed; `vdt compare` exits with status 1 if any failed.
 
     Raises:
+        BlockingIOError: if another process runs cells in `output_dir`.
         FileNotFoundError: if a file of weights, rows, settings or an overlay is missing.
         ValueError: if a row, an initialisation, a setting or a protocol is unknown, a fraction is no case at all, or
             `output_dir` holds results of other settings.
     """
-    check_choice("bundle", bundle, tuple(TASKS))
-    task = TASKS[bundle]
+    task = find_task(bundle)
     root = Path(output_dir).resolve()
     shared = read_mapping(settings, "settings")
-    plan = read_rows(rows)
+    plan = [name_weights(row, shared) for row in read_rows(rows)]
     shares = sorted({float(f) for f in as_list(fractions)})
     known = find_protocols(bundle)
     names = list(dict.fromkeys(str(p) for p in as_list(protocols)))
@@ -157,13 +163,14 @@ def compare(
     if steps % points or seeds < 1:
         raise ValueError(f"steps must be a multiple of points, and seeds at least 1; got {steps=}, {points=}, {seeds=}")
     base = choose_reference(plan, reference)
+    geometry = str(shared.get("geometry", "refuse"))
 
     if bundle.startswith("lidc"):
         split = split_nodules(bundle, dataset_dir, shared, held_out, curve_cases, training_cases)
     else:
-        split = split_volumes(dataset_dir, datalist, held_out, curve_cases, training_cases)
+        split = split_volumes(dataset_dir, datalist, held_out, curve_cases, training_cases, geometry)
         if bundle.startswith("bcv") and "label_names" not in shared:
-            shared["label_names"] = find_label_names(dataset_dir, datalist, split.pool)
+            shared["label_names"] = find_label_names(dataset_dir, datalist, split.pool, geometry)
     counts = {share: count_cases(share, split.size) for share in shares}
     described, data_dir = describe_cases(split.scored), str(Path(dataset_dir).resolve())
     common = {
@@ -176,7 +183,7 @@ def compare(
         chosen = root / "data" / f"share{share:g}-seed{seed}.json"
         lists[chosen] = split.draw(counts[share], seed)
         example = split.example if pictures and task.example and (seed, share) == (0, shares[-1]) else None
-        data = {"dataset_dir": data_dir, split.option: str(chosen)}
+        data = literal({"dataset_dir": data_dir, split.option: str(chosen)})
         train: dict[str, Any] = {"seed": seed, "epochs": points, task.steps: steps // points, "val_interval": 1}
         train |= {**task.train, **data, **split.train}
         for name, row in product(names, plan):
@@ -189,9 +196,12 @@ def compare(
             cells[name, row.name, share, seed] = cell
     for cell in {key[:2]: cell for key, cell in cells.items()}.values():
         _check_settings(cell)
-    claim(root, common)
+    alone = workers > 0 or ray is not None
+    claim(root, common, alone=alone)
+    if alone:
+        remove_unfinished(root / "data", *(root / "cells").glob("*"))
     for row in plan:
-        claim(root / "cells" / row.folder, row.identity())
+        claim(root / "cells" / row.folder, row.identity(), alone=False)
     for path, content in lists.items():
         write_json(path, content)
 
@@ -223,17 +233,18 @@ def _plan_stages(
     """Plan the runs of a cell, which leave `weights` in the folder models/ of the cell's."""
     models, folder = weights.parent, weights.parents[1]
     configs = ("configs/train.yaml", *([overlay] if overlay else []), *row.configs)
-    settings = merge_settings(shared, row)
-    start = {"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained})
-    folders = {"ckpt_dir": str(models), "output_dir": str(folder / "eval")}
+    settings = {"norm": "batch"}  # of all rows, since pre-trained files have it
+    settings |= {n: literal(plain(v)) if n in NAMES else v for n, v in merge_settings(shared, row).items()}
+    start = literal({"init": row.init} | ({} if row.pretrained is None else {"pretrained": row.pretrained}))
+    folders = literal({"ckpt_dir": str(models), "output_dir": str(folder / "eval")})
     train = {"num_workers": 0, **settings, **start, **train, **folders}
-    left = {"ckpt_path": str(weights), "args_file": str(models / "run.json")}
-    score = {"num_workers": 0, **settings, **score, **left, "output_dir": str(folder / "scores")}
+    left = {"ckpt_path": literal(str(weights)), "args_file": str(models / "run.json")}
+    score = {"num_workers": 0, **settings, **score, **left, "output_dir": literal(str(folder / "scores"))}
     stages = (Stage("training", configs, train), Stage("scoring", (*configs, "configs/evaluate.yaml"), score))
     if example is None:
         return stages
-    own = {name: value for name, value in settings.items() if name.startswith("network_def")}
-    shown = {"dataset_dir": example["image"], **own, **left, "output_dir": str(folder / "example")}
+    own = {name: value for name, value in settings.items() if name.startswith(("network_def", "geometry"))}
+    shown = {**own, **left, **literal({"dataset_dir": example["image"], "output_dir": str(folder / "example")})}
     return (*stages, Stage("example", ("configs/inference.yaml", *row.configs), shown))
 
 
@@ -257,9 +268,9 @@ def _run(cells: Sequence[Cell], workers: int, ray: str | None, resources: Mappin
     devices = (visible.split(",") if visible else [str(i) for i in range(count)])[:count]
     waiting = sum(cell.result() is None for cell in cells)
     ended = run_cells(cells, workers=workers, devices=devices, ray=ray, ray_resources=resources)
-    for cell in track(ended, waiting, "cells"):
+    for cell in track(ended, waiting, "runs finished"):
         if cell.result() is None:
-            tqdm.write(f"failed: {cell.name}: {cell.error()}", file=sys.stderr)
+            say(f"failed: {cell.name}: {cell.error()}")
 
 
 def _trace(root: Path, common: Mapping[str, Any], rows: Sequence[Row], cells: Iterable[Cell]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Pages from templates: one style, one file, nothing from a network, and every name shown as text."""
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ _TEMPLATES = Environment(
 
 def render(template: str, **values: Any) -> str:
     """Fill in a template of the folder `templates`; text is escaped, but for what is `markupsafe.Markup`."""
-    return _TEMPLATES.get_template(template).render(colours=(COLOURS, LIGHTER), **values)
+    page = _TEMPLATES.get_template(template).render(colours=(COLOURS, LIGHTER), **values)
+    return page.encode("utf-8", "backslashreplace").decode()  # names of files may be of any bytes
 
 
 def to_base64(content: bytes) -> str:

@@ -1,11 +1,9 @@
 """Rows and protocols of a comparison: the ways to start a network, and the settings that go with each."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from vdt_workflows.errors import check_choice
 from vdt_workflows.files import hash_file
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.training.initialisation import INITIALISATIONS
+from vdt_workflows.training.shipped import first_weights
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,13 @@ def merge_settings(shared: Mapping[str, Any], row: Row) -> dict[str, Any]:
     return {**kept, **row.settings}
 
 
+def name_weights(row: Row, shared: Mapping[str, Any]) -> Row:
+    """Name the file of a row that takes a shipped encoder, so that its hash belongs to the results."""
+    settings = merge_settings(shared, row)
+    width, depth = settings.get("base_channels", 64), settings.get("depth", 18)  # the bundles' own
+    return replace(row, pretrained=first_weights(row.init, row.pretrained, width, depth))
+
+
 def choose_reference(rows: Sequence[Row], reference: str) -> str:
     """Name the row that the others are compared with.
 
@@ -155,7 +161,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def read_mapping(value: Any, what: str) -> dict[str, Any]:
-    """Take a mapping of config ids to values as it is, or read it from a YAML or JSON file.
+    """Take a mapping of config ids to values, or read it from a YAML or JSON file; without notes, such as `_plan_`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -165,7 +171,7 @@ def read_mapping(value: Any, what: str) -> dict[str, Any]:
         value = _read_file(Path(value), what) if value else {}
     if not isinstance(value, Mapping):
         raise ValueError(f"{what}: expected a mapping of config ids to values, got {value!r}")
-    return dict(value)
+    return {name: setting for name, setting in value.items() if not str(name).startswith("_")}
 
 
 def _read_file(path: Path, what: str) -> Any:

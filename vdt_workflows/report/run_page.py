@@ -8,7 +8,6 @@ volumes with their masks or boxes.
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -16,11 +15,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from monai.transforms import LoadImage
 
-from vdt_workflows.files import read_lines, write_atomic
+from vdt_transforms.geometry import open_volume, read_voxels
+from vdt_transforms.readers import VolumeReader
+from vdt_workflows.files import read_json, read_lines, write_atomic
+from vdt_workflows.naming import bare_name, plain
 from vdt_workflows.report.pages import render, to_base64
 from vdt_workflows.report.viewer import Case, describe_viewer, draw_boxes
 
@@ -91,23 +92,25 @@ def find_cases(files: dict[str, Path], number: int) -> list[Case]:
     """Load the first volumes of a run that were segmented or searched, with their masks, or boxes drawn as masks."""
     cases: list[Case] = []
     record = _read_json(files.get("inference.json"))
-    load = LoadImage(reader="vdt_transforms.VolumeReader", image_only=True)
+    geometry = record.get("geometry", "refuse")
+    load = LoadImage(VolumeReader(geometry=geometry))
     for source in record.get("volumes", []):
-        mask = files.get(f"{_bare(source)}_seg.nii.gz")
+        names = record.get("results", {}).get(source, [f"{bare_name(source)}_seg.nii.gz"])
+        mask = next((files[name] for name in names if name in files and name.endswith(".nii.gz")), None)
         if len(cases) < number and mask is not None and Path(source).exists():
-            names = record.get("label_names", [])
-            labels = nib.load(mask)
+            label_names = record.get("label_names", [])
+            labels, title = open_volume(mask, geometry), mask.name.removesuffix("_seg.nii.gz")
             image = load(source)
             if not np.allclose(image.affine.numpy(), labels.affine, atol=1e-3):
                 raise ValueError(f"{mask}: lies on another grid than {source}; run the inference again")
-            cases.append(Case(_bare(source), image.numpy(), np.asarray(labels.dataobj), labels.affine, names))
+            cases.append(Case(title, image.numpy(), read_voxels(labels), labels.affine, label_names))
     for name, path in files.items():
         if name.endswith("_lesions.json") and len(cases) < number:
             found = _read_json(path)
             if Path(found["image"]).exists():
                 image = load(found["image"])
                 boxes = draw_boxes(image.shape, [lesion["box_voxel"] for lesion in found["lesions"]])
-                title = f"{_bare(found['image'])}: {len(found['lesions'])} boxes"
+                title = f"{path.name.removesuffix('_lesions.json')}: {len(found['lesions'])} boxes"
                 cases.append(Case(title, image.numpy(), boxes, image.affine.numpy(), ["background", "box"]))
     return cases
 
@@ -132,13 +135,8 @@ def _read_tables(files: Mapping[str, Path]) -> list[Table]:
 
 
 def _read_json(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); run the step that writes it again") from error
-    return content if isinstance(content, dict) else {}
+    content = read_json(path) if path is not None else {}
+    return plain(content) if isinstance(content, dict) else {}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -155,7 +153,3 @@ def _shorten(value: Any) -> str:
         return f"{float(value):.6g}" if isinstance(value, str | float) else str(value)
     except ValueError:
         return str(value)
-
-
-def _bare(path: str) -> str:
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vdt_workflows.evaluation.classification import weighted_auc
-from vdt_workflows.files import read_csv, write_atomic, write_csv
+from vdt_workflows.files import read_csv, read_json, read_number, write_atomic, write_csv
 from vdt_workflows.report.cells import Cell
 
 NEAR = 0.9  # of the reference's final score: the target of the curves
@@ -125,19 +125,25 @@ class Scored:
 def read_cell(cell: Cell, metric: str) -> Scored:
     """Read the tables that a cell's bundle wrote."""
     folder = Path(cell.folder)
-    history = read_csv(folder / "eval" / "history.csv", [], others=True)
-    curve = [(int(row["step"]), float(row[metric])) for row in history if row.get(metric)]
-    parameters = json.loads((folder / "result.json").read_text()).get("parameters", 0)
+    history = read_csv(folder / "eval" / "history.csv", ["step"], others=True)
+    curve = [(int(row["step"]), _read_score(row, metric, folder)) for row in history if row.get(metric)]
+    parameters = read_json(folder / "result.json").get("parameters", 0)
     nodules = folder / "scores" / "predictions.csv"
     if nodules.is_file():
         rows = read_csv(nodules, ["nodule_id", "label", "score"], others=True)
-        labels = {row["nodule_id"]: int(row["label"]) for row in rows}
-        return Scored({row["nodule_id"]: float(row["score"]) for row in rows}, labels, curve, parameters)
+        labels = {row["nodule_id"]: int(read_number(row["label"], "label", str(nodules), 0, 1)) for row in rows}
+        scores = {row["nodule_id"]: _read_score(row, "score", nodules) for row in rows}
+        return Scored(scores, labels, curve, parameters)
     organs: dict[str, list[float]] = {}
     for row in read_csv(folder / "scores" / "cases.csv", ["case", "dice"], others=True):
-        organs.setdefault(row["case"], []).append(float(row["dice"] or "nan"))
+        organs.setdefault(row["case"], []).append(_read_score(row, "dice", folder))
     cases = {case: float(np.nanmean(v)) if np.isfinite(v).any() else math.nan for case, v in organs.items()}
     return Scored(cases, None, curve, parameters)
+
+
+def _read_score(row: Mapping[str, str], column: str, place: Path) -> float:
+    """Read a score from 0 to 1, or NaN where there is none."""
+    return math.nan if row[column] in ("", "nan") else read_number(row[column], column, str(place), 0, 1)
 
 
 def collect(

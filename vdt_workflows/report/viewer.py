@@ -1,7 +1,5 @@
 """The slice viewer of a report: NiiVue, taken from the installed ipyniivue, and volumes inside the page."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from vdt_workflows.drawing import colour
+from vdt_workflows.drawing import colour, list_colours
 from vdt_workflows.report.pages import to_base64
 
 VOXELS = 4_000_000  # of a volume in the page, at most
@@ -30,20 +28,29 @@ class Case:
     names: Sequence[str]
 
 
-def take_niivue() -> tuple[str, str]:
-    """Give NiiVue as the text of a script that sets `window.Niivue`, and its licence.
+def find_viewer() -> Path:
+    """Find the folder of ipyniivue, whose wheel ships NiiVue; called before the work of which it shows the results.
 
     Raises:
-        ImportError: if ipyniivue, whose wheel ships it, is missing.
-        ValueError: if its script is built in another way than that of the versions 2.4.
+        ImportError: if it is not installed.
     """
     found = util.find_spec("ipyniivue")
     if found is None or found.origin is None:
         raise ImportError(
-            "the slice viewer needs ipyniivue, which ships NiiVue; install it with: pip install ipyniivue (the extra"
-            " [report] has it), or give --volumes 0"
+            "the slice viewer needs ipyniivue, which ships NiiVue: pip install 'ipyniivue>=2.4.4,<2.5'; without it"
+            " there are vdt report --volumes 0, and vdt segment without --page"
         )
-    script = (Path(found.origin).parent / "static" / "widget.js").read_text(encoding="utf-8")
+    return Path(found.origin).parent
+
+
+def take_niivue() -> tuple[str, str]:
+    """Give NiiVue as the text of a script that sets `window.Niivue`, and its licence.
+
+    Raises:
+        ImportError: if ipyniivue is not installed.
+        ValueError: if its script is built in another way than that of the versions 2.4.
+    """
+    script = (find_viewer() / "static" / "widget.js").read_text(encoding="utf-8")
     made = re.findall(r'"Creating new Niivue instance"\);.{0,200}?=new ([\w$]+)\(', script)
     script, exports = re.subn(r"export\s*\{[^{}]*\};?\s*$", "", script)
     version = metadata.version("ipyniivue")
@@ -88,7 +95,7 @@ def describe_viewer(cases: Sequence[Case]) -> dict[str, Any]:
                 "title": case.name + (f", every {step}th voxel" if step > 1 else ""),
                 "names": ["", *names[1:]],
                 "seen": [names[value] for value in values],
-                "colours": ["#{:02x}{:02x}{:02x}".format(*COLOURS[value % len(COLOURS)]) for value in values],
+                "colours": list_colours(values),
                 "image": _encode(scaled, affine),
                 "mask": _encode(mask, affine),
             }

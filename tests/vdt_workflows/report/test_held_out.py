@@ -1,7 +1,5 @@
 """Which cases of a comparison are learned from, and which are held out."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,13 +1,12 @@
 """The rows of a comparison, and which settings go with them."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
 
 from tests.support.bundle_runs import ROOT
-from vdt_workflows.report.rows import Row, choose_reference, merge_settings, read_rows
+from vdt_workflows.report.rows import Row, choose_reference, merge_settings, name_weights, read_rows
+from vdt_workflows.training.shipped import list_weights
 
 
 def test_words_and_a_file_give_the_same_rows(tmp_path, monkeypatch):
@@ -58,3 +57,16 @@ def test_settings_of_a_network_do_not_reach_a_row_that_replaces_it(tmp_path):
     rows[0]["settings"] = own
     found = [merge_settings(shared, row) for row in read_rows(rows)]
     assert found == [{"seed": 1, **own}, {"network_def::restore": False, "seed": 1}, shared]
+
+
+def test_a_row_that_takes_a_shipped_encoder_is_known_by_its_hash():
+    scratch, vdt, wide = (
+        name_weights(row, {"base_channels": 16})
+        for row in read_rows(["scratch", "vdt", {"name": "wide", "init": "vdt", "settings": {"base_channels": 64}}])
+    )
+    shipped = list_weights()
+    assert scratch.identity()["weights"] is None
+    assert vdt.identity()["weights"] == shipped["vdt_resnet3d18_w16"].sha256["model.pt"]
+    assert wide.identity()["weights"] == shipped["vdt_resnet3d18_w64"].sha256["model.pt"]
+    with pytest.raises(ValueError, match="there is none of depth 18 and base_channels 8"):
+        name_weights(read_rows("i3d")[0], {"base_channels": 8})

@@ -1,8 +1,7 @@
 """The page of a run: what it holds, and what its viewer does in a browser that is offline."""
 
-from __future__ import annotations
-
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -62,7 +61,7 @@ def test_the_viewer_and_its_licence_are_in_the_page(run):
 def test_without_ipyniivue_the_command_that_installs_it_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipyniivue", None)
     monkeypatch.setattr("vdt_workflows.report.viewer.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"install it with: pip install ipyniivue .*, or give --volumes 0"):
+    with pytest.raises(ImportError, match=r"needs ipyniivue, .*: pip install 'ipyniivue.*'; without it"):
         report_run(str(run))
 
 
@@ -130,6 +129,7 @@ def test_a_browser_draws_slices_and_goes_through_them_offline(run):
         page.mouse.wheel(0, 100)
         page.wait_for_timeout(1000)
         assert page.evaluate(crosshair)[2] != second[2]
+        assert re.fullmatch(r"R, A, S: (-?\d+\.\d, ){2}-?\d+\.\d mm *[\w ]*", page.inner_text("#place"))
         page.select_option("#case", "1")
         page.wait_for_function("document.body.dataset.shown === '1'")
         browser.close()

@@ -1,7 +1,5 @@
 """The statistics of a comparison, against values worked out by hand."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
