@@ -1,4 +1,4 @@
-# make demo    pre-train on images, transfer to volumes, against scratch: a table and pictures in demo/
+# make demo    pre-train on images, fine-tune on volumes beside scratch, segment: what came out is in demo/index.html
 #              IMAGES=<class folders>, VOLUMES=<folder of NIfTI pairs> and OUT=<folder> take your own data elsewhere
 # make test    style, types and the whole test suite, with the coverage by the fast tests
 # make quick   the fast tests alone
@@ -10,7 +10,12 @@ VENV ?= .venv
 IMAGES ?=
 VOLUMES ?=
 OUT ?= demo
+SHELL = bash
 BIN = $(VENV)/bin
+# name:python:which versions uv takes. Interpreters that uv does not find it downloads, unless UV_PYTHON_DOWNLOADS=never.
+VERSIONS ?= lowest:3.10:lowest-direct python3.10:3.10:highest python3.13:3.13:highest
+OUTSIDE ?= .versions
+TESTS ?= tests
 PACKAGES = networks vdt_transforms vdt_workflows
 # Waiting threads that spin for ever make data loading and training fight for a CPU's cores; ones that sleep at once are
 # slow with small networks. This many turns is a fraction of a millisecond.
@@ -37,15 +42,22 @@ budget:
 
 versions: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python scripts/versions.py --uv $(BIN)/uv
+	@failed=; for row in $(VERSIONS); do IFS=: read -r name python resolution <<< "$$row"; place=$(OUTSIDE)/$$name; \
+	echo "== $$name: Python $$python, $$resolution versions"; \
+	$(BIN)/uv venv --quiet --allow-existing --python $$python $$place \
+	&& $(BIN)/uv pip install --quiet --python $$place/bin/python --resolution $$resolution --editable ".[dev]" \
+	&& $(BIN)/uv pip list --quiet --python $$place/bin/python 2>/dev/null | grep -E "^(torch|monai|numpy) " \
+	&& $$place/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" $(TESTS) \
+	|| failed="$$failed $$name"; done; test -z "$$failed" || { echo "not passed:$$failed"; exit 1; }
 
 $(VENV)/.installed: pyproject.toml
+	@echo "installing into $(VENV): some 6 GB, most of it PyTorch for CUDA; minutes, once"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --editable ".[report]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --editable ".[dev]"
 	touch $@
 
 clean:

@@ -8,8 +8,6 @@ with the same number of threads; medians and quartiles are of the repeats; the r
 measured.
 """
 
-from __future__ import annotations
-
 import inspect
 import platform
 from collections.abc import Callable
@@ -20,8 +18,11 @@ from typing import Any
 import fire
 import torch
 from benchmarks.evaluation import compare_evaluation
+from benchmarks.gpu import measure_gpu
 from benchmarks.inputs import compare_pipelines, compare_stacks
 from benchmarks.network_steps import compare_export, compare_knobs, compare_networks
+from benchmarks.race import race
+from benchmarks.scale import measure_many_images
 from benchmarks.startup import measure_startup
 from benchmarks.volumes import compare_inference, compare_volume_input
 
@@ -36,8 +37,11 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "inference": compare_inference,
     "volume_input": compare_volume_input,
     "stack_input": compare_stacks,
+    "many_images": measure_many_images,
     "startup": measure_startup,
     "evaluation": compare_evaluation,
+    "gpu": measure_gpu,
+    "race": race,
 }
 
 

@@ -6,8 +6,6 @@ Lines of the files that git tracks are counted, docstrings and blanks included. 
 command reports and never fails.
 """
 
-from __future__ import annotations
-
 import subprocess
 from collections import Counter
 from pathlib import Path

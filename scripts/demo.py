@@ -1,38 +1,45 @@
-"""Pre-train on images, transfer to volumes, compare with training from scratch: the whole idea in one command.
+"""The whole idea in one command: a picture as a volume, pre-training on photographs, fine-tuning beside scratch.
 
     python scripts/demo.py --output_dir demo
     python scripts/demo.py --output_dir demo --images CLASS_FOLDERS --volumes FOLDER_OF_NIFTI_PAIRS
 
-Without data of one's own it draws small synthetic pictures and volumes. Leaves `demo/summary.md` with a table, pictures
-beside it, and the whole comparison in `demo/comparison/report.html`. Interrupted, it goes on where it stopped.
+Without data of one's own it takes the photographs and the MR volumes of demo_data/. Leaves `demo/index.html`, which
+says what was done and what came out, and beside it the pages that it links to. Interrupted, it goes on where it
+stopped.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from draw_vdt import draw_vdt
-from make_demo_data import make_demo_data
+from markupsafe import Markup
 
 from vdt_workflows.cli import run_function
 from vdt_workflows.data.images import find_images
-from vdt_workflows.drawing import draw_sheet, draw_tile, to_png
-from vdt_workflows.files import claim, read_csv, write_atomic
-from vdt_workflows.report.cells import run_bundle
-from vdt_workflows.report.charts import draw_curves, draw_example
+from vdt_workflows.drawing import list_colours, to_png
+from vdt_workflows.files import claim, read_csv, read_json, write_atomic
+from vdt_workflows.planning.apply import evaluate, pretrain, segment
+from vdt_workflows.report.charts import draw_curves, draw_example, to_svg
+from vdt_workflows.report.comparison_page import judge
 from vdt_workflows.report.matrix import compare
+from vdt_workflows.report.pages import render, to_base64
+from vdt_workflows.report.run_page import report_run
+from vdt_workflows.report.viewer import find_viewer
+from vdt_workflows.training.shipped import MODEL, find_encoders, find_weights
 
-PRETRAINING = "imagenet_vdt_pretraining"
+DATA = Path(__file__).resolve().parents[1] / "demo_data"
+WEIGHTS = "hippocampus_mr_w16"
+PRETRAINING = {"batch_size": 32, "learning_rate": 0.05, "crop_area": [0.35, 1.0]}
 TRANSFER = {
     **{"spacing": "own", "window": "none", "mean": "own", "std": "own", "pairs": [], "overlap": 0.25},
     "stem": "strided",  # half the resolution, an eighth of the time
-    "class_weights": "$[0.2] + [1.0] * (@num_classes - 1)",  # small organs drown in a heavier background
-    "train::random_transforms::2::prob": 0.0,  # no flips: they hide on which side an organ lies
+    "mirror": 0.0,  # no flips: they hide on which side an organ lies
 }
 
 
@@ -40,118 +47,172 @@ def demo(
     output_dir: str = "demo",
     images: str = "",
     volumes: str = "",
-    epochs: int = 10,
-    image_size: int = 64,
+    epochs: int = 36,
+    image_size: int = 32,
     base_channels: int = 16,
-    seeds: int = 1,
-    steps: int = 600,
-    points: int = 4,
+    seeds: int = 3,
+    steps: int = 60,
+    cases: int = 5,
     patch_size: tuple[int, ...] = (32, 32, 32),
 ) -> dict[str, str]:
     """Run the whole chain.
 
     Args:
         output_dir: folder for everything.
-        images: folder of class folders, or of train/ and val/ with class folders; synthetic pictures if empty.
-        volumes: folder of NIfTI pairs; synthetic volumes if empty.
+        images: folder of class folders, or of train/ and val/ with class folders; photographs of clothes if empty.
+        volumes: folder of NIfTI pairs; MR of the hippocampus if empty.
         epochs: passes of the pre-training over the images.
         image_size: pixels.
         base_channels: width of the network; 64 is the published one.
-        seeds: seeds of the transfer.
-        steps: optimiser steps of the transfer.
-        points: how many times the held-out cases are scored, at equal distances.
+        seeds: seeds of the fine-tuning, each with other cases to learn from.
+        steps: optimiser steps of the fine-tuning, a multiple of 3.
+        cases: labelled cases to learn from, of up to 10; up to 20 others are held out.
         patch_size: voxels, as X, Y, Z.
 
     Returns:
-        The path of the summary.
+        The path of the page.
 
     Raises:
         ValueError: if `output_dir` holds results of other settings.
+        ChildProcessError: if a run fails.
+        ImportError: if ipyniivue, which has the viewer, is not installed.
     """
+    find_viewer()
     root = Path(output_dir).resolve()
-    network = {"epochs": epochs, "image_size": image_size, "base_channels": base_channels}
-    claim(root, {"images": images, "volumes": volumes, **network})
-    transfer = {**TRANSFER, "base_channels": base_channels, "patch_size": [int(p) for p in patch_size]}
-    if not volumes:
-        transfer["window"] = [-160, 240]  # HU of soft tissue; what the volumes of others hold is not known
-    if not (images and volumes):
-        _say("1/4  synthetic pictures and volumes")
-        made = make_demo_data(str(root / "data"))
-        images, volumes = images or made["images"], volumes or str(Path(made["datalist"]).parent)
-    images, volumes = str(Path(images).resolve()), str(Path(volumes).resolve())
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more pay little at this size
+    network = {"image_size": image_size, "base_channels": base_channels}
+    claim(root, {"images": images, "volumes": volumes, "epochs": epochs, **network})
+    photographs = str(Path(images or DATA / "photographs").resolve())
+    scans = str(Path(volumes or DATA / "hippocampus").resolve())
 
-    _say("2/4  one picture, read as a volume")
-    draw_vdt(str(root / "vdt.png"), image=find_images(images)["val"][0]["image"])
+    if not images and not volumes:
+        _say("real data, toy size: under four minutes on two idle cores; stopped, the same command goes on")
+    _say("1/4  one picture, read as a volume")
+    found = find_images(photographs)
+    draw_vdt(str(root / "vdt.png"), image=found["val"][0]["image"])
 
-    _say("3/4  VDT pre-training")
-    pretraining = root / "pretraining"
-    folders = {"ckpt_dir": str(pretraining / "models"), "output_dir": str(pretraining / "eval")}
-    marker = pretraining / "finished"
-    if not marker.is_file():
-        own = {"batch_size": 32, "learning_rate": 0.05, "crop_area": [0.35, 1.0]}
-        run_bundle(PRETRAINING, ["train"], {"dataset_dir": images, **folders, **network, **own})
-        write_atomic(marker, b"")
+    _say(f"2/4  pre-training on {len(found['train'])} images")
+    started = root / "pretraining"
+    if not (started / "finished").is_file():
+        pretrain(photographs, str(started), epochs=epochs, **network, **PRETRAINING)
+        write_atomic(started / "finished", b"")
+    last = read_csv(started / "eval" / "history.csv", ["epoch", "val_top1"], others=True)[-1]
 
-    _say("4/4  transfer, and the same from scratch")
+    _say("3/4  fine-tuning: from scratch, from these images, and from shipped weights")
+    rows: list[dict[str, Any]] = [{"name": "scratch", "note": "random weights"}]
+    rows += [{"name": "these images", "init": "vdt", "pretrained": str(started / "models" / "encoder.pt")}]
+    if shipped := find_encoders("vdt").get((18, base_channels)):
+        rows += [{"name": "shipped", "init": "vdt", "pretrained": str(find_weights(shipped) / MODEL), "note": shipped}]
+    results = _compare(rows, scans, root, cases, seeds, steps, base_channels, patch_size)
+
+    _say("4/4  a segmentation")
+    place = root / "segmentation"
+    scores = None if volumes else _segment(scans, place)
+    run = Path(next(c["folder"] for c in results["cells"] if c["row"] == rows[-1]["name"])) / "example"
+    report_run(str(run if volumes else place), str(root / "segmentation.html"))
+
+    curves = draw_curves(results, "short")
+    assert curves is not None  # all cells have finished
+    names = results["provenance"]["settings"]["label_names"][1:]
+    text, pictures = draw_example(results)
+    page = render(
+        "demo.html",
+        title="What came out",
+        own=[bool(images), bool(volumes)],
+        counts=[len(found[part]) for part in ("train", "val")],
+        classes=len(found["train"].classes),
+        epochs=int(last["epoch"]),
+        top1=float(last["val_top1"]),
+        **network,
+        results=results,
+        table_of_scores=_make_table(results),
+        seeds=len(results["summary"][0]["by_seed"]),
+        shipped=shipped,
+        weights=WEIGHTS,
+        scores=scores,
+        chart=Markup(to_svg(curves)),
+        example_text=text,
+        examples=[(name, to_base64(to_png(pixels))) for name, pixels in pictures],
+        labels=[names, list_colours(range(1, len(names) + 1))],
+        pictures={
+            name: to_base64(path.read_bytes())
+            for name, path in {
+                "vdt": root / "vdt.png",
+                "pretraining": started / "eval" / "curves.png",
+                "segmentation": place / "eval" / "examples.png",
+            }.items()
+            if path.is_file()
+        },
+        commands=[
+            shlex.join(["vdt", *words])
+            for words in (
+                ("pretrain", photographs, "-o", "encoder"),
+                ("train", scans, "--output_dir", "mine", "--minutes", "10", "--init", "vdt"),
+                ("segment", f"{scans}/images", "-o", "labels", "--weights", WEIGHTS),
+            )
+        ],
+    )
+    write_atomic(root / "index.html", page.encode())
+    return {"page": str(root / "index.html")}
+
+
+def _compare(
+    rows: Sequence[dict[str, Any]],
+    scans: str,
+    root: Path,
+    cases: int,
+    seeds: int,
+    steps: int,
+    base_channels: int,
+    patch_size: Sequence[int],
+) -> dict[str, Any]:
+    """Fine-tune every row on the same few cases for the same steps, and read the scores on held-out cases."""
     finished = compare(
-        f"scratch,vdt={pretraining / 'models' / 'encoder.pt'}",
-        volumes,
+        rows,
+        scans,
         str(root / "comparison"),
-        settings=transfer,
-        fractions=1.0,
+        settings={**TRANSFER, "base_channels": base_channels, "patch_size": [int(p) for p in patch_size]},
+        fractions=cases / 10,
         seeds=seeds,
         protocols="short",
         steps=steps,
-        points=points,
-        training_cases=20,
-        held_out=60,
-        curve_cases=60,
+        points=3,
+        training_cases=10,
+        held_out=20,
+        curve_cases=20,
         workers=min(2, os.cpu_count() or 1),
     )
-    results = json.loads(Path(finished["report"]).with_name("results.json").read_text())
+    results = read_json(Path(finished["report"]).with_name("results.json"))
     for cell in results["cells"]:
         if cell["state"] != "finished":
             raise ChildProcessError(f"{cell['folder']}/log.txt: {cell['error']}")
-    shutil.copy(pretraining / "eval" / "curves.png", root / "pretraining.png")
-    curves = draw_curves(results, "short")
-    assert curves is not None  # all cells have finished
-    write_atomic(root / "dice.png", to_png(curves, dpi=120))
-    text, pictures = draw_example(results)
-    tiles = [draw_tile(picture, name) for name, picture in pictures]
-    write_atomic(root / "examples.png", to_png(draw_sheet(tiles, text)))
-    last = read_csv(pretraining / "eval" / "history.csv", ["epoch", "val_top1"], others=True)[-1]
-    summary = [
-        "# What came out",
-        "",
-        f"Pre-training on {images}: top-1 {float(last['val_top1']):.3f} on the validation images after {last['epoch']}"
-        f" epochs of a ResNet3D-18 with {base_channels} base channels at {image_size} pixels.",
-        "",
-        f"Transfer to {volumes}:",
-        "",
-        *make_table(results),
-        "",
-        "Pictures: `vdt.png` (an image read as a volume), `pretraining.png` (curves), `dice.png` (Dice against steps),",
-        "`examples.png` (a held-out case); `comparison/report.html` has all of the comparison. A demonstration at toy",
-        "size: it shows that the chain works, not how well the method does.",
-        "",
-    ]
-    write_atomic(root / "summary.md", "\n".join(summary).encode())
-    return {"summary": str(root / "summary.md")}
+    return results
 
 
-def make_table(results: Mapping[str, Any]) -> list[str]:
-    """Make the lines of a table: each row's score against the steps, and what it has over scratch in the end."""
+def _segment(scans: str, place: Path) -> dict[str, Any]:
+    """Score shipped weights on the test cases, and segment the worst, the median and the best for the viewer."""
+    finished = place / "inference.json"
+    if not finished.is_file():
+        evaluate(WEIGHTS, scans, str(place / "eval"), part="test")
+        examples = read_json(place / "eval" / "scores.json")["examples"]
+        (place / "volumes").mkdir(exist_ok=True)
+        for number, rank in enumerate(("worst", "median", "best"), 1):
+            name = examples[rank]
+            shutil.copy(Path(scans, "images", name), place / "volumes" / f"{number}_{rank}_{name}")
+        segment(str(place / "volumes"), str(place), WEIGHTS)
+    return read_json(place / "eval" / "scores.json")
+
+
+def _make_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Make the heads and rows of a table: the score against the steps, and what a row has over scratch in the end."""
     steps = [step for step, _ in results["summary"][0]["curve"]]
-    heads = ["mean Dice after", *(f"{step} steps" for step in steps), "minus scratch"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    heads = ["start", *(f"{step} steps" for step in steps), "minus scratch", "verdict"]
+    rows = []
     for row in results["summary"]:
         d = row["difference"]
-        cells = [row["row"], *(f"{score:.3f}" for _, score in row["curve"])]
-        cells.append("" if d is None else f"{d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})")
-        lines.append(f"| {' | '.join(cells)} |")
-    seeds = len(results["summary"][0]["by_seed"])
-    note = f"Mean over {seeds} seed{'s' * (seeds > 1)} and {results['held_out']}; in brackets a 95 % interval"
-    return [*lines, "", f"{note}. Learned from {results['summary'][0]['labels']} cases."]
+        ends = ["", ""] if d is None else [f"{d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})", judge(d)]
+        rows.append([row["row"], *(f"{score:.3f}" for _, score in row["curve"]), *ends])
+    return heads, rows
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,8 @@
-"""Tiny data and trained bundles that several test files share."""
+"""Tiny data and trained bundles that several test files share.
+
+What imports torch and MONAI is imported where it is used: the process of pytest-xdist that only hands out tests reads
+this file too.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,16 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
-from tests.makers.deeplesion import make_deeplesion
-from tests.makers.nodules import write_nodules
 from tests.makers.pictures import write_picture
-from tests.support.bundle_runs import BASE, BUNDLES, run
+from tests.support.folders import BUNDLES
 from tests.support.preloaded import Preloaded
-from vdt_workflows.preparation.deeplesion import prepare_deeplesion
 
-torch.set_num_threads(1)  # threads of small networks wait for each other more than they work
+
+def pytest_collection_modifyitems():
+    import torch
+
+    torch.set_num_threads(1)  # threads of small networks wait for each other more than they work
 
 
 @pytest.fixture(params=BUNDLES, ids=lambda path: path.name)
@@ -62,6 +66,8 @@ def volumes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def nodules(tmp_path_factory):
     """Smooth and spiculated nodules of 23 patients in cubes of 20 mm, prepared."""
+    from tests.makers.nodules import write_nodules
+
     root = tmp_path_factory.mktemp("nodules")
     write_nodules(root, patients=23, most=2, size=20)
     return root
@@ -70,6 +76,9 @@ def nodules(tmp_path_factory):
 @pytest.fixture(scope="session")
 def key_slices(tmp_path_factory):
     """Four training, two validation and two test patients with a ball in 11 slices, prepared."""
+    from tests.makers.deeplesion import make_deeplesion
+    from vdt_workflows.preparation.deeplesion import prepare_deeplesion
+
     root = make_deeplesion(tmp_path_factory.mktemp("key_slices"))
     prepare_deeplesion(str(root))
     return root
@@ -90,6 +99,8 @@ def data(bundle, data_of):
 @pytest.fixture(scope="session")
 def trained(data_of, tmp_path_factory):
     """Return a function that trains a bundle once and gives the folder of its models and results."""
+    from tests.support.bundle_runs import BASE, run
+
     done: dict[str, Path] = {}
 
     def train(bundle: Path) -> Path:
@@ -108,6 +119,7 @@ def answering(trained, tmp_path_factory):
 
     A few steps teach it that all is background, so that any two masks are equal. Its last layer is drawn at random.
     """
+    import torch
 
     @cache
     def models(bundle: Path) -> Path:

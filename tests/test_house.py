@@ -17,7 +17,7 @@ from tests.support.bundle_runs import ROOT
 from vdt_workflows.packaging.package import LEFT_OUT
 
 PACKAGES = ("networks", "vdt_transforms", "vdt_workflows")
-GROUND = {"files", "parallel", "errors", "drawing", "overrides", "locator"}
+GROUND = {"files", "parallel", "errors", "drawing", "overrides", "locator", "naming", "locks", "progress"}
 BUNDLE_ROOMS = {"networks", "vdt_transforms", "data", "training", "evaluation"}
 
 # Room: what it may import beside itself and, inside vdt_workflows, the ground files.
@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "preparation": BUNDLE_ROOMS,
     "report": BUNDLE_ROOMS,
     "packaging": BUNDLE_ROOMS,
-    "cli": BUNDLE_ROOMS | {"preparation", "report", "packaging"},
+    "planning": BUNDLE_ROOMS | {"preparation", "report"},
+    "cli": BUNDLE_ROOMS | {"preparation", "planning", "report", "packaging"},
     "__main__": {"cli"},
     "names": BUNDLE_ROOMS,  # vdt_workflows/__init__.py, which configs name and no module imports
 }

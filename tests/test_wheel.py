@@ -1,9 +1,8 @@
 """The wheel holds the packages and the bundles, and works away from the clone without writing into itself."""
 
-from __future__ import annotations
-
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ def wheel(tmp_path_factory):
     """Build the wheel of a copy of the repository that has been worked in."""
     copy = tmp_path_factory.mktemp("copy")
     left_out = shutil.ignore_patterns("models", "eval", "__pycache__")
-    for name in (*PACKAGES, "bundles", "scripts", "tests"):
+    for name in (*PACKAGES, "bundles", "scripts", "tests", "weights"):
         shutil.copytree(ROOT / name, copy / name, ignore=left_out)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -65,10 +64,15 @@ def test_the_wheel_has_all_of_the_packages_and_bundles_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     wanted = {name for name in listed if name.partition("/")[0] in PACKAGES and (ROOT / name).is_file()}
-    wanted |= {f"vdt_workflows/{name}" for name in listed if name.startswith("bundles/") and (ROOT / name).is_file()}
+    moved = [name for name in listed if name.startswith(("bundles/", "weights/")) and (ROOT / name).is_file()]
+    wanted |= {f"vdt_workflows/{name}" for name in moved if name != "weights/vdt_resnet3d18_w64/model.pt"}
     assert names == wanted
     assert {f"vdt_workflows/bundles/{bundle.name}/configs/train.yaml" for bundle in BUNDLES} <= names
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
+    licences = {name.partition(".dist-info/licenses/")[2] for name in zipfile.ZipFile(wheel).namelist()} - {""}
+    cards = {name for name in wanted if name.endswith("/card.md")} - {
+        "vdt_workflows/weights/vdt_resnet3d18_w64/card.md"  # whose weights are not in it
+    }
+    assert licences == {"LICENSE", *cards}
 
 
 def test_the_installed_commands_and_bundles_work_away_from_the_clone(installed, volumes, tmp_path):
@@ -77,6 +81,9 @@ def test_the_installed_commands_and_bundles_work_away_from_the_clone(installed, 
     places = run_installed(installed, tmp_path, "-c", f"{code}print(w.__file__, networks.__file__, find_bundles())")
     assert all(place.startswith(str(installed)) for place in places.split()), places
     assert "vdt COMMAND" in run_installed(installed, tmp_path, "-m", "vdt_workflows", "--help")
+    listing = run_installed(installed, tmp_path, "-m", "vdt_workflows", "weights")
+    sizes = dict(re.findall(r"^(\w+) .*?  (4.3 MB|not here) ", listing, re.MULTILINE))
+    assert sizes == {"vdt_resnet3d18_w16": "4.3 MB", "vdt_resnet3d18_w64": "not here"}
 
     packed = run_installed(installed, tmp_path, "-m", "vdt_workflows", "package", "lits_liver_segmentation")
     archive = tmp_path / json.loads(packed.splitlines()[-1])

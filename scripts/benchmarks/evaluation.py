@@ -1,7 +1,5 @@
 """The benchmark of evaluation: FROC curves and surface distances."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The benchmarks of training input: pictures of class folders, and stacks of nine slices."""
 
-from __future__ import annotations
-
 import math
 import os
 import tempfile

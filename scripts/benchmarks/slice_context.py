@@ -8,8 +8,6 @@ deeplesion_lesion_detection bundle that differ in `distance` alone; their last w
 Leaves `table.csv` and `table.md`; a run that was interrupted goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

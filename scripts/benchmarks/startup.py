@@ -1,7 +1,5 @@
 """The benchmark of what passes before work begins, each figure of a process that has imported what comes before."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -78,7 +76,7 @@ def _first_batch(folder: Path) -> tuple[str, str]:
     volume, weights = folder / "volume.nii.gz", folder / "model.pt"
     voxels = np.random.default_rng(0).integers(-900, 300, (40, 40, 20)).astype(np.int16)
     nib.save(nib.Nifti1Image(voxels, np.diag([-0.8, -0.8, 3.0, 1.0])), volume)
-    save_weights(DepthFirst(ResUNet3D(num_classes=14)), weights)
+    save_weights(DepthFirst(ResUNet3D(num_classes=14, norm="instance")), weights)
     names = {"config": BUNDLE / "configs" / "inference.yaml", "bundle": BUNDLE, "volume": volume, "weights": weights}
     files = {name: str(path) for name, path in {**names, "output": folder / "eval"}.items()}
     return "import torch, monai", FIRST_BATCH.format(**files)

@@ -1,7 +1,5 @@
 """How the benchmarks time passes, run functions in processes of their own, and sum up the repeats."""
 
-from __future__ import annotations
-
 import multiprocessing
 import time
 import warnings

@@ -1,7 +1,5 @@
 """The published lesion detector at its own size; its parts are tested in tests/networks, one by one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Settings of runs as early versions wrote them: training, evaluation and inference still know them all."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.support.bundle_runs import ROOT, config_files, parse

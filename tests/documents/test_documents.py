@@ -1,9 +1,6 @@
 """What README and docs/ say in code is run, and what they say as commands is resolved against scripts and configs."""
 
-from __future__ import annotations
-
 import ast
-import csv
 import re
 import shlex
 import shutil
@@ -15,23 +12,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from draw_vdt import draw_vdt
-from monai.data import save_net_with_metadata
+from draw_vdt import draw_gallery, draw_vdt
 from PIL import Image
 
 import networks
 import vdt_transforms
 import vdt_workflows
 from networks import ResNet3D
-from tests.support.bundle_runs import BUNDLES, ROOT, TINY
+from tests.support.bundle_runs import BUNDLES, ROOT, TINY, history
 from tests.support.documents import DOCUMENTS, blocks, commands, inline
 from vdt_workflows.cli import COMMANDS, find_command
 from vdt_workflows.overrides import check_command_line
 from vdt_workflows.training.checkpoints import save_weights
 
-# What marks an example with a test of its own, the last one in test_export.py.
-LOOKED_AT = ("FlexibleUNet", "create_workflow", "MonaiAlgo", "torch.onnx.export")
-SHELL = ("pip", "tensorboard", "mkdocs", "export", "shift", "source", "python3.11", "curl", "unzip")
+# What marks an example with a test of its own, the last three in the files test_export.py.
+LOOKED_AT = ("FlexibleUNet", "create_workflow", "MonaiAlgo", "torch.onnx.export", "custom_metadata_map", "IOMapping")
+SHELL = ("pip", "hf", "tensorboard", "mkdocs", "export", "shift", "source", "python3.11", "curl", "unzip")
 
 
 def code_blocks() -> list:
@@ -52,9 +48,6 @@ def workplace(tmp_path, volumes, monkeypatch):
     save_weights(ResNet3D(18), tmp_path / "encoder.pt")
     for name in ("VOLUMES", "SITE_A", "SITE_B"):
         (tmp_path / name).symlink_to(volumes)
-    (tmp_path / "models").mkdir()
-    scripted = torch.jit.script(torch.nn.ReLU())
-    save_net_with_metadata(scripted, str(tmp_path / "models" / "model.ts"), more_extra_files={"inference.json": b"{}"})
     shutil.copytree(ROOT / "bundles", tmp_path / "bundles", ignore=shutil.ignore_patterns("models", "eval"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -76,7 +69,7 @@ def test_every_python_example_runs(workplace, code):
     run_small(code)
 
 
-def the_example(word: str, page: str = "README.md") -> str:
+def the_example(word: str, page: str = "docs/how-to/python.md") -> str:
     (code,) = [code for code in blocks(ROOT / page, "python") if word in code]
     return code
 
@@ -91,8 +84,7 @@ def test_the_monai_network_of_the_example_has_the_loaded_encoder(workplace):
 @pytest.mark.slow
 def test_the_bundle_of_the_example_gives_the_metric_of_its_history(workplace, capsys):
     run_small(the_example("create_workflow"))
-    with (workplace / "bundles/bcv_multiorgan_segmentation/eval/history.csv").open() as file:
-        last = list(csv.DictReader(file))[-1]
+    last = history(workplace / "bundles" / "bcv_multiorgan_segmentation")[-1]
     assert float(capsys.readouterr().out.split()[-1]) == pytest.approx(float(last["val_mean_dice"]), abs=1e-6)
 
 
@@ -100,8 +92,7 @@ def test_the_bundle_of_the_example_gives_the_metric_of_its_history(workplace, ca
 def test_the_federated_sites_train_two_rounds_and_score_the_averaged_weights(workplace):
     names = run_small(the_example("MonaiAlgo", "docs/how-to/federated.md"))
     for site in "AB":
-        with (workplace / site / "eval" / "history.csv").open() as file:
-            assert len(list(csv.DictReader(file))) == 2
+        assert len(history(workplace / site)) == 2
     kernel = "network.backbone.conv1.weight"
     a, b = (weights[kernel] for weights in names["local"])
     torch.testing.assert_close(names["weights"][kernel], (a + b) / 2)
@@ -112,8 +103,7 @@ def test_the_federated_sites_train_two_rounds_and_score_the_averaged_weights(wor
 @pytest.mark.slow
 def test_the_client_of_the_example_trains_two_rounds_and_keeps_the_weights_it_sends(workplace):
     site = run_small(the_example("MonaiAlgo"))["site"]
-    with (workplace / "A" / "eval" / "history.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    assert [row["epoch"] for row in history(workplace / "A")] == ["1", "2"]
     kept, sent = torch.load(workplace / "A" / "models" / "model_last.pt"), site.get_weights().weights
     assert all(torch.equal(kept[name], sent[name]) for name in kept)
 
@@ -145,7 +135,11 @@ def options_of(script: Path) -> set[str]:
     files += script.parent.glob("benchmarks/*.py") if script.name == "benchmark.py" else []
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    return {a.arg for f in functions for a in (*f.args.args, *f.args.kwonlyargs)}
+    names = {a.arg for f in functions for a in (*f.args.args, *f.args.kwonlyargs)}
+    if script.parent.name == "planning":  # whose commands take every setting of a bundle
+        configs = [yaml.safe_load(file.read_text()) for file in ROOT.glob("bundles/*/configs/*.yaml")]
+        names |= {name for config in configs for name in config}
+    return names
 
 
 def check_bundle_command(words: list[str], folder: Path | None, monkeypatch) -> None:
@@ -224,7 +218,13 @@ def test_every_link_between_the_documents_leads_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
             if not target.startswith("http"):
-                assert (path.parent / target).exists(), f"{path.name}: {target}"
+                assert (path.parent / target).is_file(), f"{path.name}: {target}"  # a site shows no folder
+
+
+def test_no_page_has_more_than_2500_words():
+    for path in DOCUMENTS:
+        words = re.sub(r"[|`#*]", " ", path.read_text()).split()
+        assert sum(bool(re.search(r"\w", word)) for word in words) <= 2500, path.name
 
 
 def test_every_page_is_reached_from_the_navigation_of_the_site():
@@ -261,10 +261,26 @@ def test_the_picture_of_the_idea_shows_three_slices_in_every_stage(tmp_path):
     assert np.ptp(np.asarray(Image.open(tmp_path / "vdt.png").convert("L"))[:200, 300:]) > 100
 
 
+def test_the_gallery_shows_each_public_transform_once_or_says_that_it_is_not_to_be_seen(tmp_path):
+    text, hidden = (ROOT / "docs/gallery.md").read_text().split("## Not to be seen")
+    public = {name for name in vdt_transforms.__all__ if isinstance(getattr(vdt_transforms, name), type)}
+    twins = {name for name in public if name.endswith("d") and name[:-1] in public} - {"Spacingd"}
+    shown, listed = re.findall(r"^\*\*(\w+)\*\*", text, re.MULTILINE), re.findall(r"`(\w+)`", hidden)
+    assert sorted([*shown, *listed]) == sorted([*(public - twins), "Spacingd"])
+    assert re.findall(r"gallery/(\w+)\.png", text) == shown
+    draw_gallery(str(tmp_path))
+    assert {path.stem for path in tmp_path.glob("*.png")} == {*shown}
+    for path in tmp_path.glob("*.png"):  # whose pictures, compression aside, are those of the page
+        with Image.open(path) as drawn, Image.open(ROOT / "docs/pictures/gallery" / path.name) as kept:
+            difference = np.abs(np.asarray(drawn.convert("L"), float) - np.asarray(kept.convert("L"), float))
+        assert difference.mean() < 2, path.name
+    assert sum(path.stat().st_size for path in (ROOT / "docs/pictures/gallery").iterdir()) < 400_000
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
     pytest.importorskip("mkdocs")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]  # --quiet forgives all
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     for page, package in {"networks": networks, "transforms": vdt_transforms, "workflows": vdt_workflows}.items():

@@ -1,7 +1,6 @@
 """Kill processes, take disk and memory away, and count what becomes of it."""
 
-from __future__ import annotations
-
+import json as json_format
 import os
 import resource
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from networks.checkpoints import load_whole
 from tests.faults import outcomes
 from tests.faults.outcomes import (
     BUNDLE,
@@ -31,11 +33,13 @@ from tests.faults.outcomes import (
     quiet,
     read_weights,
     report,
+    split_names,
     train,
 )
 from tests.support.bundle_runs import ROOT
 from vdt_transforms import LoadNaturalImage
 from vdt_workflows.data.images import find_images
+from vdt_workflows.files import read_csv
 from vdt_workflows.packaging.package import package_bundle
 from vdt_workflows.parallel import run_parallel
 from vdt_workflows.preparation.images import prepare_images
@@ -47,27 +51,33 @@ Job = tuple[Callable[[Path], Any], Callable[[Path], dict[str, Any]]]
 
 
 def kills(
-    times: int = 20, seed: int = 0, what: str = "training,preparation,packaging", json: str | None = None
+    times: int = 20,
+    seed: int = 0,
+    what: Any = "training,preparation,packaging",
+    after: str = "",
+    json: str | None = None,
 ) -> dict[str, Any]:
-    """Kill -9 at random moments, give the same command again, and compare with a run that nothing disturbed.
+    """Kill at random moments (-9, every second time -15), give the command again, and compare with an undisturbed run.
 
-    A killed training must end with the same weights, a killed preparation with the same files and a killed packaging
-    with the same zip, bit for bit.
+    A killed training must end with the same weights and history, a killed preparation with the same files and a killed
+    packaging with the same zip, bit for bit. After the kill no file under a final name may be cut short, what was
+    finished may not be done again, and after the second run nothing unfinished may be left.
 
     Args:
         times: kills of each kind.
         seed: of the moments.
         what: the kinds, by commas.
+        after: a file of the output, such as eval/resume.pt: kill as soon as it is there.
         json: file for the result.
     """
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
     result = {}
     with tempfile.TemporaryDirectory() as folder, quiet():
-        for name in what.split(","):
+        for name in split_names("what", what, ["training", "preparation", "packaging"]):
             root = Path(folder, name)
             root.mkdir()
-            result[name] = _kill_often(*_find_job(name, root), root, times, rng)
+            result[name] = _kill_often(*_find_job(name, root), root, times, rng, after)
     return report("kills", result, json)
 
 
@@ -78,17 +88,62 @@ def _find_job(name: str, root: Path) -> Job:
     if name == "training":
         images = make_classes(root / "images")
         find_images(images)
-        return lambda folder: train(images, folder), lambda folder: {
-            k: v.tolist() for k, v in read_weights(folder).items()
-        }
+        return lambda folder: train(images, folder), _read_training
     if name == "preparation":
         images = make_classes(root / "images", 60, 300, 400)
         return lambda folder: prepare_images(str(images), str(folder), 128, workers=2), lambda f: _read(f, "jpg")
-    raise ValueError(f"what must be training, preparation or packaging, got {name!r}")
+    raise ValueError(name)
 
 
-def _plain(weights: dict[str, torch.Tensor]) -> dict[str, list]:
-    return {name: value.tolist() for name, value in weights.items()}
+def _read_training(folder: Path) -> dict[str, Any]:
+    """Weights, and the rows of the history but for the times they took."""
+    rows = read_csv(folder / "eval" / "history.csv", ["epoch"], others=True)
+    history = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return {"history": history, **{name: value.tolist() for name, value in read_weights(folder).items()}}
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """What a run that goes on must not do again: epochs of a training, and pictures that are recorded as finished."""
+    done: dict[str, Any] = {}
+    state, history = folder / "eval" / "resume.pt", folder / "eval" / "history.csv"
+    if state.is_file():
+        epochs = torch.load(state, weights_only=True)["epoch"]
+        done["seconds"] = [row["seconds"] for row in read_csv(history, ["seconds"], others=True)[:epochs]]
+    for record in folder.rglob(".vdt_records/**/*.json"):
+        place = folder / record.parent.relative_to(next(folder.rglob(".vdt_records")))
+        done |= {str(file): file.stat().st_ino for file in place.glob("*.jpg")}
+    return done
+
+
+def _done_again(folder: Path, before: dict[str, Any]) -> list[str]:
+    epochs = before.pop("seconds", [])
+    after = (
+        [row["seconds"] for row in read_csv(folder / "eval" / "history.csv", ["seconds"], others=True)]
+        if epochs
+        else []
+    )
+    again = ["epochs that were finished were trained again"] if after[: len(epochs)] != epochs else []
+    return again + [f"{name} was written again" for name, inode in before.items() if Path(name).stat().st_ino != inode]
+
+
+def cut_short(folder: Path) -> list[str]:
+    """Name the files under final names that are not whole."""
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".jpg": LoadNaturalImage(),
+        ".pt": load_whole,
+        ".json": lambda file: json_format.loads(file.read_text()),
+        ".zip": lambda file: zipfile.ZipFile(file).testzip(),
+        ".png": lambda file: Image.open(file).verify(),
+        ".csv": lambda file: file.read_bytes().endswith(b"\n") or 1 / 0,
+    }
+    bad = []
+    for file in folder.rglob("*") if folder.is_dir() else ():
+        if file.suffix in readers and file.is_file():
+            try:
+                readers[file.suffix](file)
+            except Exception as error:  # broken bytes raise whatever they lead to
+                bad.append(f"{file.name} is cut short ({type(error).__name__})")
+    return bad
 
 
 def _read(folder: Path, suffix: str) -> dict[str, bytes]:
@@ -103,6 +158,7 @@ def _kill_often(
     root: Path,
     times: int,
     rng: np.random.Generator,
+    after: str,
 ) -> dict[str, Any]:
     start = time.monotonic()
     status, output = in_child(lambda: run(root / "undisturbed"))
@@ -114,16 +170,23 @@ def _kill_often(
     details = []
     for i in range(times):
         folder = root / f"killed{i}"
-        status, _ = in_child(lambda folder=folder: run(folder), limit=float(rng.uniform(0.02, whole)))
-        counts["killed"] += status == -signal.SIGKILL
+        limit = 0.0 if after else float(rng.uniform(0.01, whole))
+        end = signal.SIGTERM if i % 2 else signal.SIGKILL
+        status, _ = in_child(lambda folder=folder: run(folder), limit, folder / after if after else None, end)
+        counts["killed"] += status == -end
         time.sleep(1.2)  # processes that follow it notice within a second
+        wrong, before = cut_short(folder), _finished(folder)
         status, output = in_child(lambda folder=folder: run(folder))
-        same = status == 0 and read(folder) == expected
-        ended = "survived" if same else "lost" if status == 0 else "refused"
-        ended = "unclear" if ended == "refused" and not last_sentence(output).startswith("sentence") else ended
+        if status == 0:
+            wrong += [] if read(folder) == expected else ["another result"]
+            wrong += _done_again(folder, before)
+            wrong += [f"{file.name} is left over" for file in folder.rglob("*.part")]
+        said = last_sentence(output)
+        ended = (
+            "lost" if wrong else "survived" if status == 0 else "refused" if said.startswith("sentence") else "unclear"
+        )
         counts[ended] += 1
-        if not same:
-            details.append(f"{i}: {last_sentence(output) or 'another result'}")
+        details += [f"{i}: {'; '.join(wrong) or said}"] if ended != "survived" else []
         shutil.rmtree(folder)
     return {**counts, "seconds_undisturbed": round(whole, 2), "details": details}
 
@@ -167,19 +230,11 @@ def _run_in_place(kind: str, run: Callable[[Path], Any], place: Path) -> dict[st
 
     try:
         row = outcome_of_child(*in_child(run_limited))
-        cut_short = [file.name for file in place.rglob("*.jpg") if not _opens(file)] if place.is_dir() else []
+        bad = cut_short(place)
     finally:
         if mounted:
             subprocess.run(["umount", str(place)], check=False)
-    return outcomes.outcome("lost", f"cut short: {cut_short}") if cut_short else row
-
-
-def _opens(file: Path) -> bool:
-    try:
-        LoadNaturalImage()(file)
-        return True
-    except ValueError:
-        return False
+    return outcomes.outcome("lost", *bad) if bad else row
 
 
 # Processes that die
@@ -270,8 +325,9 @@ def training(json: str | None = None) -> dict[str, Any]:
 
         def train_in_little_memory() -> None:
             size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (size + 60_000_000, size + 60_000_000))
-            train(images, Path(folder, "memory"), image_size=224, base_channels=64)
+            limit = size + 1_000_000_000  # enough for threads and modules, so that a tensor is what finds no room
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            train(images, Path(folder, "memory"), base_channels=1024)  # 34 GB, whatever this process has to reuse
 
         result = {
             "loss of NaN": row,

@@ -1,7 +1,5 @@
 """How a fault may end, what is run under faults, and processes that may be killed."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os
@@ -26,8 +24,22 @@ from vdt_workflows.errors import explanation, root_cause
 from vdt_workflows.files import write_json
 
 BUNDLE = ROOT / "bundles" / "imagenet_vdt_pretraining"
-OUTCOMES = ("survived", "changed", "refused", "unclear", "lost")
+OUTCOMES = ("survived", "undetectable", "named", "refused", "unclear", "lost")
 TINY = {"epochs": 3, "image_size": 16, "base_channels": 4, "batch_size": 4, "num_workers": 0, "learning_rate": 0.01}
+
+
+def split_names(option: str, given: Any, known: list[str]) -> list[str]:
+    """Read names by commas, which fire may have made a tuple; all known ones if none are given.
+
+    Raises:
+        ValueError: naming the unknown one and those there are.
+    """
+    words = given.split(",") if isinstance(given, str) else list(given)
+    names = [word.strip() for word in words if word.strip()]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} has {name!r}; there are {', '.join(known)}")
+    return names or known
 
 
 def outcome(name: str, *details: str, **more: Any) -> dict[str, Any]:
@@ -46,9 +58,9 @@ def outcome_of_child(status: int, output: str) -> dict[str, Any]:
 def report(part: str, result: dict[str, dict[str, Any]], file: str | None) -> dict[str, Any]:
     """Print the rows of a part of the suite as a table, write them if asked to, and return them with their sum."""
     total = {name: sum(row[name] for row in result.values()) for name in OUTCOMES}
-    print(f"{part:24}" + "".join(f"{name:>10}" for name in OUTCOMES))
+    print(f"{part:24}" + "".join(f"{name:>13}" for name in OUTCOMES))
     for name, row in {**result, "all": {**total, "details": []}}.items():
-        print(f"{name:24}" + "".join(f"{row[column]:>10}" for column in OUTCOMES))
+        print(f"{name:24}" + "".join(f"{row[column]:>13}" for column in OUTCOMES))
         for line in row["details"]:
             print(f"    {line}")
     if file is not None:
@@ -73,6 +85,30 @@ def quiet() -> Iterator[None]:
             if kept is not None:
                 os.environ["XDG_CACHE_HOME"] = kept
             logging.disable(before)
+
+
+@contextmanager
+def listening(said: list[str]) -> Iterator[None]:
+    """Collect what these packages log, which stays off the screen."""
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("networks", "vdt_transforms", "vdt_workflows")]
+    before, kept = logging.root.manager.disable, [(logger.level, logger.propagate) for logger in loggers]
+    logging.disable(logging.NOTSET)
+    logging.root.disabled, root = True, logging.root.disabled
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        logging.root.disabled = root
+        for logger, (level, propagate) in zip(loggers, kept, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 # What is run under faults
@@ -116,8 +152,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 # Processes
 
 
-def in_child(function: Callable[[], Any], limit: float | None = None) -> tuple[int, str]:
-    """Run a function in a forked process, which needs no imports; kill -9 after `limit` seconds.
+def in_child(
+    function: Callable[[], Any], limit: float | None = None, after: Path | None = None, end: int = signal.SIGKILL
+) -> tuple[int, str]:
+    """Run a function in a forked process, which needs no imports; kill it `limit` seconds after a file is there.
 
     Returns:
         The exit status, -9 if it was killed, and what it wrote and raised: the sentence alone, or a traceback.
@@ -134,7 +172,7 @@ def in_child(function: Callable[[], Any], limit: float | None = None) -> tuple[i
                 try:
                     function()
                 except BaseException as error:
-                    status = 1
+                    status = int(not isinstance(error, SystemExit) or bool(error.code))
                     _print_error(error)
             except BaseException as error:  # torch raises that of a dead loader wherever its signal arrives
                 status = 1
@@ -142,10 +180,12 @@ def in_child(function: Callable[[], Any], limit: float | None = None) -> tuple[i
             with suppress(Exception):
                 sys.stdout.flush()
             os._exit(status)
-        deadline = None if limit is None else time.monotonic() + limit
+        deadline = None if limit is None or after is not None else time.monotonic() + limit
         while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if after is not None and limit is not None and after.is_file():
+                deadline, after = time.monotonic() + limit, None
             if deadline is not None and time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, end)
                 deadline = None
             time.sleep(0.002)
         output.seek(0)

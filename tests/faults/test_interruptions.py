@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ignite.engine import Engine
 
-from tests.faults.interruptions import KillsItsLoader, kills, places, processes, training
-from tests.faults.outcomes import OUTCOMES, in_child
+from tests.faults.interruptions import KillsItsLoader, cut_short, kills, places, processes, training
+from tests.faults.outcomes import OUTCOMES, in_child, make_classes
 from vdt_workflows.errors import explanation
-from vdt_workflows.files import claim
+from vdt_workflows.files import claim, write_csv, write_json
+from vdt_workflows.training.checkpoints import ResumeRun, save_weights
 from vdt_workflows.training.runs import RunLog
 
 pytestmark = pytest.mark.faults
@@ -19,6 +22,43 @@ pytestmark = pytest.mark.faults
 def test_killed_runs_end_as_undisturbed_ones():
     for name, result in kills(times=2).items():
         assert name == "total" or result["survived"] == 2, result["details"]
+
+
+@pytest.mark.slow
+def test_runs_that_never_resume_are_found(monkeypatch):
+    save = ResumeRun.save
+    monkeypatch.setattr(ResumeRun, "save", lambda *given: (save(*given), time.sleep(0.2)))  # or it ends before the kill
+    monkeypatch.setattr("vdt_workflows.training.runs.round", lambda seconds, digits: seconds, raising=False)  # to tell
+    monkeypatch.setattr(ResumeRun, "load", lambda self, engine: None)
+    result = kills(times=1, what="training", after="eval/resume.pt")["training"]
+    assert result["lost"] == 1, result
+    assert "epochs that were finished were trained again" in str(result["details"])
+
+
+def write_in_place(path, content, *, durable=True):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_writes_that_are_not_atomic_are_found(monkeypatch, tmp_path):
+    for place in ("files", "preparation.images", "training.runs"):
+        monkeypatch.setattr(f"vdt_workflows.{place}.write_atomic", write_in_place)
+    result = places()
+    assert result["full disk, preparation"]["lost"] == result["full disk, training"]["lost"] == 1, result
+
+
+def test_files_that_are_cut_short_are_found_under_every_kind_of_name(tmp_path):
+    make_classes(tmp_path / "images", 1)
+    save_weights(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    write_json(tmp_path / "a.json", {"a": [1, 2, 3]})
+    write_csv(tmp_path / "a.csv", [{"a": 1}], ["a"])
+    files = [file for file in tmp_path.rglob("*.*") if file.is_file()]
+    assert cut_short(tmp_path) == []
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-1])
+    assert len(cut_short(tmp_path)) == len(files) == 9
 
 
 @pytest.mark.slow
@@ -36,7 +76,7 @@ def test_training_that_cannot_go_on_stops_with_advice():
 
 
 def test_a_folder_whose_claim_was_killed_can_be_claimed(tmp_path):
-    (tmp_path / ".settings.json.ab12cd").write_text("{")
+    (tmp_path / ".ab12cd.part").write_text("{")
     claim(tmp_path, {"size": 1}, empty=True)
     (tmp_path / "settings.json").unlink()
     (tmp_path / "other.txt").touch()

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from benchmarks.evaluation import ORGANS, make_organs, make_slices, monai_distances, plain_froc
