@@ -6,6 +6,7 @@ this file too.
 
 from __future__ import annotations
 
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 from tests.makers.pictures import write_picture
 from tests.support.folders import BUNDLES
 from tests.support.preloaded import Preloaded
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of commands in processes of their own; two tests run at a time
 
 
 def pytest_collection_modifyitems():

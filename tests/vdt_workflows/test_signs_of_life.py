@@ -26,7 +26,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(volumes, place):
     """The folder of a run of `vdt train`, and what that wrote."""
-    words = ["train", str(volumes), "-o", "run", "--minutes", "0.7", "--clock", "cpu", "--device", "cpu", *TINY]
+    words = ["train", str(volumes), "-o", "run", "--minutes", "2", "--clock", "cpu", "--device", "cpu", *TINY]
     return place / "run", run_in_terminal(words, place)
 
 
