@@ -23,9 +23,9 @@ import numpy as np
 from vdt_workflows.files import read_csv, read_json, write_csv, write_json
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.planning.apply import segment
-from vdt_workflows.planning.lines import config_words, setting_words
+from vdt_workflows.planning.lines import BUNDLE, config_words, setting_words
 from vdt_workflows.planning.plan import make_plan, write_plan
-from vdt_workflows.planning.train import BUNDLE, STEPS, start_from
+from vdt_workflows.planning.train import STEPS, start_from
 from vdt_workflows.preparation.fingerprint import read_fingerprint
 from vdt_workflows.preparation.segmentation import prepare_segmentation
 from vdt_workflows.report.statistics import CaseTable, paired_difference

@@ -19,6 +19,14 @@ XML_RATINGS = [
 ]
 
 
+TEXTS = ("PatientName", "InstitutionName", "StationName", "ReferringPhysicianName", "OperatorsName", "StudyID",
+         "AccessionNumber", "SeriesDescription", "StudyDescription", "PatientAddress", "Manufacturer",
+         "DeviceSerialNumber", "PatientComments", "ProtocolName")  # fmt: skip
+# what results must not repeat of a header
+PERSONAL = dict.fromkeys(TEXTS, "SECRET")
+PERSONAL |= {"PatientBirthDate": "19611104", "PatientAge": "064Y", "StudyDate": "20010203"}
+
+
 def uid(*words):
     """A DICOM uid that depends on the words alone."""
     return f"1.2.826.0.1.{int(hashlib.sha256(repr(words).encode()).hexdigest()[:24], 16)}"

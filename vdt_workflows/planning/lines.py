@@ -17,6 +17,7 @@ from vdt_workflows.naming import join_words, literal
 from vdt_workflows.progress import LOG, open_bar, paused, say, signs, uncollected
 
 CHILD = "from vdt_workflows.planning.lines import run_bundle; run_bundle({name!r}, {verbose!r}, {folder!r})"
+BUNDLE = "bcv_multiorgan_segmentation"  # that planned trainings run
 STOPPED = 130  # as shells have it
 
 

@@ -9,6 +9,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from vdt_workflows.locator import find_bundles
+from vdt_workflows.planning.lines import BUNDLE
 from vdt_workflows.training.timing import time_steps
 
 SHARE = 0.8  # of the time, the rest being for loading, validation and files
@@ -23,7 +24,7 @@ def say_steps(settings: Mapping[str, Any], minutes: float, on_gpu: bool) -> str:
         on_gpu: whether it will be on this machine's GPU.
     """
     parser = ConfigParser()
-    configs = find_bundles() / "bcv_multiorgan_segmentation" / "configs"
+    configs = find_bundles() / BUNDLE / "configs"
     parser.read_config([str(configs / name) for name in ("train.yaml", "short.yaml")])
     kept = {name: value for name, value in settings.items() if name in parser.get()}
     parser.update({**kept, "init": "scratch", "device": torch.device("cuda" if on_gpu else "cpu")})

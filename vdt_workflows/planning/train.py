@@ -21,14 +21,13 @@ from typing import Any
 from networks import describe_encoder, read_checkpoint
 from vdt_workflows.files import write_json
 from vdt_workflows.locator import find_bundles
-from vdt_workflows.planning.lines import config_words, make_page, run_line, setting_words
+from vdt_workflows.planning.lines import BUNDLE, config_words, make_page, run_line, setting_words
 from vdt_workflows.planning.plan import find_memory, make_plan, write_plan
 from vdt_workflows.preparation.fingerprint import FILE, read_fingerprint
 from vdt_workflows.preparation.segmentation import prepare_segmentation
 from vdt_workflows.progress import say
 from vdt_workflows.training.shipped import find_encoders
 
-BUNDLE = "bcv_multiorgan_segmentation"
 STEPS = ("epochs", "steps_per_epoch", "val_interval")
 
 

@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, Orientationd
 
-from tests.makers.dicom import uid, write_frames, write_series
+from tests.makers.dicom import PERSONAL, uid, write_frames, write_series
 from vdt_transforms import SliceFolderReader
 from vdt_transforms.dicom_folders import find_one_series
 from vdt_workflows.evaluation.classification import SaveMalignancy
@@ -32,7 +32,6 @@ SERIES = {
     "oblique": {"orientation": (0.8, 0.6, 0.0, -0.36, 0.48, 0.8)},  # both directions leave every axis
 }
 BOXES = [[0.5, 0.5, 0.5, 4.5, 2.5, 3.5], [1.5, 1.5, -0.5, 5.5, 4.5, 0.5]]  # in voxels of the turned volume
-SECRET = "Confidential"
 
 
 def load(source):
@@ -175,16 +174,11 @@ def test_frames_of_one_file_are_referred_to_by_their_number(tmp_path):
 
 
 def test_only_the_patient_id_of_the_patients_data_is_copied(tmp_path):
-    names = ("PatientName", "InstitutionName", "StationName", "ReferringPhysicianName", "OperatorsName", "StudyID",
-             "AccessionNumber", "SeriesDescription", "StudyDescription", "PatientAddress", "Manufacturer",
-             "DeviceSerialNumber", "PatientComments", "ProtocolName")  # fmt: skip
-    fields = {"PatientBirthDate": "19611104", "PatientSex": "F", "PatientAge": "064Y", "StudyDate": "20010203"}
-    write_series(tmp_path / "ct", shape=SHAPE, patient="P-17", **UIDS, **dict.fromkeys(names, SECRET), **fields)
+    write_series(tmp_path / "ct", shape=SHAPE, patient="P-17", **UIDS, **PERSONAL)
     report_lesions(tmp_path / "ct", tmp_path)
     content = (tmp_path / "ct_sr.dcm").read_bytes()
     assert b"P-17" in content
-    for text in (SECRET.encode(), b"19611104", b"064Y", b"20010203"):
-        assert text not in content
+    assert [text for text in PERSONAL.values() if text.encode() in content] == []
 
 
 def test_a_nifti_has_no_series_to_refer_to(tmp_path):
