@@ -240,7 +240,7 @@ def _wrap(text: str, left: int = 0) -> list[str]:
 
 def _find_folder(function: Callable[..., Any]) -> str:
     """Name the argument that -o stands for, if there is one."""
-    return next((n for n in ("output_dir", "output") if n in inspect.signature(function).parameters), "")
+    return next((n for n in ("output_dir", "output", "output_file") if n in inspect.signature(function).parameters), "")
 
 
 def _read_words(function: Callable[..., Any], words: Sequence[str], name: str) -> tuple[tuple, dict[str, Any]]:
@@ -303,6 +303,8 @@ def _refuse_unknown(function: Callable[..., Any], words: Sequence[str], name: st
     for word, following in zip(words, [*words[1:], "--"], strict=False):
         if word == "--":  # what follows is for fire itself
             return
+        if re.match(r"-[a-zA-Z]", word):  # fire would take it for a setting of one letter
+            sys.exit(f"{name}: {word}: no such option; options are written --name value; {name} --help lists them")
         option, has_value, _ = word[2:].partition("=")
         option = option.replace("-", "_")
         if word.startswith("--") and option in known:

@@ -105,6 +105,22 @@ TEXTS = (
 )
 
 
+@pytest.mark.parametrize("words", [["data", "-x", "3"], ["-x3", "data"], ["data", "-o", "mine.json"]])
+def test_an_option_of_one_letter_is_refused_where_settings_are_free(words):
+    def study(data, **settings):
+        raise AssertionError("was called")
+
+    with pytest.raises(SystemExit, match=r"^study: -\w+: no such option; options are written --name value"):
+        run_function(study, words, "study")
+
+
+def test_o_stands_for_the_file_that_a_plan_is_written_to():
+    def study(data: str, output_file: str = "", **settings):
+        assert (output_file, settings) == ("mine.json", {"stem": "unet"})
+
+    run_function(study, ["data", "-o", "mine.json", "--stem", "unet"], "study")
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_are_handed_over_as_they_are(capsys, text, tmp_path, monkeypatch):
     def take(one: str, several: str | list[str], *rest: str, named: str | None = None):
@@ -204,7 +220,7 @@ def test_every_command_documents_its_arguments_within_80_columns_and_shows_an_ex
     *_, arguments, _ = text.split("\n\n")
     assert max(map(len, text.partition("examples:")[0].splitlines()[1:])) <= 80
     options = [n for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty]
-    assert ("-o, --output" in text) == bool({"output", "output_dir"} & {*options})
+    assert ("-o, --output" in text) == bool({"output", "output_dir", "output_file"} & {*options})
     rows = [line.strip().split("  ", 1) for line in arguments.splitlines() if line[2] != " "]
     assert len(rows) == len(inspect.signature(function).parameters) + 1  # --verbose
     assert all(len(row) == 2 for row in rows), rows

@@ -1,7 +1,7 @@
 """Plan a segmentation from the fingerprint of its data: a file of settings that the bundle takes.
 
     vdt plan PREPARED
-    vdt plan PREPARED --device 8 --output_file mine.json --spacing "[1, 1, 2]"
+    vdt plan PREPARED --device 8 -o mine.json --spacing "[1, 1, 2]"
     vdt plan PREPARED --minutes 30
 
 `--args_file plan.json` gives the settings to the bundles of organs and of the liver (nodules are cubes of one size).
