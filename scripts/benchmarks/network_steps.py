@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.timing import alternate, peak_memory, quartiles, run_alone
+from monai.inferers import sliding_window_inference
 from monai.networks.nets import BasicUNet, FlexibleUNet, resnet18
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -265,19 +266,27 @@ def _matmul_rate(device: str, size: int = 2048, repeats: int = 3) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
-def compare_export(names: Sequence[str] = tuple(EXPORTED), repeats: int = 5) -> dict[str, Any]:
+def _run_session(session: Any, x: Tensor) -> list[Tensor]:
+    return [torch.from_numpy(answer) for answer in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+
+
+def compare_export(
+    names: Sequence[str] = tuple(EXPORTED), repeats: int = 5, volume: Sequence[int] = ()
+) -> dict[str, Any]:
     """Compare TorchScript and ONNX Runtime with PyTorch in CPU seconds, one thread each, and how far answers differ.
 
     Args:
         names: some of "ResUNet3D-18", "NoduleFCN-18", "ResNet3D-18 classifier", "P3D-63" and "LesionDetector-63", of
             which the scores are compared, since rows change places where they are nearly equal.
         repeats: timed passes of each.
+        volume: voxels of a volume that is segmented whole, by windows of the input's size that overlap by half, in
+            place of one input; for the two networks that segment.
 
     Raises:
-        ValueError: if a network is unknown.
+        ValueError: if a network is unknown, or does not segment the volume.
     """
     for name in names:
-        check_choice("names", name, tuple(EXPORTED))
+        check_choice("names", name, tuple(EXPORTED)[:2] if volume else tuple(EXPORTED))
     import onnxruntime  # of the extra "export"
 
     torch.set_num_threads(1)
@@ -293,15 +302,21 @@ def compare_export(names: Sequence[str] = tuple(EXPORTED), repeats: int = 5) -> 
             program = torch.export.export(graph, (x,))
             torch.onnx.export(program, (), f=str(file), dynamo=True, external_data=False, verbose=False)
             session = onnxruntime.InferenceSession(str(file), options)
-            run = partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
+            run = partial(_run_session, session)
             kept = np.s_[..., 4] if graph is not network else np.s_[...]  # a detector's rows change places
-            outputs = zip(_as_list(network(x)), run(), strict=True)
-            difference = max(float(np.abs(ours.numpy() - theirs)[kept].max()) for ours, theirs in outputs)
-            script = torch.jit.script(network)
-            ways = {"eager": partial(network, x), "script": partial(script, x), "onnx": run}
+            outputs = zip(_as_list(network(x)), run(x), strict=True)
+            difference = max(float((ours - theirs).abs()[kept].max()) for ours, theirs in outputs)
+            calls: dict[str, Callable[..., Any]] = {"eager": network, "script": torch.jit.script(network), "onnx": run}
+            ways: dict[str, Callable[[], Any]] = {way: partial(call, x) for way, call in calls.items()}
+            if volume:
+                whole, size = torch.randn(1, 1, *volume), EXPORTED[name].shape[2:]
+                ways = {
+                    way: partial(sliding_window_inference, whole, size, 1, call, overlap=0.5)
+                    for way, call in calls.items()
+                }
             seconds = alternate(ways, repeats, time.process_time)  # of one thread, also on a machine that others use
             result[name] = {
-                "input": list(x.shape),
+                "input": [1, 1, *volume] if volume else list(x.shape),
                 "PyTorch_s": quartiles(seconds["eager"]),
                 "TorchScript_s": quartiles(seconds["script"]),
                 "ONNX_Runtime_s": quartiles(seconds["onnx"]),
