@@ -1,7 +1,7 @@
 """Slow tests of faults have an interpreter each.
 
-They fork children that train, and PyTorch refuses the backward pass in a fork of a process that has made one, as another
-test of the same worker may have done.
+They fork children that train, and PyTorch refuses the backward pass in a fork of a process that has made one, as
+another test of the same worker may have done.
 """
 
 import os
