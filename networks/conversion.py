@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 
-from networks.resnet3d import StemConv3d, check_choice
+from networks.layers import StemConv3d
+from networks.resnet3d import check_choice
 
 METHODS = ("i3d", "acs", "2.5d")
 _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {

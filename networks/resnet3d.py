@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.checkpoints import record_architecture
-from networks.norms import InstanceNorm
+from networks.layers import InstanceNorm, PointwiseConv3d, StemConv3d
 
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 STEMS = ("strided", "unet", "flat")
@@ -53,28 +53,7 @@ def conv3x3x3(in_channels: int, out_channels: int, stride: Stride = (1, 1, 1)) -
 
 def conv1x1x1(in_channels: int, out_channels: int, stride: Stride = (1, 1, 1)) -> nn.Conv3d:
     """Pointwise convolution."""
-    return nn.Conv3d(in_channels, out_channels, 1, stride, bias=False)
-
-
-class StemConv3d(nn.Conv3d):
-    """The stem's 7 x 7 x 7 convolution, which costs less to train with up to three slices, such as an image's.
-
-    Of the kernel's seven planes, three slices meet three in turn: 12 of 21 products are with padding. A 2D convolution
-    whose kernels are those planes is the same sum without them. Inference keeps the ordinary form, which is as fast.
-    """
-
-    def __init__(self, in_channels: int, channels: int, stride: Stride) -> None:
-        super().__init__(in_channels, channels, 7, stride, padding=3, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, D, H, W) -> (N, C', D', H', W')."""
-        number = x.shape[2]
-        if not self.training or self.stride[0] != 1 or number > 3:
-            return self._conv_forward(x, self.weight, self.bias)
-        planes = [self.weight[:, :, 3 - i : 3 - i + number] for i in range(number)]
-        kernels = torch.stack(planes, 1).flatten(2, 3).flatten(0, 1)  # (C' * slices out, C * slices in, 7, 7)
-        y = F.conv2d(x.flatten(1, 2), kernels, None, self.stride[1:], padding=3)
-        return y.unflatten(1, (self.out_channels, number))
+    return PointwiseConv3d(in_channels, out_channels, 1, stride, bias=False)
 
 
 class BasicBlock(nn.Module):

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 
+from networks.layers import PointwiseConv3d
 from networks.resnet3d import ResNet3D, check_choice, check_classes, norm_layer
 
 
 def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> nn.Sequential:
     """Convolution that keeps the size, norm, ReLU."""
-    conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    kind = PointwiseConv3d if kernel_size == 1 else nn.Conv3d
+    conv = kind(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(OrderedDict(conv=conv, bn=norm_layer(norm, out_channels), relu=nn.ReLU(inplace=True)))
 
@@ -32,8 +34,9 @@ class UpStage(nn.Module):
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
         """(N, C, D / 2, H / 2, W / 2) and (N, C', D, H, W) -> (N, C', D, H, W)."""
-        up = F.interpolate(deep, size=skip.shape[2:], mode="trilinear", align_corners=False)
-        return self.fuse(torch.cat([skip, self.reduce(up)], dim=1))
+        less = self.reduce[0](deep)  # before the interpolation, of which it is independent: an eighth of the voxels
+        up = F.interpolate(less, size=skip.shape[2:], mode="trilinear", align_corners=False)
+        return self.fuse(torch.cat([skip, self.reduce[2](self.reduce[1](up))], dim=1))
 
 
 class Decoder(nn.Module):
@@ -63,7 +66,7 @@ class SegmentationHead(nn.Module):
         widths = [(in_channels, width), (width, width)] if width else []
         self.convs = nn.Sequential(*(conv_norm_relu(before, after, 3, norm) for before, after in widths))
         self.dropout = nn.Dropout3d(dropout)
-        self.conv_seg = nn.Conv3d(width or in_channels, num_classes, 1)
+        self.conv_seg = PointwiseConv3d(width or in_channels, num_classes, 1)
         if head_std is not None:
             nn.init.normal_(self.conv_seg.weight, std=head_std)
             nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]  # there is a bias
@@ -132,7 +135,7 @@ class ResUNet3D(nn.Module):
         )
 
         self.side_heads = nn.ModuleList(
-            nn.Conv3d(channels, num_classes, 1) for channels in self.backbone.channels[1 : deep_supervision + 1]
+            PointwiseConv3d(channels, num_classes, 1) for channels in self.backbone.channels[1 : deep_supervision + 1]
         )
         self._side_logits: Any = []
         self.register_load_state_dict_pre_hook(_leave_side_heads)

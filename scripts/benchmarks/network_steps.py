@@ -26,7 +26,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.video import r3d_18
 
 from networks import P3D, LesionDetector, NoduleFCN, ResNet3DClassifier, ResUNet3D
-from networks.resnet3d import StemConv3d
+from networks.layers import StemConv3d
 from vdt_workflows.errors import check_choice
 from vdt_workflows.packaging.detector_graph import DetectorGraph
 

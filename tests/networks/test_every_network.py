@@ -21,7 +21,7 @@ from networks import (
     ResNet3DClassifier,
     ResUNet3D,
 )
-from networks.norms import InstanceNorm
+from networks.layers import InstanceNorm
 from networks.resnet3d import norm_layer
 from tests.support.network_checks import (
     COPIES,

@@ -8,7 +8,8 @@ from monai.networks.nets.resnet import ResNet as MonaiResNet
 from torch import nn
 
 from networks import ResNet2D, ResNet3D, ResUNet3D, load_pretrained
-from networks.resnet3d import BasicBlock, Bottleneck, StemConv3d, ZeroPadShortcut
+from networks.layers import StemConv3d
+from networks.resnet3d import BasicBlock, Bottleneck, ZeroPadShortcut
 from tests.support.network_checks import (
     COPIES,
     assert_every_parameter_gets_a_gradient,
