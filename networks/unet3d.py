@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,22 @@ class Decoder(nn.Module):
         return maps[:-1]
 
 
+class FineStage(nn.Module):
+    """Bring the finest map of a strided stem to the input's resolution, and see the input once more beside it."""
+
+    def __init__(self, in_channels: int, image_channels: int, channels: int, stride: Sequence[int], norm: str) -> None:
+        super().__init__()
+        size = (stride[0], stride[1], stride[2])
+        self.up = nn.ConvTranspose3d(in_channels, channels, size, size, bias=False)
+        self.bn = norm_layer(norm, channels)
+        self.fuse = conv_norm_relu(channels + image_channels, channels, 3, norm)
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        """(N, C, D / s, H / s, W / s) and (N, C', D, H, W) -> (N, channels, D, H, W)."""
+        fine = F.relu(self.bn(self.up(x)))[:, :, : image.shape[2], : image.shape[3], : image.shape[4]]
+        return self.fuse(torch.cat([fine, image], dim=1))
+
+
 class SegmentationHead(nn.Module):
     """Two narrow convolutions or none, channel dropout, and a 1 x 1 x 1 classifier."""
 
@@ -92,6 +109,8 @@ class ResUNet3D(nn.Module):
         dropout: probability of dropping a channel before the last convolution.
         norm: "batch", "group" or "instance", for every norm of encoder, decoder and head.
         stem: "unet" (published) or "strided" (half the resolution; logits are interpolated to the input's size).
+        fine_channels: with a stem that strides, the width of a last stage at the input's resolution, which learns what
+            interpolation would guess: a transposed convolution, and one that sees the input too; 0 leaves it out.
         head_std: the last convolution starts with this standard deviation and without bias, 0.01 as published; None is
             PyTorch's default start, from which the network leaves the background within tens of steps, not hundreds.
         deep_supervision: of how many coarser decoder maps, 0 to 3, logits are made too while training, for a loss that
@@ -100,7 +119,8 @@ class ResUNet3D(nn.Module):
         encoder: every further argument goes to `ResNet3D` (`base_channels`, `in_channels`, `checkpointing`, ...).
 
     Raises:
-        ValueError: if `num_classes` is below one, `deep_supervision` is not 0 to 3, or as `ResNet3D` does.
+        ValueError: if `num_classes` is below one, `deep_supervision` is not 0 to 3, there are `fine_channels` without a
+            stem that strides, or as `ResNet3D` does.
     """
 
     def __init__(
@@ -112,6 +132,7 @@ class ResUNet3D(nn.Module):
         dropout: float = 0.1,
         norm: str = "batch",
         stem: str = "unet",
+        fine_channels: int = 0,
         head_std: float | None = None,
         deep_supervision: int = 0,
         depth_stride: bool = True,
@@ -129,14 +150,18 @@ class ResUNet3D(nn.Module):
             return_stem=True,
             **encoder,
         )
-        self.neck = Decoder(self.backbone.channels, norm)
-        self.decode_head = SegmentationHead(
-            self.backbone.channels[0], num_classes, head_channels, dropout, norm, head_std
+        channels, conv = self.backbone.channels, self.backbone.conv1
+        self.neck = Decoder(channels, norm)
+        if fine_channels and max(conv.stride) == 1:
+            raise ValueError(f"fine_channels must be 0 for a stem that does not stride, got {fine_channels}")
+        self.fine = (
+            FineStage(channels[0], conv.in_channels, fine_channels, conv.stride, norm) if fine_channels else None
         )
-
-        self.side_heads = nn.ModuleList(
-            PointwiseConv3d(channels, num_classes, 1) for channels in self.backbone.channels[1 : deep_supervision + 1]
-        )
+        finest = fine_channels or channels[0]
+        self.decode_head = SegmentationHead(finest, num_classes, head_channels, dropout, norm, head_std)
+        self._coarser = 0 if fine_channels else 1  # the first map that is coarser than the logits
+        coarser = channels[self._coarser : self._coarser + deep_supervision]
+        self.side_heads = nn.ModuleList(PointwiseConv3d(width, num_classes, 1) for width in coarser)
         self._side_logits: Any = []
         self.register_load_state_dict_pre_hook(_leave_side_heads)
 
@@ -144,8 +169,9 @@ class ResUNet3D(nn.Module):
         """(N, C, D, H, W) -> logits (N, num_classes, D, H, W)."""
         maps = self.neck(self.backbone(x))
         if self.training and not torch.jit.is_scripting():
-            self._side_logits = [head(coarser) for head, coarser in zip(self.side_heads, maps[1:], strict=False)]
-        logits = self.decode_head(maps[0])
+            coarser = maps[self._coarser :]
+            self._side_logits = [head(map) for head, map in zip(self.side_heads, coarser, strict=False)]
+        logits = self.decode_head(maps[0] if self.fine is None else self.fine(maps[0], x))
         if logits.shape[2:] != x.shape[2:]:
             logits = F.interpolate(logits, size=x.shape[2:], mode="trilinear", align_corners=False)
         return logits

@@ -63,6 +63,11 @@ NETWORKS = {
         (1, 16, 17, 35),
         [(3, 16, 17, 35)],
     ),
+    "unet-fine": (
+        partial(ResUNet3D, 3, base_channels=8, stem="strided", fine_channels=4, head_channels=0),
+        (1, 16, 17, 35),
+        [(3, 16, 17, 35)],
+    ),
     "unet-spare": (
         partial(ResUNet3D, 3, 50, base_channels=6, head_channels=5, in_channels=2, **SPARE),
         (2, 16, 32, 33),

@@ -35,7 +35,7 @@ def test_a_pointwise_convolution_strides():
 
 def test_channels_stay_last_through_the_whole_network_on_one_thread():
     """Whatever one layer puts first, the next convolutions copy."""
-    network = ResUNet3D(3, base_channels=8, stem="strided", head_channels=0).to(memory_format=LAST)
+    network = ResUNet3D(3, base_channels=8, stem="strided", fine_channels=8, head_channels=0).to(memory_format=LAST)
     found = {}
 
     def look(name):

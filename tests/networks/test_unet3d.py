@@ -11,6 +11,7 @@ SIZES = [(16, 32, 48), (17, 35, 50), (5, 48, 64), (33, 33, 33), (1, 20, 40)]
 VARIANTS = [
     pytest.param({}, id="published"),
     pytest.param({"stem": "strided"}, id="strided-stem"),
+    pytest.param({"stem": "strided", "fine_channels": 4}, id="fine-stage"),
     pytest.param({"depth_stride": False}, id="depth-not-strided"),
     pytest.param({"norm": "group"}, id="group-norm"),
 ]
@@ -72,6 +73,36 @@ def test_strided_stem_interpolates_the_logits_of_half_the_resolution():
         assert half.shape == (1, 3, 16, 16, 32)
         want = nn.functional.interpolate(half, scale_factor=2, mode="trilinear", align_corners=False)
         torch.testing.assert_close(network(x), want)
+
+
+def test_the_fine_stage_sees_the_map_of_half_the_resolution_and_the_input_voxel_by_voxel():
+    network = randomise(narrow(stem="strided", fine_channels=4, head_channels=0)).eval()
+    x = torch.randn(1, 1, 32, 32, 64)
+    with torch.inference_mode():
+        half = network.neck(network.backbone(x))[0]
+        up = nn.functional.relu(network.fine.bn(network.fine.up(half)))
+        want = network.decode_head(network.fine.fuse(torch.cat([up, x], 1)))
+        torch.testing.assert_close(network(x), want)
+        assert up.shape == (1, 4, 32, 32, 64)
+        only = torch.zeros_like(half)
+        only[..., 3, 5, 7] = 1  # a voxel of half the resolution is eight of the full one
+        assert network.fine.up(only).abs().sum(1)[0].nonzero().unique(dim=0).shape == (8, 3)
+
+
+def test_the_fine_stage_follows_the_strides_of_the_stem_and_refuses_one_that_has_none():
+    thick = [[1, 2, 2], [1, 2, 2], 1, 2, [1, 2, 2], 1]
+    network = narrow(stem="strided", fine_channels=4, strides=thick)
+    assert network.fine.up.kernel_size == network.fine.up.stride == (1, 2, 2)
+    assert network(torch.randn(2, 1, 10, 33, 47)).shape == (2, 3, 10, 33, 47)
+    with pytest.raises(ValueError, match="fine_channels must be 0 for a stem that does not stride, got 4"):
+        narrow(fine_channels=4)
+
+
+def test_with_a_fine_stage_the_map_of_half_the_resolution_learns_too():
+    network = narrow(stem="strided", fine_channels=4, deep_supervision=2)
+    network(torch.randn(2, 1, 16, 32, 48))
+    sizes = [tuple(side.shape) for side in network.take_side_logits()]
+    assert sizes == [(2, 3, 8, 16, 24), (2, 3, 4, 8, 12)]
 
 
 def test_head_width_dropout_and_classes_arrive():

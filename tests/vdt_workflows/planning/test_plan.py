@@ -41,7 +41,7 @@ ONE = data(["a"], [case((122, 101, 112), (3, 3, 3), **CT)], "CT")
 @pytest.mark.parametrize(
     ("fingerprint", "memory", "expected"),
     [
-        (HIPPOCAMPUS, None, ([1, 1, 1], "own", [32, 40, 40], "unet", 16, 2, [8, 8, 8], [[], 0.5])),
+        (HIPPOCAMPUS, None, ([1, 1, 1], "own", [32, 48, 32], "strided", 16, 2, [8, 8, 8], [[], 0.5])),
         (HIPPOCAMPUS, 8, ([1, 1, 1], "own", [40, 56, 40], "unet", 64, 6, [8, 8, 8], [[], 0.5])),
         (HEART, None, ([1.5, 1.5, 10], "own", [96, 112, 10], "strided", 16, 2, [16, 16, 2], [[], 0.5])),
         (HEART, 24, ([1.5, 1.5, 10], "own", [144, 144, 10], "unet", 64, 4, [16, 16, 2], [[], 0.5])),
@@ -78,21 +78,26 @@ def test_plan_of_usual_data(fingerprint, memory, expected):
 
 
 @pytest.mark.parametrize(
-    ("shape", "stem", "words"),
+    ("shape", "memory", "stem", "fine", "words"),
     [
-        ((35, 50, 36), "unet", "stem unet, the full resolution inside, since cases are small enough for a CPU"),
-        ((40, 48, 48), "unet", "small enough"),
-        ((60, 60, 60), "strided", "stem strided, half the resolution inside: with all of it a CPU's patch holds 2"),
-        ((512, 512, 500), "strided", "not half"),
-        ((20, 22, 1000), "unet", "small enough"),
+        ((35, 50, 36), None, "strided", 8, "stem strided, half the resolution inside, on a CPU, 8 channels at full"),
+        ((512, 512, 500), None, "strided", 8, "half the resolution inside"),
+        ((20, 22, 1000), None, "unet", 0, "stem unet, the full resolution inside"),
+        ((35, 50, 36), 8, "unet", 0, "stem unet, the full resolution inside"),
     ],
 )
-def test_small_cases_keep_the_full_resolution_on_a_cpu(shape, stem, words):
-    made = make_plan(data(["a"], [case(shape)] * 4), None)
-    assert made.settings["stem"] == stem
+def test_a_cpu_gets_a_light_stage_at_full_resolution_behind_a_strided_stem(shape, memory, stem, fine, words):
+    made = make_plan(data(["a"], [case(shape)] * 4), memory)
+    assert (made.settings["stem"], made.settings["fine_channels"]) == (stem, fine)
     assert words in "\n".join(made.words)
-    given = make_plan(data(["a"], [case(shape)] * 4), None, {"stem": "flat"})
+    given = make_plan(data(["a"], [case(shape)] * 4), memory, {"stem": "flat"})
     assert "stem flat, as given" in "\n".join(given.words)
+    assert given.settings["fine_channels"] == 0
+
+
+def test_patches_on_a_cpu_are_no_longer_than_a_case_but_keep_thin_axes_whole():
+    plans = [make_plan(data(["a"], [case((36, 50, 19))] * 4), memory).settings for memory in (None, 8)]
+    assert [plan["patch_size"] for plan in plans] == [[32, 48, 20], [40, 56, 20]]
 
 
 @pytest.mark.parametrize(("cases", "steps"), [(1, 5_000), (80, 20_000), (3000, 250_000)])
