@@ -260,7 +260,7 @@ def _choose_labels(
         values = {value: number for number, group in enumerate(groups, 1) for value in group}
         return ["background", *given], values, False
     if isinstance(given, str):
-        raise ValueError(f"label_names {given!r}: expected a list of names, or label values by name")
+        raise ValueError(f"label_names {given!r}: expected quoted names, as ['background', 'liver'], or values by name")
     names = [str(name) for name in given] if given else _read_labels(listed, listing) if listed else []
     return names, {value: value for value in range(1, len(names))} if names else None, True
 

@@ -327,7 +327,10 @@ def test_a_folder_for_each_case_is_taken_by_a_list_and_its_name_tells_cases_apar
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"label_names": "liver"}, "label_names 'liver': expected a list of names, or label values by name"),
+        (
+            {"label_names": "liver"},
+            r"label_names 'liver': expected quoted names, as \['background', 'liver'\], or values by name",
+        ),
         ({"source": "kits"}, "source must be 'btcv', 'lits' or 'own', got 'kits'"),
         ({"split": "published"}, "split of --source own must be recommended, got 'published'"),
         (
