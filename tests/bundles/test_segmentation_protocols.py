@@ -165,3 +165,4 @@ def test_only_the_published_protocol_starts_with_a_small_head_and_zero_residuals
         network = parser.get_parsed_content("network_def").network
         small = bool(network.decode_head.conv_seg.weight.std() < 0.02)
         assert small == (not network.backbone.layer1[0].bn2.weight.any()) == (start == "published"), start
+        assert network.decode_head.dropout.p == (0.1 if start == "published" else 0.0)
