@@ -89,6 +89,7 @@ def test_plan_of_usual_data(fingerprint, memory, expected):
 def test_a_cpu_gets_a_light_stage_at_full_resolution_behind_a_strided_stem(shape, memory, stem, fine, words):
     made = make_plan(data(["a"], [case(shape)] * 4), memory)
     assert (made.settings["stem"], made.settings["fine_channels"]) == (stem, fine)
+    assert made.settings["deep_supervision"] == (2 if memory else 0)
     assert words in "\n".join(made.words)
     given = make_plan(data(["a"], [case(shape)] * 4), memory, {"stem": "flat"})
     assert "stem flat, as given" in "\n".join(given.words)
