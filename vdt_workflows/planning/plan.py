@@ -234,7 +234,7 @@ def choose_network(made: Plan, data: Fingerprint, memory: float | None) -> None:
         stem=stem,
         head_channels=head,
         fine_channels=fine,
-        deep_supervision=2 if memory else 0,  # none: 0.872 in place of 0.867, with dropout
+        deep_supervision=2 if memory else 0,  # no gain on 20 validation hippocampi
     )
     flat = ", ".join(f"{'XYZ'[axis]} less" for axis in range(3) if total[axis] < max(total))
     made.decide(f"strides: {_times(total)} in all{flat and f', since coarse or short: {flat}'}", strides=strides)

@@ -402,7 +402,7 @@ def copied(tmp_path):
         ("metadata", "configs/metadata.json", '"authors": "The', '"author": "The', "'authors' is a required property"),
         ("configs", "configs/train.yaml", "networks.ResUNet3D", "networks.ResUNet4D", "which cannot be imported"),
         ("configs", "configs/inference.yaml", "\ninferer:", "\ninfer:", "the id inferer, which MONAI asks for"),
-        ("configs", "configs/inference.yaml", "    depth: '@depth'", "    depth: 34", "define different networks"),
+        ("configs", "configs/inference.yaml", "depth: '@depth'", "depth: 34", "define different networks"),
         ("readme", "docs/README.md", "--part validation", "--parts validation", "--parts: no such setting"),
         ("readme", "docs/README.md", "configs/inference.yaml", "configs/infer.yaml", "configs/infer.yaml is not there"),
     ],
