@@ -168,7 +168,8 @@ def check_alike(headers: Sequence[Header], root: Path, where: str) -> list[str]:
     for header in headers:
         path, (slope, intercept) = root / header.path, header.rescale or (1.0, 0.0)
         if header.modality == "CT" and header.rescale is None:
-            return [*errors, f"{path}: has no RescaleSlope or no RescaleIntercept, so its values are not HU"]
+            lacks = "has no RescaleSlope or no RescaleIntercept, so its values are not HU; export it anew with both"
+            return [*errors, f"{path}: {lacks}"]
         if not (np.isfinite([slope, intercept]).all() and slope):
             return [*errors, f"{path}: RescaleSlope {slope:g} and RescaleIntercept {intercept:g} give no values"]
         if header.colours != "MONOCHROME2":

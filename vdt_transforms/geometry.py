@@ -302,10 +302,10 @@ def _choose_affine(path: str, header: Any, shape: tuple[int, ...], geometry: str
     if known.get(geometry) or (geometry != "refuse" and not any(known.values())):
         return sform if geometry == "sform" else qform
     if not any(known.values()):
-        raise ValueError(
-            f"{path}: sform and qform have code 0, so that it is not known which side is left nor where its voxels lie;"
-            " --geometry sform or --geometry qform takes that form as it is"
-        )
+        forms = {"--geometry sform": sform, "--geometry qform": qform}
+        fit = " or ".join(n for n, form in forms.items() if abs(np.linalg.det(form[:3, :3])) > 0) or "no knob"
+        where = "that it is not known which side is left nor where its voxels lie"
+        raise ValueError(f"{path}: sform and qform have code 0, so {where}; {fit} takes that form as it is")
     if not known["sform"]:
         return qform
     if known["qform"]:

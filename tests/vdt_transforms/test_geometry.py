@@ -63,7 +63,11 @@ BAD = {
         r"sform and its pixdim disagree .* and \(1, 1, 1\) mm",
     ),
     "negative": ({"codes": (1, 0), "pixdim": (-2, 2, 3)}, "sform and its pixdim disagree"),
-    "no-code": ({"codes": (0, 0)}, "sform and qform have code 0, so that it is not known which side is left"),
+    "no-code": (
+        {"codes": (0, 0)},
+        "code 0, so that it is not known which side is left nor where .*; --geometry sform or --geometry qform takes",
+    ),
+    "no-code-nor-sform": ({"codes": (0, 0), "sform": np.zeros((4, 4))}, "voxels lie; --geometry qform takes that form"),
     "sheared": (
         {"sform": SFORM + np.eye(4, k=1) * [0, 0, 0.5, 0], "codes": (1, 0)},
         "sheared by 9.5 degrees",

@@ -84,13 +84,13 @@ def check_settings(record: Path, weights: str | os.PathLike) -> None:
     """Refuse a `run.json` that contradicts what its checkpoint says of its own training; one alone is taken as it is.
 
     Raises:
-        ValueError: naming both files and the settings that differ, or if `record` is no JSON.
+        ValueError: naming both files and the settings that differ, or if `record` is no JSON, or as `read_checkpoint`.
     """
     if not record.is_file():
         return
+    own = json.loads(json.dumps(read_provenance(weights), default=str))
     try:
         settings = plain(json.loads(record.read_bytes()))
-        own = json.loads(json.dumps(read_provenance(weights), default=str))
         differ = [f"{k} {settings[k]!r}, not {v!r}" for k, v in own.items() if settings.get(k, v) != v]
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{record}: no settings of a run ({error}); give the run.json that training wrote") from error

@@ -38,7 +38,8 @@ class RememberRun:
         settings: plain values by config id.
         notes: further plain values for the record (protocol, data, seed, ...).
         results: folder in which the files of each volume of the settings' `volumes` are listed at the end, as
-            `results` of the file.
+            `results` of the file, which is then for people and other programs: texts are as they are. Else they are
+            written so that MONAI takes none for an expression (`naming.literal`).
     """
 
     path: str
@@ -68,7 +69,8 @@ class RememberRun:
             **(self.notes or {}),
         }
         found = {} if results is None else {"results": list_results(self.settings["volumes"], results)}
-        write_json(self.path, literal({**self.settings, **found, "_run_": record}), indent=2)
+        written = {**self.settings, **found, "_run_": record}
+        write_json(self.path, literal(written) if self.results is None else written, indent=2)
 
 
 PATIENCE = 20  # steps

@@ -174,6 +174,13 @@ def test_a_run_json_that_contradicts_its_checkpoint_is_refused(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"run\.json: no settings of a run"):
         load_at_the_start(network, str(model))
     record.write_text(content)
+    save_weights(torch.nn.Linear(2, 2), model, provenance)
+    broken = torch.load(model, weights_only=True)
+    broken["weight"][:] = float("nan")
+    torch.save(broken, model)
+    with pytest.raises(ValueError, match=r"^[^ ]*model\.pt: weight holds values from nan to nan, .* damaged"):
+        load_at_the_start(network, str(model))  # what is wrong is not the sound run.json
+    save_weights(network, model, provenance)
     other = tmp_path / "other.json"
     other.write_text('{"patch_size": [8, 9]}')
     monkeypatch.setattr("vdt_workflows.training.checkpoints.given_files", lambda: [other])

@@ -127,10 +127,10 @@ def test_curves_of_little_or_no_sense_are_drawn_too_under_a_title_that_is_no_for
 SETTINGS = {"depth": 18, "mean": 114.495, "class_names": ["cat", "dog"], "norm": "batch", "none": None}
 
 
-def remember(file, settings, notes=None):
+def remember(file, settings, notes=None, results=None):
     engine = Engine(lambda engine, batch: None)
     engine.state.device = torch.device("cpu")
-    RememberRun(str(file), settings, notes).attach(engine)
+    RememberRun(str(file), settings, notes, results).attach(engine)
     engine.run([0])
     return json.loads(file.read_text())
 
@@ -142,6 +142,15 @@ def test_the_settings_and_how_the_run_began_are_written(tmp_path):
     assert (record["seed"], record["protocol"], record["device"]) == (3, "paper", "cpu")
     assert record["torch"] == torch.__version__
     assert {"command", "started", "python", "monai"} <= set(record)
+
+
+def test_what_lists_results_is_for_other_programs_and_the_settings_are_for_monai(tmp_path):
+    settings = {"volumes": ["/data/a#1.nii.gz"], "label_names": ["@home", "%x"]}
+    assert remember(tmp_path / "run.json", settings)["volumes"] == ["$'/data/a\\x231\\x2enii\\x2egz'"]
+    (tmp_path / "a#1_seg.nii.gz").touch()
+    content = remember(tmp_path / "inference.json", settings, None, str(tmp_path))
+    assert content["label_names"] == ["@home", "%x"]
+    assert content["results"] == {"/data/a#1.nii.gz": ["a#1_seg.nii.gz"]}
 
 
 def test_values_that_json_does_not_know_are_written_plainly(tmp_path):
