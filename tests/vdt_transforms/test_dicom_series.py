@@ -76,7 +76,11 @@ def drop_rescale(folder):
 
 REFUSED = {
     "a tilted gantry": (tilt, {}, r"gantry tilted by 15\.6 degrees; .*convert it with dcm2niix"),
-    "no rescale": (drop_rescale, {}, r"\.dcm: has no RescaleSlope or no RescaleIntercept, so its values are not HU; export it anew with both$"),
+    "no rescale": (
+        drop_rescale,
+        {},
+        r"\.dcm: has no RescaleSlope or no RescaleIntercept, so its values are not HU; export it anew with both$",
+    ),
     "a slice off": (None, {"places": [0, 2.5, 5.4, 7.5]}, r"0\.4 mm off a regular grid; .* a twentieth of"),
     "a missing slice": (None, {"places": [0, 2.5, 7.5, 10]}, "lacks 1 slice, the first between"),
     "a cut file": (lambda folder: cut(-1)(min(folder.iterdir())), {}, r"a000\.dcm: cut short, 59 of 60 bytes"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -67,11 +67,15 @@ def read_nodules(root: Path, table: Path | None = None) -> list[Nodule]:
         nodules = _read_published_table(source, root)
     if not nodules:
         raise ValueError(f"{source}: lists no nodules")
+    _refuse_repeated(source, nodules)
+    _check_files(nodules, source)
+    return nodules
+
+
+def _refuse_repeated(source: Path | str, nodules: Iterable[Mapping[str, Any]]) -> None:
     repeated = [name for name, times in Counter(n["nodule_id"] for n in nodules).items() if times > 1]
     if repeated:
         raise ValueError(f"{source}: {few(repeated)} listed more than once; expected one row a nodule")
-    _check_files(nodules, source)
-    return nodules
 
 
 def _read_own_table(path: Path) -> list[Nodule]:
@@ -245,6 +249,7 @@ def _read_positions(path: Path, scan: Path, geometry: str) -> list[dict[str, Any
             values = [-values[0], -values[1], values[2]]
         kind = "voxel" if columns == VOXELS else "position"
         nodules.append({"nodule_id": row[named] if named else str(number), kind: values})
+    _refuse_repeated(f"positions {path}", nodules)
     return nodules
 
 

@@ -63,6 +63,10 @@ def test_crops_need_no_positions(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
+        (
+            "x_mm,y_mm,z_mm,id\n1,2,3,n1\n4,5,6,n1\n",
+            "positions .*: n1 listed more than once; expected one row a nodule",
+        ),
         ("x,y,z\n1,2,3\n", r"columns are x, y, z; expected x_mm, y_mm, z_mm \(RAS\), coordX, .* or column, row, slice"),
         ("", "lists no nodules"),
         ("x_mm,y_mm,z_mm\n", "lists no nodules"),
