@@ -108,7 +108,8 @@ def test_compare_counts_runs(volumes, place):
 def test_ctrl_c_ends_with_a_sentence_and_all_processes(volumes, tmp_path, stop_at):
     words = ["train", str(volumes), "-o", "run", "--device", "cpu", "--epochs", "50", *TINY]
     watched = run_in_terminal(words, tmp_path, stop_at)
-    assert watched.status == 130
+    # Where C code met the signal, in an import, Python ends by it afterwards; shells say 130 of both.
+    assert watched.status in (130, -2)
     sentence = "vdt train: stopped; the last whole epoch is kept, and the same command goes on from there"
     assert re.search(rf"\x1b\[K{sentence}\r?\n$", watched.text)
     assert not watched.left
