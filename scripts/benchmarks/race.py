@@ -37,7 +37,6 @@ COLUMNS = ("minutes", "contestant", "seed", "case", "label", "dice", "volume_rat
 OURS: dict[str, dict[str, Any]] = {  # settings beside the plan's
     "scratch": {},
     "vdt": {"init": "vdt"},
-    "strided": {"stem": "strided"},
 }
 RATES = (0.001, 0.003, 0.01)  # of MONAI's UNet: the best on validation cases is taken
 CPU = "$torch.device('cpu')"
@@ -62,7 +61,7 @@ def race(
         label_names: by label value, background first.
         minutes: of CPU time of each training.
         seeds: of the runs; the split is always the same.
-        contestants: scratch, vdt or strided (the planned training), monai, nnunet.
+        contestants: scratch or vdt (the planned training), monai, nnunet.
         nnunet: Python of an environment with nnU-Net v2.
         training: cases to learn from; as many again choose the rate of MONAI's UNet.
         test: cases to score.
