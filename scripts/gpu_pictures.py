@@ -46,10 +46,11 @@ class Run:
 
 @dataclass
 class Pictures:
-    """Pictures as uint8 (N, 3, H, W) and their classes, both on the device."""
+    """Pictures as uint8 (N, 3, H, W) and their classes, both on the device; `classes` are the names by label."""
 
     images: Tensor
     labels: Tensor
+    classes: list[str]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,12 +82,28 @@ def decode(blob: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
 
 
-def load(paths: str, device: torch.device) -> Pictures:
-    """Join the packs."""
-    packs = [torch.load(path, weights_only=True) for path in paths.split(",")]
-    images = torch.cat([pack["images"] for pack in packs])
-    labels = torch.cat([pack["labels"] for pack in packs])
-    return Pictures(images.to(device), labels.to(device))
+def load(paths: str, device: torch.device, classes: list[str] | None = None) -> Pictures:
+    """Join the packs.
+
+    Args:
+        paths: of the packs, joined by commas.
+        device: that holds the pictures.
+        classes: that they must have; by default those of the first pack.
+
+    Raises:
+        ValueError: if the classes of a pack are others, so that its labels would mean something else.
+    """
+    packs = {path: torch.load(path, weights_only=True) for path in paths.split(",")}
+    known = classes or next(iter(packs.values()))["classes"]
+    for path, pack in packs.items():
+        if pack["classes"] != known:
+            other = sorted(set(pack["classes"]) ^ set(known))
+            raise ValueError(
+                f"{path}: its classes must be the {len(known)} of the first pack, {other[:3]} are not in both"
+            )
+    images = torch.cat([pack["images"] for pack in packs.values()])
+    labels = torch.cat([pack["labels"] for pack in packs.values()])
+    return Pictures(images.to(device), labels.to(device), known)
 
 
 def crop(images: Tensor, draw: torch.Generator, area: tuple[float, float]) -> Tensor:

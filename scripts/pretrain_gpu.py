@@ -1,6 +1,6 @@
 """Pre-train encoders on one GPU that holds all pictures as uint8, where a data loader would be what one waits for.
 
-    python scripts/pretrain_gpu.py pack DIR_OR_ZIP pictures.pt            # decode once; packs may be joined later
+    python scripts/pretrain_gpu.py pack DIR_OR_ZIP pictures.pt   # decode once; packs of equal classes may be joined
     python scripts/pretrain_gpu.py train a.pt,b.pt --val val.pt --runs scripts/encoders.json --output out --seconds 400
 
 What is trained is the bundle imagenet_vdt_pretraining's network, in bfloat16 and as a CUDA graph; its crops, colours
@@ -135,7 +135,7 @@ def train_run(
     `until` is a time (`time.time()`) at which it is given up.
     """
     device = pictures.images.device
-    classes = int(max(pictures.labels.max(), val.labels.max())) + 1
+    classes = len(pictures.classes)
     labels = pictures.labels
     if run.shuffle_labels:
         labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(run.seed)).to(device)]
@@ -256,7 +256,8 @@ def train(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train_pictures, val_pictures = load(pictures, device), load(val, device)
+    train_pictures = load(pictures, device)
+    val_pictures = load(val, device, train_pictures.classes)
     chosen = [Run(**options) for options in json.loads(Path(runs).read_text())]
     for run in chosen:
         run.notes = measure(run, train_pictures, batch, 20 if device.type == "cuda" else 1)

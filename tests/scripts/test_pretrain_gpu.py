@@ -37,6 +37,17 @@ def test_a_pack_holds_the_pictures_and_their_classes(packed):
     assert np.array_equal(pictures.images[5].permute(1, 2, 0), pixels)
 
 
+def test_packs_of_other_classes_are_refused(packed):
+    pack = torch.load(packed / "pack.pt", weights_only=True)
+    torch.save({**pack, "classes": ["cat", "cow", "owl"]}, packed / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: its classes must be the 3 of the first pack, \['cow', 'dog'\]"):
+        gpu_pictures.load(f"{packed / 'pack.pt'},{packed / 'other.pt'}", CPU)
+    with pytest.raises(ValueError, match="classes must be"):
+        gpu_pictures.load(str(packed / "other.pt"), CPU, pack["classes"])
+    twice = gpu_pictures.load(",".join([str(packed / "pack.pt")] * 2), CPU)
+    assert len(twice) == len(pack["labels"])
+
+
 def test_pictures_become_the_volumes_of_the_transform(packed):
     images = gpu_pictures.load(str(packed / "pack.pt"), CPU).images
     ours = gpu_pictures.to_volumes(images, gpu_pictures.Run("plain"))
