@@ -122,17 +122,25 @@ def run_alone(command: Sequence[Any], log: Path, cwd: Path | None = None) -> flo
 # Contestants: each leaves labels/ with a file of each test image's name ---------------------------------------------
 
 
-def run_ours(
-    parts: Mapping[str, Path], folder: Path, settings: Mapping[str, Any], minutes: float, seed: int, names: list[str]
-) -> Pace:
-    """Prepare, plan and train as `vdt train --minutes` does, on all cases; give its pace."""
-    prepared, lists = folder.parent / "prepared", folder.parent / "prepared" / "all.json"
+def prepare(parts: Mapping[str, Path], root: Path, names: list[str]) -> Path:
+    """Prepare the training cases once, and give the list that has all of them to learn from."""
+    prepared = root / "prepared"
+    lists = prepared / "all.json"
     if not lists.is_file():
         about = prepare_segmentation(str(parts["training"]), str(prepared), test_fraction=0, label_names=names)
         found = read_json(Path(about["datalist"]))
         cases = sorted(found["training"] + found["validation"], key=lambda case: case["image"])
         more = {"shared_cases": "nothing is selected by the case that is scored"}
         write_json(lists, {**found, "training": cases, "validation": cases[:1], **more})
+    return lists
+
+
+def run_ours(
+    parts: Mapping[str, Path], folder: Path, settings: Mapping[str, Any], minutes: float, seed: int, names: list[str]
+) -> Pace:
+    """Prepare, plan and train as `vdt train --minutes` does, on all cases; give its pace."""
+    lists = prepare(parts, folder.parent, names)
+    prepared = lists.parent
     known = start_from({**settings, "seed": seed})
     plannable: dict[str, Any] = {name: known[name] for name in ("base_channels", "stem") if name in known}
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,25 +170,31 @@ def run_ours(
 
 
 def run_monai(root: Path, parts: Mapping[str, Path], folder: Path, minutes: float, seed: int, names: list[str]) -> Pace:
-    """Run the tutorials' training at the rate that is best on the validation cases after a third of the time."""
+    """Run the tutorials' training at the rate that is best on the validation cases after a third of the time.
+
+    Its spacing and its patch are those of our plan, which is better than the fixed ones of a tutorial.
+    """
+    lists = prepare(parts, root, names)
+    planned = make_plan(read_fingerprint(lists.parent, str(lists)), None).settings
+    options = [f"--classes={len(names)}", f"--spacing={planned['spacing']}", f"--patch={planned['patch_size']}"]
     best = root / f"{minutes:g}_monai_rates.json"
     if not best.is_file():
         found = {}
         for rate in RATES:
             tried = root / "rates" / f"{minutes:g}_{rate}"
-            _train_monai(parts, "validation", tried, minutes / 3, 100, rate, len(names))
+            _train_monai(parts, "validation", tried, minutes / 3, 100, rate, options)
             rows = score_files(tried / "labels", parts["validation"] / "labels", names)
             found[rate] = float(np.mean([row["dice"] for row in rows]))
         write_json(best, {"rate": max(found, key=lambda rate: found[rate]), "validation_dice": found})
-    return _train_monai(parts, "test", folder, minutes, seed, read_json(best)["rate"], len(names))
+    return _train_monai(parts, "test", folder, minutes, seed, read_json(best)["rate"], options)
 
 
 def _train_monai(
-    parts: Mapping[str, Path], scored: str, folder: Path, minutes: float, seed: int, rate: float, classes: int
+    parts: Mapping[str, Path], scored: str, folder: Path, minutes: float, seed: int, rate: float, options: list[str]
 ) -> Pace:
     script = [sys.executable, "-W", "ignore", HERE / "race_monai.py", parts["training"], parts[scored]]
-    options = [f"--minutes={minutes}", f"--seed={seed}", f"--rate={rate}", f"--classes={classes}"]
-    run_alone([*script, folder / "labels", *options], folder / "log.txt")
+    given = [f"--minutes={minutes}", f"--seed={seed}", f"--rate={rate}", *options]
+    run_alone([*script, folder / "labels", *given], folder / "log.txt")
     return _read_pace(folder / "log.txt")
 
 

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from benchmarks.race import COLUMNS, score_files, split_cases, summarise
+from benchmarks.race_monai import choose_strides
 
 from vdt_workflows.files import write_csv
 
@@ -70,3 +71,8 @@ def test_differences_are_paired_over_cases_and_common_seeds(tmp_path):
     assert found["6 min, vdt"] == {"dice": 0.4, "seeds": [0.4, 0.4], "volumes": 1.0}
     assert found["6 min, vdt - monai"] == {"mean": 0.1, "low": 0.1, "high": 0.1, "seeds": 1}
     assert len((tmp_path / "race.csv").read_text().splitlines()) == 1 + 3 * 8
+
+
+def test_monais_network_strides_across_thick_slices_last():
+    assert choose_strides([1, 1, 1], [32, 48, 32]) == [(2, 2, 2)] * 4
+    assert choose_strides([1.5, 1.5, 10], [96, 112, 10]) == [(2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 1)]
