@@ -38,7 +38,6 @@ OURS: dict[str, dict[str, Any]] = {  # settings beside the plan's
     "scratch": {},
     "vdt": {"init": "vdt"},
 }
-RATES = (0.001, 0.003, 0.01)  # of MONAI's UNet: the best on validation cases is taken
 CPU = "$torch.device('cpu')"
 
 
@@ -52,6 +51,7 @@ def race(
     nnunet: str = "",
     training: int = 20,
     test: int = 60,
+    rates: Sequence[float] = (0.001, 0.003, 0.01),
 ) -> dict[str, Any]:
     """Train all contestants for the same CPU time on the same cases, seed by seed, and score them; resumable.
 
@@ -65,6 +65,7 @@ def race(
         nnunet: Python of an environment with nnU-Net v2.
         training: cases to learn from; as many again choose the rate of MONAI's UNet.
         test: cases to score.
+        rates: of MONAI's UNet, of which the best on validation cases is taken.
     """
     root = Path(output_dir).resolve()
     parts = split_cases(Path(data).resolve(), root, training, test)
@@ -75,7 +76,7 @@ def race(
             if not (folder / "scores.csv").is_file():
                 logger.info("%s, %g minutes, seed %d", who, minutes, seed)
                 if who == "monai":
-                    learned = run_monai(root, parts, folder, minutes, seed, names)
+                    learned = run_monai(root, parts, folder, minutes, seed, names, rates)
                 elif who == "nnunet":
                     learned = run_nnunet(nnunet, parts, folder, minutes, seed, names)
                 else:
@@ -169,7 +170,15 @@ def run_ours(
     return {"steps": fitted["epochs"] * fitted["steps_per_epoch"], "cpu_seconds": round(seconds)}
 
 
-def run_monai(root: Path, parts: Mapping[str, Path], folder: Path, minutes: float, seed: int, names: list[str]) -> Pace:
+def run_monai(
+    root: Path,
+    parts: Mapping[str, Path],
+    folder: Path,
+    minutes: float,
+    seed: int,
+    names: list[str],
+    rates: Sequence[float],
+) -> Pace:
     """Run the tutorials' training at the rate that is best on the validation cases after a third of the time.
 
     Its spacing and its patch are those of our plan, which is better than the fixed ones of a tutorial.
@@ -180,7 +189,7 @@ def run_monai(root: Path, parts: Mapping[str, Path], folder: Path, minutes: floa
     best = root / f"{minutes:g}_monai_rates.json"
     if not best.is_file():
         found = {}
-        for rate in RATES:
+        for rate in rates:
             tried = root / "rates" / f"{minutes:g}_{rate}"
             _train_monai(parts, "validation", tried, minutes / 3, 100, rate, options)
             rows = score_files(tried / "labels", parts["validation"] / "labels", names)
