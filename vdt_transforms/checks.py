@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from monai.config import NdarrayOrTensor
@@ -9,6 +11,7 @@ from monai.transforms import Transform
 
 from vdt_transforms.dictionary import ArrayPerKey
 
+logger = logging.getLogger(__name__)
 INT16 = np.iinfo(np.int16)
 
 
@@ -79,20 +82,33 @@ class CheckOverflow(Transform):
     """Pass a CT volume on unchanged if its intensities fit 16-bit signed integers, as Hounsfield units do.
 
     What does not fit has usually been through an integer type that could not hold it (-1024 HU in unsigned 16 bits is
-    64512), and a window of HU would then show air as bone.
+    64512), and a window of HU would then show air as bone. A DICOM series says of itself whether it is a CT. Where no
+    voxel is below 0, as in MR, in 8-bit pictures and in CT that was stored with an offset, a warning says so: fat and
+    air are below it, but a crop may have none.
 
     Raises:
-        ValueError: naming the file, and the least and greatest intensity.
+        ValueError: naming the file, and the least and greatest intensity, or the modality.
     """
 
     def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
         """Check one volume (C, X, Y, Z)."""
+        if (modality := getattr(img, "meta", {}).get("modality", "CT")) != "CT":
+            raise ValueError(
+                f"{name_of(img)}: its modality is {modality}, and a CT is expected: the window, mean and deviation of"
+                " the network are in HU"
+            )
         low, high = float(img.min()), float(img.max())
         if low < INT16.min or high > INT16.max:
             raise ValueError(
                 f"{name_of(img)}: intensities from {low:g} to {high:g} do not fit 16-bit signed integers ({INT16.min}"
                 f" to {INT16.max}), as HU do; this is an integer overflow or a wrong scl_slope, so convert the case"
                 " again"
+            )
+        if low >= 0:
+            logger.warning(
+                "%s: no voxel is below 0 (%g to %g), where HU have air at -1000 and fat at -100; if it is no CT in HU,"
+                " the result means nothing",
+                *(name_of(img), low, high),
             )
         return img
 

@@ -56,11 +56,11 @@ class SeriesReader(ImageReader):
         return [os.fspath(path) for path in ensure_tuple(data)]
 
     def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Read one folder (X, Y, Z), with its metadata."""
+        """Read one folder (X, Y, Z), with its metadata, `modality` among them."""
         (folder,) = img
         series = find_one_series(folder)
         volume = series.read(irregular=self.irregular == "accept")
-        return volume, make_meta(series.affine, volume.shape)
+        return volume, make_meta(series.affine, volume.shape, modality=series.modality)
 
 
 class VolumeReader(SeriesReader):

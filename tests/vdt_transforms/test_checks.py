@@ -3,9 +3,11 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
+from pydicom.uid import CTImageStorage, MRImageStorage
 
+from tests.makers.dicom import write_series
 from tests.makers.volumes import write_volume
-from vdt_transforms import CheckFinite, CheckLabels, CheckOverflow
+from vdt_transforms import CheckFinite, CheckLabels, CheckOverflow, VolumeReader
 
 KINDS = [pytest.param(np.asarray, id="numpy"), pytest.param(torch.from_numpy, id="torch")]
 
@@ -72,6 +74,26 @@ def test_intensities_that_no_int16_holds_are_refused_with_the_file_and_their_ran
 def test_the_whole_range_of_int16_passes_as_the_same_object(kind):
     volume = kind(np.array([-32768.0, 32767.0]).reshape(1, 1, 1, 2))
     assert CheckOverflow()(volume) is volume
+
+
+@pytest.mark.parametrize(("least", "warned"), [(0, True), (-1, False)])
+def test_a_volume_without_negative_values_is_warned_of_by_name(caplog, least, warned):
+    volume = named(np.array([[[[least, 255.0]]]]))
+    assert CheckOverflow()(volume) is volume
+    words = ["case7.nii.gz: no voxel is below 0 (0 to 255), where HU have air at -1000 and fat at -100"]
+    assert [text.split(";")[0] for text in caplog.messages] == (words if warned else [])
+
+
+@pytest.mark.parametrize(("modality", "refused"), [("CT", False), ("MR", True)])
+def test_a_series_that_says_it_is_no_ct_is_refused(tmp_path, modality, refused):
+    storage = {"CT": CTImageStorage, "MR": MRImageStorage}[modality]
+    write_series(tmp_path / "study", Modality=modality, SOPClassUID=storage)
+    volume = LoadImage(reader=VolumeReader, image_only=True)(tmp_path / "study")[None]
+    if not refused:
+        assert CheckOverflow()(volume) is volume
+        return
+    with pytest.raises(ValueError, match=r"study: its modality is MR, and a CT is expected: .* are in HU"):
+        CheckOverflow()(volume)
 
 
 @pytest.mark.parametrize("stored", [0.99999994, 1.0009])

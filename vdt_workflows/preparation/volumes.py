@@ -202,6 +202,7 @@ def _prepare(
         f"{rules.geometry} taken": rules.geometry != "refuse" and not (_is_plain(image) and _is_plain(label)),
         f"affine of the {rules.affine} taken, the other differed {difference}": difference,
         "no voxel labelled": not counts[1:].any(),
+        "no intensity below 0, unlike HU": rules.hounsfield and low >= 0,
         **_axes_notes(affine),
     }
     record: dict[str, Any] = {

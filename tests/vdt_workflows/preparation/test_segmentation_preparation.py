@@ -307,6 +307,13 @@ def test_a_float_label_is_saved_again_as_bytes(own, tmp_path):
     assert rows(tmp_path / "out")["c_0"]["notes"] == "label was float64"
 
 
+@pytest.mark.parametrize(("modality", "note"), [("CT", "no intensity below 0, unlike HU"), ("MR", "")])
+def test_a_ct_without_negative_values_is_noted(own, tmp_path, modality, note):
+    write_volume(own / "imagesTr/c_0_0000.nii.gz", np.full(SHAPE, 255), dtype=np.int16, affine=AFFINE)
+    prepare(own, tmp_path / "out", modality=modality)
+    assert [rows(tmp_path / "out")[case]["notes"] for case in ("c_0", "c_1")] == [note, ""]
+
+
 def test_a_folder_for_each_case_is_taken_by_a_list_and_its_name_tells_cases_apart(tmp_path):
     entries = [{"image": f"p{n}/ct.nii.gz", "label": f"p{n}/seg.nii.gz"} for n in range(3)]
     for entry in entries:
