@@ -11,7 +11,10 @@ import torch
 from tests.makers.volumes import make_affine, write_volume
 from tests.support.bundle_runs import ROOT, parse
 
-BCV, LITS = (ROOT / "bundles" / name for name in ("bcv_multiorgan_segmentation", "lits_liver_segmentation"))
+BCV, LITS, NODULES = (
+    ROOT / "bundles" / name
+    for name in ("bcv_multiorgan_segmentation", "lits_liver_segmentation", "lidc_nodule_segmentation")
+)
 BUNDLES = pytest.mark.parametrize("bundle", [BCV, LITS], ids=lambda bundle: bundle.name)
 
 
@@ -157,6 +160,17 @@ def test_the_loss_is_batch_dice_of_the_organs_and_cross_entropy_and_counts_class
     loss = parser.get_parsed_content("loss")(logits, labels)
     assert loss.item() == pytest.approx((dice + entropy).item(), abs=1e-5)
     assert parser.get_parsed_content("settings")["class_weights"] == weight.tolist()  # for inference and a resumed run
+
+
+def test_the_loss_of_nodules_is_the_mean_of_their_dice_and_cross_entropy():
+    logits, labels = logits_and_labels(2)
+    p, g = logits.softmax(1)[:, 1].double(), (labels[:, 0] == 1).double()
+    common, sizes = (p * g).sum((1, 2, 3)), (p + g).sum((1, 2, 3))
+    dice = (1 - (2 * common + 1e-5) / (sizes + 1e-5)).mean()
+    assert len(common) > 1
+    entropy = torch.nn.functional.cross_entropy(logits.double(), labels[:, 0].long())
+    loss = parse(NODULES, device="cpu").get_parsed_content("loss")(logits, labels)
+    assert loss.item() == pytest.approx((dice + entropy).item(), abs=1e-5)
 
 
 @BUNDLES
