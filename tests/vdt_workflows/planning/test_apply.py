@@ -107,7 +107,8 @@ def test_networks_of_others_get_the_overlay_that_they_need(place, lines, init, d
     [
         (
             "segment scan.nii.gz",
-            r"to segment there are hippocampus_mr_w16 \(hippocampus in MR, two parts\); give one's name, or --weights",
+            r"to segment there are hippocampus_mr_w16 \(hippocampus in MR, two parts\), lung_nodule_segmentation_w16 .*; "
+            "give one's name, or --weights",
         ),
         ("detect scan.nii.gz", r"none are shipped that detect \(there are .*vdt_resnet3d18_w16.*\); give --weights"),
         ("segment scan.nii.gz --weights vdt_resnet3d18_w16", "does not segment, it is for: 3D encoder"),
@@ -123,10 +124,13 @@ def test_what_cannot_be_used_is_said_before_anything_runs(place, lines, words, s
     assert not lines
 
 
-@pytest.mark.parametrize("weights", ["hippocampus_mr_w16", "lung_nodule_malignancy_w16"])
+@pytest.mark.parametrize(
+    "weights", ["hippocampus_mr_w16", "lung_nodule_malignancy_w16", "lung_nodule_segmentation_w16"]
+)
 def test_shipped_weights_are_taken_by_their_name(place, lines, weights):
     known = module.list_weights()[weights]
-    main(["segment" if known.bundle == ORGANS else "classify", "scan.nii.gz", "--weights", weights])
+    verb = "classify" if known.bundle == MALIGNANCY else "segment"
+    main([verb, "scan.nii.gz", "--weights", weights])
     assert (lines[0]["bundle"], lines[0]["--ckpt_path"]) == (known.bundle, str(known.folder / "model.pt"))
 
 
