@@ -107,8 +107,8 @@ def test_networks_of_others_get_the_overlay_that_they_need(place, lines, init, d
     [
         (
             "segment scan.nii.gz",
-            r"to segment there are hippocampus_mr_w16 \(hippocampus in MR, two parts\), lung_nodule_segmentation_w16 .*; "
-            "give one's name, or --weights",
+            r"to segment there are hippocampus_mr_w16 \(hippocampus in MR, two parts\), lung_nodule_segmentation_w16 "
+            r"\(a lung nodule in the middle of a cube of CT\); give one's name, or --weights",
         ),
         ("detect scan.nii.gz", r"none are shipped that detect \(there are .*vdt_resnet3d18_w16.*\); give --weights"),
         ("segment scan.nii.gz --weights vdt_resnet3d18_w16", "does not segment, it is for: 3D encoder"),
