@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,8 @@ def _to_plain(value: Any) -> Any:
         return _to_plain(value.tolist()) if value.dtype.kind in "OSU" else torch.as_tensor(value)
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, Enum):  # MONAI's of coordinate systems are strings too, which Python 3.11.2 pickles otherwise
+        return _to_plain(value.value)
     if isinstance(value, dict):
         return {str(k): _to_plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | torch.Size):

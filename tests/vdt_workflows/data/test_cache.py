@@ -22,6 +22,8 @@ from monai.transforms import (
     Transform,
 )
 
+from monai.utils import SpaceKeys
+
 from tests.makers.pictures import make_files
 from tests.makers.volumes import make_affine, write_pair, write_volume
 from tests.support.augmented import RandCount, augmentation, images, loaded, same
@@ -68,6 +70,12 @@ def test_cache_changes_no_draw(cached):
     dataset = cached(images(), augmentation())
     assert same(loaded(dataset, epoch=1), expected)
     assert same(loaded(dataset, epoch=1), expected)  # the first time left the cache as it was
+
+
+def test_names_of_enums_are_written_as_plain_text_by_every_python():
+    kept = cache._to_plain(MetaTensor(torch.zeros(1, 2, 2, 2), meta={"space": SpaceKeys.RAS}))
+    assert [type(value) for value in (SpaceKeys.RAS, kept["_meta_"]["space"])] == [SpaceKeys, str]
+    assert kept["_meta_"]["space"] == "RAS"
 
 
 def test_two_workers_change_no_draw(cached):
