@@ -21,7 +21,6 @@ from monai.transforms import (
     RandSpatialCropd,
     Transform,
 )
-
 from monai.utils import SpaceKeys
 
 from tests.makers.pictures import make_files
