@@ -28,6 +28,15 @@ def name_of(volume: NdarrayOrTensor) -> str:
     return str(getattr(volume, "meta", {}).get("filename_or_obj", "volume"))
 
 
+def check_range(name: str, low: float, high: float) -> None:
+    """Raise ValueError, naming the file, if intensities from `low` to `high` cannot be HU: 16 bits do not hold them."""
+    if low < INT16.min or high > INT16.max:
+        raise ValueError(
+            f"{name}: intensities from {low:g} to {high:g} do not fit 16-bit signed integers ({INT16.min} to"
+            f" {INT16.max}), as HU do; this is an integer overflow or a wrong scl_slope, so convert the case again"
+        )
+
+
 class CheckFinite(Transform):
     """Pass a volume on unchanged if all its values are finite.
 
@@ -98,12 +107,7 @@ class CheckOverflow(Transform):
                 " the network are in HU"
             )
         low, high = float(img.min()), float(img.max())
-        if low < INT16.min or high > INT16.max:
-            raise ValueError(
-                f"{name_of(img)}: intensities from {low:g} to {high:g} do not fit 16-bit signed integers ({INT16.min}"
-                f" to {INT16.max}), as HU do; this is an integer overflow or a wrong scl_slope, so convert the case"
-                " again"
-            )
+        check_range(name_of(img), low, high)
         if low >= 0:
             logger.warning(
                 "%s: no voxel is below 0 (%g to %g), where HU have air at -1000 and fat at -100; if it is no CT in HU,"

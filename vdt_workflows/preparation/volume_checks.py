@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 from nibabel.spatialimages import SpatialImage
 
-from vdt_transforms.checks import to_whole
+from vdt_transforms.checks import check_range, to_whole
 from vdt_transforms.geometry import read_voxels
 from vdt_workflows.files import few
 
-INT16 = np.iinfo(np.int16)
 MOST_LABELS = 1 << 16
 
 
@@ -32,11 +31,8 @@ def read_intensities(image: SpatialImage, *, hounsfield: bool) -> tuple[np.ndarr
     if not np.isfinite([low, high]).all():
         bad = int((~np.isfinite(values)).sum())
         raise ValueError(f"{name}: {bad or 'all'} voxels are NaN or infinite; expected finite values")
-    if hounsfield and (low < INT16.min or high > INT16.max):
-        raise ValueError(
-            f"{name}: intensities from {low:g} to {high:g} do not fit 16-bit signed integers ({INT16.min} to"
-            f" {INT16.max}), as HU do; this is an integer overflow or a wrong scl_slope, so convert the case again"
-        )
+    if hounsfield:
+        check_range(name, low, high)
     return values, low, high
 
 
