@@ -91,9 +91,12 @@ def load(paths: str, device: torch.device, classes: list[str] | None = None) -> 
         classes: that they must have; by default those of the first pack.
 
     Raises:
-        ValueError: if the classes of a pack are others, so that its labels would mean something else.
+        ValueError: if a pack is named twice, or its classes are others, so that its labels would mean something else.
     """
-    packs = {path: torch.load(path, weights_only=True) for path in paths.split(",")}
+    names = paths.split(",")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{twice[0]}: a pack must be named once, got it {names.count(twice[0])} times in {paths}")
+    packs = {path: torch.load(path, weights_only=True) for path in names}
     known = classes or next(iter(packs.values()))["classes"]
     for path, pack in packs.items():
         if pack["classes"] != known:

@@ -37,15 +37,15 @@ def test_a_pack_holds_the_pictures_and_their_classes(packed):
     assert np.array_equal(pictures.images[5].permute(1, 2, 0), pixels)
 
 
-def test_packs_of_other_classes_are_refused(packed):
+def test_packs_of_other_classes_or_named_twice_are_refused(packed):
     pack = torch.load(packed / "pack.pt", weights_only=True)
     torch.save({**pack, "classes": ["cat", "cow", "owl"]}, packed / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt: its classes must be the 3 of the first pack, \['cow', 'dog'\]"):
         gpu_pictures.load(f"{packed / 'pack.pt'},{packed / 'other.pt'}", CPU)
     with pytest.raises(ValueError, match="classes must be"):
         gpu_pictures.load(str(packed / "other.pt"), CPU, pack["classes"])
-    twice = gpu_pictures.load(",".join([str(packed / "pack.pt")] * 2), CPU)
-    assert len(twice) == len(pack["labels"])
+    with pytest.raises(ValueError, match=r"pack\.pt: a pack must be named once, got it 2 times"):
+        gpu_pictures.load(",".join([str(packed / "pack.pt")] * 2), CPU)
 
 
 def test_pictures_become_the_volumes_of_the_transform(packed):
