@@ -33,7 +33,7 @@ EVALUATION = 15.0  # seconds until a later evaluation begins
 MARGIN = 0.95  # of the time, since machines are not equally fast all the time
 VALIDATING = 0.05  # of the time, at most; one validation there is always
 MOST_VALIDATIONS = 20
-SHORTEST = 20.0  # seconds of an epoch, where there are fewer than ten
+SHORTEST, LOOKS = 10.0, 20  # seconds of an epoch; of a longer time a 20th, since less than an epoch stays unused
 CLOCKS = {"wall": time.time, "cpu": time.process_time}  # seconds since 1970, or of this process
 
 
@@ -138,7 +138,7 @@ def share_time(left: float, step: float, case: float, cases: int, held_out: int)
             f"minutes: too few for ten steps and a validation here, at least {needed + 0.1:.1f} more are needed"
         )
     validations = min(max(int(VALIDATING * usable / validation), 1), MOST_VALIDATIONS)
-    interval = max(1, min(int(usable / SHORTEST), 10) // validations)  # ends at which the pace is seen
+    interval = max(1, -(-min(int(usable / SHORTEST), LOOKS) // validations))  # ends at which the pace is seen
     epochs = validations * interval
     steps = int((usable - validations * cases * case - epochs * EPOCH) / step)
     return {"epochs": epochs, "steps_per_epoch": max(steps // epochs, 1), "val_interval": interval}

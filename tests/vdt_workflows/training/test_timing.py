@@ -26,10 +26,10 @@ from vdt_workflows.training.timing import (
 @pytest.mark.parametrize(
     ("left", "step", "case", "cases", "held_out", "epochs", "interval"),
     [
-        (1800, 0.3, 0.2, 20, 60, 16, 1),
-        (180, 0.3, 0.05, 31, 52, 6, 3),
-        (3600, 1.0, 30.0, 10, 0, 10, 10),  # one validation takes five minutes: the last epoch alone has one
-        (60, 3.0, 1.0, 2, 0, 2, 2),
+        (1800, 0.3, 0.2, 20, 60, 32, 2),
+        (180, 0.3, 0.05, 31, 52, 16, 8),
+        (3600, 1.0, 30.0, 10, 0, 20, 20),  # one validation takes five minutes: the last epoch alone has one
+        (60, 3.0, 1.0, 2, 0, 5, 5),
     ],
 )
 def test_steps_and_validations_fill_the_time_and_not_more(left, step, case, cases, held_out, epochs, interval):
