@@ -13,6 +13,7 @@ from vdt_transforms.dictionary import ArrayPerKey
 
 logger = logging.getLogger(__name__)
 INT16 = np.iinfo(np.int16)
+AIR = -500  # HU, above that of air and below all tissue but lung
 
 
 def to_whole(values: np.ndarray) -> np.ndarray:
@@ -88,31 +89,48 @@ class CheckLabels(Transform):
 
 
 class CheckOverflow(Transform):
-    """Pass a CT volume on unchanged if its intensities fit 16-bit signed integers, as Hounsfield units do.
+    """Pass a volume on unchanged if it may be of the modality that the network is made for.
 
-    What does not fit has usually been through an integer type that could not hold it (-1024 HU in unsigned 16 bits is
-    64512), and a window of HU would then show air as bone. A DICOM series says of itself whether it is a CT. Where no
-    voxel is below 0, as in MR, in 8-bit pictures and in CT that was stored with an offset, a warning says so: fat and
-    air are below it, but a crop may have none.
+    Of a CT the intensities must fit 16-bit signed integers, as Hounsfield units do. What does not fit has usually been
+    through an integer type that could not hold it (-1024 HU in unsigned 16 bits is 64512), and a window of HU would
+    then show air as bone. A DICOM series says of itself whether it is a CT; of other files the air tells it, so that
+    warnings name a CT in which no voxel is below 0 (an 8-bit picture, an MR, a CT that was stored with an offset, or a
+    crop without fat and air) and a volume of another modality that reaches down to it.
+
+    Args:
+        modality: that the network is made for, such as CT or MR; nothing is checked if it is unknown.
 
     Raises:
         ValueError: naming the file, and the least and greatest intensity, or the modality.
     """
 
+    def __init__(self, modality: str = "CT") -> None:
+        self.modality = modality
+
     def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
         """Check one volume (C, X, Y, Z)."""
-        if (modality := getattr(img, "meta", {}).get("modality", "CT")) != "CT":
+        if self.modality == "unknown":
+            return img
+        name, found = name_of(img), getattr(img, "meta", {}).get("modality", self.modality)
+        if (found == "CT") != (self.modality == "CT"):
             raise ValueError(
-                f"{name_of(img)}: its modality is {modality}, and a CT is expected: the window, mean and deviation of"
-                " the network are in HU"
+                f"{name}: its modality is {found}, and the network is made for {self.modality}; take weights that were"
+                f" trained on {found}"
             )
         low, high = float(img.min()), float(img.max())
-        check_range(name_of(img), low, high)
-        if low >= 0:
+        if self.modality == "CT":
+            check_range(name, low, high)
+            if low >= 0:
+                logger.warning(
+                    "%s: no voxel is below 0 (%g to %g), where HU have air at -1000 and fat at -100; if it is no CT in"
+                    " HU, the result means nothing",
+                    *(name, low, high),
+                )
+        elif low <= AIR:
             logger.warning(
-                "%s: no voxel is below 0 (%g to %g), where HU have air at -1000 and fat at -100; if it is no CT in HU,"
-                " the result means nothing",
-                *(name_of(img), low, high),
+                "%s: voxels down to %g, as the air of a CT in HU, and the network is made for %s; if it is a CT, the"
+                " result means nothing",
+                *(name, low, self.modality),
             )
         return img
 

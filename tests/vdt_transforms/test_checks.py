@@ -84,16 +84,30 @@ def test_a_volume_without_negative_values_is_warned_of_by_name(caplog, least, wa
     assert [text.split(";")[0] for text in caplog.messages] == (words if warned else [])
 
 
-@pytest.mark.parametrize(("modality", "refused"), [("CT", False), ("MR", True)])
-def test_a_series_that_says_it_is_no_ct_is_refused(tmp_path, modality, refused):
-    storage = {"CT": CTImageStorage, "MR": MRImageStorage}[modality]
-    write_series(tmp_path / "study", Modality=modality, SOPClassUID=storage)
+@pytest.mark.parametrize("found", ["CT", "MR"])
+@pytest.mark.parametrize("expected", ["CT", "MR", "T2", "unknown"])
+def test_a_series_of_another_modality_than_the_networks_is_refused(tmp_path, found, expected):
+    storage = {"CT": CTImageStorage, "MR": MRImageStorage}[found]
+    write_series(tmp_path / "study", Modality=found, SOPClassUID=storage)
     volume = LoadImage(reader=VolumeReader, image_only=True)(tmp_path / "study")[None]
-    if not refused:
-        assert CheckOverflow()(volume) is volume
+    if expected == "unknown" or (found == "CT") == (expected == "CT"):
+        assert CheckOverflow(expected)(volume) is volume
         return
-    with pytest.raises(ValueError, match=r"study: its modality is MR, and a CT is expected: .* are in HU"):
-        CheckOverflow()(volume)
+    with pytest.raises(ValueError, match=rf"study: its modality is {found}, and the network is made for {expected};"):
+        CheckOverflow(expected)(volume)
+
+
+@pytest.mark.parametrize(("modality", "least", "warned"), [("MR", -500, True), ("MR", -499, False), ("T1", -1e6, True)])
+def test_a_volume_with_air_of_ct_is_warned_of_where_no_ct_is_expected(caplog, modality, least, warned):
+    volume = named(np.array([[[[least, 1e6]]]]))
+    assert CheckOverflow(modality)(volume) is volume
+    words = [
+        f"case7.nii.gz: voxels down to {least:g}, as the air of a CT in HU, and the network is made for {modality}"
+    ]
+    assert [text.split(";")[0] for text in caplog.messages] == (words if warned else [])
+    caplog.clear()
+    assert CheckOverflow("unknown")(volume) is volume
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("stored", [0.99999994, 1.0009])

@@ -216,8 +216,13 @@ TRANSLATIONS: dict[str, Callable[[Mapping[str, Any]], Transforms]] = {
     "CheckFinited": lambda options: _refuse(
         "torch.isfinite(x).all()", "the image has NaN or infinite voxels; expected finite values"
     ),
-    "CheckOverflowd": lambda options: _refuse(
-        "x.min() >= -32768 and x.max() <= 32767", "intensities of the image do not fit 16-bit signed integers, as HU do"
+    "CheckOverflowd": lambda options: (
+        _refuse(
+            "x.min() >= -32768 and x.max() <= 32767",
+            "intensities of the image do not fit 16-bit signed integers, as HU do",
+        )
+        if options.get("modality", "CT") == "CT"
+        else []
     ),
     "Spacingd": lambda options: [] if options["pixdim"] == "own" else [{"_target_": "Spacingd", **options}],
     "NormalizeWindowd": _normalize,

@@ -33,6 +33,8 @@ def describe(metadata: dict[str, Any], settings: Mapping[str, Any], defaults: Ma
         taken["value_range"] = []  # not that of the defaults
     if settings.get("mean") == "own":
         taken["format"] = "magnitude"
+    if (modality := plain(settings.get("modality", "unknown"))) != "unknown":
+        taken["modality"] = modality
     return metadata
 
 

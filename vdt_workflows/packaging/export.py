@@ -37,7 +37,7 @@ COLUMNS = ("x1", "y1", "x2", "y2", "score", "label")  # of a row of the detector
 SETTINGS = (  # that belong to what the network takes and gives, as far as a bundle has them
     *("label_names", "class_names", "spacing", "window", "mean", "std", "value_range", "patch_size", "crop_size"),
     *("size", "slices", "distance", "overlap", "blending", "inversion", "largest_component", "flips", "rotations"),
-    *("class_weights", "threshold", "least_score", "grey", "image_size"),
+    *("class_weights", "threshold", "least_score", "grey", "image_size", "modality"),
 )
 
 

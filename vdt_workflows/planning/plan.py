@@ -180,19 +180,19 @@ def choose_intensities(made: Plan, data: Fingerprint) -> None:
     lowest = np.array([case["range"][0] for case in data.cases])
     known = data.modality.lower() not in ("", "unknown")
     is_ct = "ct" in re.split(r"[^a-z]+", data.modality.lower()) if known else bool(np.mean(lowest <= -500) > 0.9)
-    pool = data.array("quantiles")
+    modality, pool = "CT" if is_ct else data.modality if known else "unknown", data.array("quantiles")
     if not is_ct or not pool.size:
-        why = f"modality {data.modality}" if known else "modality unknown, and without the air of CT"
-        made.decide(f"intensities: mean and deviation of each volume, {why}", window="none", mean="own", std="own")
+        why = f"modality {modality}" if known else f"modality {modality}, and without the air of CT"
+        own = {"window": "none", "mean": "own", "std": "own", "modality": modality}
+        made.decide(f"intensities: mean and deviation of each volume, {why}", **own)
         return
     low, high = (round(float(v), 1) for v in np.percentile(pool, (0.5, 99.5)))
-    clipped = pool.clip(low, high)
+    values = pool.clip(low, high)
+    window, mean, std = [low, max(high, low + 1)], round(float(values.mean()), 2), round(max(float(values.std()), 1), 2)
     made.decide(
         f"intensities: {low:g} to {high:g} HU, 99 % of what lies inside the labels, and their mean and deviation"
         f"{'' if known else '; modality unknown, taken for CT by its air'}",
-        window=[low, max(high, low + 1)],
-        mean=round(float(clipped.mean()), 2),
-        std=round(max(float(clipped.std()), 1.0), 2),
+        **{"window": window, "mean": mean, "std": std, "modality": modality},
     )
 
 

@@ -27,6 +27,7 @@ import vdt_workflows.packaging.bundle_checks as bundle_checks
 from networks import ResNet2D, ResNet3D
 from tests.support.bundle_runs import BUNDLES, ROOT, run
 from vdt_workflows.packaging.check import check, check_bundle
+from vdt_workflows.packaging.description import describe
 from vdt_workflows.packaging.package import (
     LEFT_OUT,
     PACKAGES,
@@ -153,7 +154,8 @@ def test_the_settings_of_the_run_are_the_defaults_and_the_metadata_follow(unpack
     pred = meta["network_data_format"]["outputs"]["pred"]
     assert pred["num_channels"] == 3
     assert pred["channel_def"] == {"0": "background", "1": "a", "2": "b"}
-    assert meta["network_data_format"]["inputs"]["image"]["value_range"] == []  # the window is another
+    image = meta["network_data_format"]["inputs"]["image"]
+    assert (image["modality"], image["value_range"]) == ("CT", [])  # the window is another
     assert set(json.loads((unpacked / "models" / "run.json").read_text())) <= set(inference)
 
 
@@ -457,3 +459,10 @@ def test_another_interpreter_checks_a_zip_and_is_found_from_the_working_director
 def test_the_overlays_of_a_training_are_known_as_such():
     bundle = bundle_checks.Bundle(ROOT / "bundles" / NAME)
     assert {bundle_checks.base(bundle, name) for name in bundle.overlays()} == {"train"}
+
+
+@pytest.mark.parametrize(("noted", "shown"), [("MR", "MR"), ("unknown", "CT"), ("$'T1'", "T1")])
+def test_metadata_say_the_modality_that_the_run_noted_if_it_is_known(noted, shown):
+    source = ROOT / "bundles" / "bcv_multiorgan_segmentation" / "configs" / "metadata.json"
+    made = describe(json.loads(source.read_text()), {"modality": noted}, {})
+    assert made["network_data_format"]["inputs"]["image"]["modality"] == shown

@@ -193,13 +193,21 @@ def test_one_label_without_its_side_switches_flips_off():
 
 
 @pytest.mark.parametrize(
-    ("modality", "lowest", "window"),
-    [("CT", 0, True), ("unknown", -1000, True), ("unknown", 0, False), ("MRI", -1000, False), ("ct scan", 0, True)],
+    ("modality", "lowest", "noted"),
+    [
+        ("CT", 0, "CT"),
+        ("unknown", -1000, "CT"),
+        ("unknown", 0, "unknown"),
+        ("", 0, "unknown"),
+        ("MRI", -1000, "MRI"),
+        ("ct scan", 0, "CT"),
+    ],
 )
-def test_ct_is_known_by_its_name_or_its_air(modality, lowest, window):
+def test_ct_is_known_by_its_name_or_its_air(modality, lowest, noted):
     cases = [case((40, 40, 40), lowest=lowest, quantiles=(-100, 100))] * 3
     s = make_plan(data(["a"], cases, modality), None).settings
-    assert (s["window"] != "none") == window
+    window = noted == "CT"
+    assert (s["modality"], s["window"] != "none") == (noted, window)
     if window:
         assert s["window"] == pytest.approx([-99, 99], abs=1)
         assert s["std"] == pytest.approx(198 / 12**0.5, abs=1)  # of a uniform distribution
