@@ -8,9 +8,11 @@ import signal
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from networks import ResUNet3D
 from vdt_workflows.training.checkpoints import ResumeRun, SaveWeights
@@ -126,10 +128,12 @@ def test_what_does_not_divide_is_refused_with_the_nearest_that_does(batch, proce
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_that_a_step_frees_on_the_cpu_is_kept_for_the_next():
     network = place(ResUNet3D(2, 18, base_channels=4), "cpu")
-    faults = []
-    for _ in range(6):
+    faults, kept = [], []
+    for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        network(torch.ones(1, 1, 16, 48, 48)).square().mean().backward()
+        with saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+            network(torch.ones(1, 1, 16, 48, 48)).square().mean().backward()
         network.zero_grad()
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert max(faults[3:]) < 0.2 * faults[0]  # pages touched for the first time; without, about as many in each step
+    pages = sum(kept) / len(faults) / resource.getpagesize()  # 6,000, that the backward pass of a step needs
+    assert np.median(faults[3:]) < pages  # touched for the first time; without, 55,000 in each step
