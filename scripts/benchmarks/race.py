@@ -34,9 +34,21 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 Pace = dict[str, float]  # steps, and CPU seconds of the training
 COLUMNS = ("minutes", "contestant", "seed", "case", "label", "dice", "volume_ratio")
+VDT = {"init": "vdt"}
+CHANGE = "train::random_transforms::{}".format
+ANYWHERE = {"_target_": "RandSpatialCropd", "keys": ["image", "label"], "roi_size": "@patch_size", "random_size": False}
 OURS: dict[str, dict[str, Any]] = {  # settings beside the plan's
     "scratch": {},
-    "vdt": {"init": "vdt"},
+    "vdt": VDT,
+    # and with one ingredient less, or another in its place
+    "one_rate": VDT | {"layer_decay": 1.0},
+    "no_average": VDT | {"average": 0},
+    "no_turns": VDT | {f"{CHANGE(3)}::prob": 0.0},  # nor scaling
+    "no_intensities": VDT | {f"{CHANGE(i)}::prob": 0.0 for i in range(4, 11)},
+    "no_flips": VDT | {"mirror": 0.0},
+    "no_oversampling": VDT | {CHANGE(0): ANYWHERE},
+    "interpolated": VDT | {"fine_channels": 0},
+    "deep_supervision": VDT | {"deep_supervision": 2},
 }
 CPU = "$torch.device('cpu')"
 
@@ -61,7 +73,7 @@ def race(
         label_names: by label value, background first.
         minutes: of CPU time of each training.
         seeds: of the runs; the split is always the same.
-        contestants: scratch or vdt (the planned training), monai, nnunet.
+        contestants: scratch or vdt (the planned training), vdt with one ingredient less (see `OURS`), monai, nnunet.
         nnunet: Python of an environment with nnU-Net v2.
         training: cases to learn from; as many again choose the rate of MONAI's UNet.
         test: cases to score.
@@ -253,7 +265,7 @@ def score_files(found: Path, true: Path, names: Sequence[str]) -> list[dict[str,
 
 
 def summarise(root: Path) -> dict[str, Any]:
-    """Write race.csv of all runs, and give means, and differences from the planned trainings paired over cases."""
+    """Write race.csv of all runs, and give means, and differences of our trainings paired over cases."""
     rows = [row for file in sorted(root.glob("*/scores.csv")) for row in read_csv(file, COLUMNS)]
     write_csv(root / "race.csv", rows, COLUMNS)
     runs: dict[tuple[float, str], dict[int, dict[str, list[float]]]] = {}
@@ -272,9 +284,9 @@ def summarise(root: Path) -> dict[str, Any]:
         about = {"dice": round(float(np.mean(means)), 4), "seeds": [round(m, 4) for m in means]}
         result[f"{minutes:g} min, {who}"] = {**about, "volumes": round(float(np.mean(volumes[minutes, who])), 3)}
     for (minutes, who), ours in scored.items():
-        for other in ("monai", "nnunet"):
+        for other in ("monai", "nnunet", "vdt"):
             theirs = scored.get((minutes, other), {})
-            if who in OURS and (seeds := sorted(ours.keys() & theirs)):
+            if who in OURS and who != other and (seeds := sorted(ours.keys() & theirs)):
                 tables = [CaseTable(np.array([[r[s][c] for c in sorted(r[s])] for s in seeds])) for r in (ours, theirs)]
                 found = paired_difference(tables[0], tables[1])
                 kept = {name: round(found[name], 4) for name in ("mean", "low", "high")}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 import pytest
-from benchmarks.race import COLUMNS, score_files, split_cases, summarise
+from benchmarks.race import COLUMNS, OURS, score_files, split_cases, summarise
 from benchmarks.race_monai import choose_strides
+from monai.bundle import ConfigParser
 
 from vdt_workflows.files import write_csv
+from vdt_workflows.locator import find_bundles
 
 NAMES = ["background", "a", "b"]
 
@@ -76,3 +78,17 @@ def test_differences_are_paired_over_cases_and_common_seeds(tmp_path):
 def test_monais_network_strides_across_thick_slices_last():
     assert choose_strides([1, 1, 1], [32, 48, 32]) == [(2, 2, 2)] * 4
     assert choose_strides([1.5, 1.5, 10], [96, 112, 10]) == [(2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 1)]
+
+
+def test_each_ingredient_that_is_left_out_is_the_one_of_its_name():
+    parser = ConfigParser(
+        ConfigParser.load_config_file(find_bundles() / "bcv_multiorgan_segmentation/configs/train.yaml")
+    )
+    steps = parser["train::random_transforms"]
+    changed = {who: [int(id.split("::")[2]) for id in known if "::" in id] for who, known in OURS.items()}
+    assert {who: {steps[i]["_target_"] for i in places} for who, places in changed.items() if places} == {
+        "no_oversampling": {"RandCropByLabelClassesd"},
+        "no_turns": {"vdt_transforms.RandRotateScaled"},
+        "no_intensities": {step["_target_"] for step in steps if step["keys"] == "image"},
+    }
+    assert all(name in parser for known in OURS.values() for name in known)
