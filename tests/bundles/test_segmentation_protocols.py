@@ -180,3 +180,14 @@ def test_only_the_published_protocol_starts_with_a_small_head_and_zero_residuals
         small = bool(network.decode_head.conv_seg.weight.std() < 0.02)
         assert small == (not network.backbone.layer1[0].bn2.weight.any()) == (start == "published"), start
         assert network.decode_head.dropout.p == (0.1 if start == "published" else 0.0)
+
+
+@BUNDLES
+@pytest.mark.parametrize(
+    ("spacing", "thick"), [([1.5, 1.5, 10.0], True), ([1.0, 3.0, 1.0], True), ([1.0, 1.0, 2.9], False), ("own", False)]
+)
+def test_thick_slices_are_neither_blurred_nor_made_coarser(bundle, spacing, thick):
+    made = parse(bundle, ["train"], spacing=spacing).get_parsed_content("train::random_transforms")
+    names = {type(step).__name__ for step in made}
+    assert ("RandGaussianSmoothd" in names, "RandSimulateLowResolutiond" in names) == (not thick, not thick)
+    assert {"RandGaussianNoised", "RandRotateScaled"} <= names
