@@ -39,7 +39,7 @@ from vdt_workflows.packaging.description import (
 from vdt_workflows.packaging.hub import make_hub_files, write_folder
 from vdt_workflows.training.checkpoints import check_settings, load_weights, read_provenance
 from vdt_workflows.training.initialisation import find_origins
-from vdt_workflows.training.shipped import MODEL, Weights, find_weights, list_weights
+from vdt_workflows.training.shipped import MODEL, Weights, locate_weights
 
 ROOT = Path(__file__).resolve().parents[2]  # of the packages
 # what a zip leaves out of vdt_workflows: no bundle reaches it
@@ -118,7 +118,7 @@ def package_bundle(
     origins: list[Weights] = []
     terms = (source / "docs" / "data_license.txt").read_text()
     if weights:
-        weights = str(find_weights(weights) / MODEL) if weights in list_weights() else weights
+        weights = locate_weights(weights)
         run_file = Path(run) if run else Path(weights).parent / "run.json"
         settings, record = read_run(run_file)
         check_settings(run_file, weights)

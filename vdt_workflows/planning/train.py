@@ -26,7 +26,7 @@ from vdt_workflows.planning.plan import find_memory, make_plan, write_plan
 from vdt_workflows.preparation.fingerprint import FILE, read_fingerprint
 from vdt_workflows.preparation.segmentation import prepare_segmentation
 from vdt_workflows.progress import say
-from vdt_workflows.training.shipped import find_encoders
+from vdt_workflows.training.shipped import find_encoders, locate_weights
 
 STEPS = ("epochs", "steps_per_epoch", "val_interval")
 
@@ -134,8 +134,8 @@ def start_from(settings: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(settings)
     known: dict[str, Any] = {}
     if (file := settings.get("pretrained")) is not None:
-        known = describe_encoder(read_checkpoint(file))
-        settings["pretrained"] = os.path.abspath(file)  # the bundle runs in its own folder
+        settings["pretrained"] = os.path.abspath(locate_weights(file))  # the bundle runs in its own folder
+        known = describe_encoder(read_checkpoint(settings["pretrained"]))
     elif encoders := find_encoders(settings.get("init", "scratch")):
         known = {"base_channels": next(iter(encoders))[1]}
     return {**{name: known[name] for name in ("depth", "base_channels") if name in known}, **settings}

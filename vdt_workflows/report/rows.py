@@ -14,7 +14,7 @@ from vdt_workflows.errors import check_choice
 from vdt_workflows.files import hash_file
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.training.initialisation import INITIALISATIONS
-from vdt_workflows.training.shipped import first_weights
+from vdt_workflows.training.shipped import first_weights, locate_weights
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Row:
     Attributes:
         name: in the report.
         init: the bundle's `--init`; the name by default.
-        pretrained: path of the weights.
+        pretrained: name of shipped weights, or a path.
         settings: more overrides by config id.
         configs: overlays, such as one with another `network_def`; inference takes them too.
         note: what the report says of the row.
@@ -100,7 +100,7 @@ def _read_row(entry: Any, folder: Path) -> Row:
     return Row(
         name,
         init,
-        None if pretrained is None else place(pretrained, "pretrained"),
+        None if pretrained is None else place(locate_weights(str(pretrained)), "pretrained"),
         read_mapping(entry.get("settings") or {}, f"row {name!r}: settings"),
         tuple(place(path, "config") for path in ([configs] if isinstance(configs, str) else configs)),
         str(entry.get("note") or ""),

@@ -112,12 +112,17 @@ def find_weights(name: str) -> Path:
     return folder
 
 
+def locate_weights(weights: str) -> str:
+    """Give the path of shipped weights by their name (see `find_weights`), and a path as it is."""
+    return str(find_weights(weights) / MODEL) if weights in list_weights() else weights
+
+
 def first_weights(init: str, pretrained: str | None, base_channels: int, depth: int = 18) -> str | None:
     """Give the file that a network starts from: `pretrained`, or without it the shipped encoder for `init`.
 
     Args:
         init: as in `initialise`.
-        pretrained: path of a file, or None.
+        pretrained: name of shipped weights, path of a file, or None.
         base_channels: of the network, which the encoder must have too.
         depth: of the network, the same.
 
@@ -128,9 +133,11 @@ def first_weights(init: str, pretrained: str | None, base_channels: int, depth: 
         ValueError: if there is none of this width and depth, or a file was changed.
         FileNotFoundError: if it is no part of this installation.
     """
+    if pretrained is not None:
+        return locate_weights(pretrained)
     encoders = find_encoders(init)
-    if pretrained is not None or not encoders:
-        return pretrained
+    if not encoders:
+        return None
     if (depth, base_channels) in encoders:
         return str(find_weights(encoders[depth, base_channels]) / MODEL)
     there = " or ".join(f"depth {d} and base_channels {width}" for d, width in encoders)

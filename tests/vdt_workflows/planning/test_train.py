@@ -17,6 +17,7 @@ from vdt_workflows.cli import main
 from vdt_workflows.overrides import check_command_line
 from vdt_workflows.planning import lines as runner
 from vdt_workflows.planning.train import start_from, train
+from vdt_workflows.training.shipped import find_weights
 
 
 @pytest.fixture
@@ -94,6 +95,9 @@ def test_the_width_is_that_of_the_encoder_unless_another_is_given(tmp_path, monk
     assert start_from({"init": "acs", "base_channels": 64}) == {"init": "acs", "base_channels": 64}
     found = start_from({"init": "vdt", "pretrained": "mine.pt"})
     assert found == {"init": "vdt", "pretrained": file, "base_channels": 8, "depth": 18}
+    named = start_from({"init": "vdt", "pretrained": "vdt_resnet3d18_w16"})
+    assert named["pretrained"] == str(find_weights("vdt_resnet3d18_w16") / "model.pt")
+    assert named["base_channels"] == 16
     assert start_from({"init": "kinetics"}) == {"init": "kinetics"}
     assert start_from({}) == {}
 

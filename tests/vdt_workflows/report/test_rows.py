@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.bundle_runs import ROOT
 from vdt_workflows.report.rows import Row, choose_reference, merge_settings, name_weights, read_rows
-from vdt_workflows.training.shipped import list_weights
+from vdt_workflows.training.shipped import find_weights, list_weights
 
 
 def test_words_and_a_file_give_the_same_rows(tmp_path, monkeypatch):
@@ -70,3 +70,8 @@ def test_a_row_that_takes_a_shipped_encoder_is_known_by_its_hash():
     assert wide.identity()["weights"] == shipped["vdt_resnet3d18_w64"].sha256["model.pt"]
     with pytest.raises(ValueError, match="there is none of depth 18 and base_channels 8"):
         name_weights(read_rows("i3d")[0], {"base_channels": 8})
+
+
+def test_a_row_may_name_shipped_weights():
+    (row,) = read_rows("vdt=vdt_resnet3d18_w16")
+    assert row.pretrained == str(find_weights("vdt_resnet3d18_w16") / "model.pt")

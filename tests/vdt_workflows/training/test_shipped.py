@@ -94,11 +94,13 @@ def test_four_bundles_take_shipped_encoders():
         (("scratch", None, 64), None),
         (("kinetics", None, 16), None),  # whose absence `initialise` refuses
         (("vdt", "mine.pt", 24), "mine.pt"),
+        (("vdt", NARROW, 24), NARROW),
+        (("i3d", TWIN, 64), TWIN),
         *(((init, None, 16), TWIN) for init in ("i3d", "acs", "2.5d")),
         (("vdt", None, 64), WIDE),
     ],
 )
-def test_a_file_that_is_named_wins_and_the_kind_of_encoder_follows_the_initialisation(given, found):
+def test_what_is_named_wins_and_the_kind_of_encoder_follows_the_initialisation(given, found):
     path = first_weights(*given)
     assert path == (str(find_weights(found) / "model.pt") if found in list_weights() else found)
 
