@@ -105,7 +105,7 @@ class CheckOverflow(Transform):
     """
 
     def __init__(self, modality: str = "CT") -> None:
-        self.modality = modality
+        self.modality = "CT" if modality.upper() == "CT" else modality
 
     def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
         """Check one volume (C, X, Y, Z)."""

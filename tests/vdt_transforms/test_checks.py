@@ -85,15 +85,18 @@ def test_a_volume_without_negative_values_is_warned_of_by_name(caplog, least, wa
 
 
 @pytest.mark.parametrize("found", ["CT", "MR"])
-@pytest.mark.parametrize("expected", ["CT", "MR", "T2", "unknown"])
+@pytest.mark.parametrize("expected", ["CT", "ct", "MR", "T2", "unknown"])
 def test_a_series_of_another_modality_than_the_networks_is_refused(tmp_path, found, expected):
     storage = {"CT": CTImageStorage, "MR": MRImageStorage}[found]
     write_series(tmp_path / "study", Modality=found, SOPClassUID=storage)
     volume = LoadImage(reader=VolumeReader, image_only=True)(tmp_path / "study")[None]
-    if expected == "unknown" or (found == "CT") == (expected == "CT"):
+    if expected == "unknown" or (found == "CT") == (expected.upper() == "CT"):
         assert CheckOverflow(expected)(volume) is volume
         return
-    with pytest.raises(ValueError, match=rf"study: its modality is {found}, and the network is made for {expected};"):
+    with pytest.raises(
+        ValueError,
+        match=rf"study: its modality is {found}, and the network is made for {expected.replace('ct', 'CT')};",
+    ):
         CheckOverflow(expected)(volume)
 
 
