@@ -30,7 +30,7 @@ from vdt_workflows.packaging.description import describe, merge, read_object, re
 from vdt_workflows.packaging.detector_graph import DetectorGraph
 from vdt_workflows.packaging.package import read_run, to_json
 from vdt_workflows.training.checkpoints import check_settings, load_weights
-from vdt_workflows.training.shipped import MODEL, RECORD, find_weights, list_weights
+from vdt_workflows.training.shipped import RECORD, list_weights, locate_weights
 
 AXES = ("batch", "channel", "width", "height", "depth")  # of MONAI's order: X, Y, Z
 COLUMNS = ("x1", "y1", "x2", "y2", "score", "label")  # of a row of the detector
@@ -78,7 +78,7 @@ def export_bundle(
     if kind not in (".ts", ".onnx"):
         raise ValueError(f"output {output}: must end in .ts or .onnx")
     shipped = list_weights().get(weights)
-    path = find_weights(weights) / MODEL if shipped else Path(weights)
+    path = Path(locate_weights(weights))
     run_file = Path(run) if run else path.parent / RECORD
     taken, _ = read_run(run_file)
     check_settings(run_file, path)

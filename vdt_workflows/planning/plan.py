@@ -14,15 +14,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from math import prod
-from operator import mul
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from vdt_transforms.checks import AIR
 from vdt_workflows.data.sides import find_pairs
 from vdt_workflows.files import write_json
 from vdt_workflows.naming import literal
@@ -179,10 +178,11 @@ def choose_intensities(made: Plan, data: Fingerprint) -> None:
     """Clip and scale CT as the foreground says; scale other volumes by themselves, since their units mean nothing."""
     lowest = np.array([case["range"][0] for case in data.cases])
     known = data.modality.lower() not in ("", "unknown")
-    is_ct = "ct" in re.split(r"[^a-z]+", data.modality.lower()) if known else bool(np.mean(lowest <= -500) > 0.9)
-    modality, pool = "CT" if is_ct else data.modality if known else "unknown", data.array("quantiles")
+    is_ct = "ct" in re.split(r"[^a-z]+", data.modality.lower()) if known else bool(np.mean(lowest <= AIR) > 0.9)
+    modality = "CT" if is_ct else data.modality if known else "unknown"
+    pool = data.array("quantiles")
     if not is_ct or not pool.size:
-        why = f"modality {modality}" if known else f"modality {modality}, and without the air of CT"
+        why = f"modality {modality}{'' if known else ', and without the air of CT'}"
         own = {"window": "none", "mean": "own", "std": "own", "modality": modality}
         made.decide(f"intensities: mean and deviation of each volume, {why}", **own)
         return
@@ -224,7 +224,7 @@ def choose_network(made: Plan, data: Fingerprint, memory: float | None) -> None:
     made.decide(f"patch: {_times(patch)} voxels {where}; the median case has {_times(median)}", patch_size=patch)
     patch = list(s["patch_size"])
     strides = choose_strides(patch, spacing, stem)
-    total = [list(accumulate(axis, mul))[-1] for axis in zip(*strides, strict=True)]
+    total = [prod(axis) for axis in zip(*strides, strict=True)]
     head = 16 if memory else 0  # 0.862 in place of 0.857 on 20 validation hippocampi in 6 CPU minutes: 1.4 x the steps
     fine = 8 if memory is None and max(strides[0]) > 1 else 0
     made.decide(
