@@ -20,6 +20,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from vdt_workflows.errors import check_choice
 from vdt_workflows.files import read_csv, read_json, write_csv, write_json
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.planning.apply import segment
@@ -64,6 +65,7 @@ def race(
     training: int = 20,
     test: int = 60,
     rates: Sequence[float] = (0.001, 0.003, 0.01),
+    scored: str = "test",
 ) -> dict[str, Any]:
     """Train all contestants for the same CPU time on the same cases, seed by seed, and score them; resumable.
 
@@ -78,9 +80,16 @@ def race(
         training: cases to learn from; as many again choose the rate of MONAI's UNet.
         test: cases to score.
         rates: of MONAI's UNet, of which the best on validation cases is taken.
+        scored: test, or validation for what is then chosen by the scores, such as an ingredient of the plan.
     """
+    check_choice("scored", scored, ("test", "validation"))
     root = Path(output_dir).resolve()
     parts = split_cases(Path(data).resolve(), root, training, test)
+    parts["test"] = parts[scored]
+    settled = root / "scored.json"
+    if settled.is_file() and read_json(settled) != scored:
+        raise ValueError(f"{root} has runs scored on the {read_json(settled)} cases; name another output_dir")
+    write_json(settled, scored)
     names = list(label_names)
     for seed in seeds:
         for who in contestants:

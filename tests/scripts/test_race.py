@@ -5,7 +5,8 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 import pytest
-from benchmarks.race import COLUMNS, OURS, score_files, split_cases, summarise
+from benchmarks import race as module
+from benchmarks.race import COLUMNS, OURS, race, score_files, split_cases, summarise
 from benchmarks.race_monai import choose_strides
 from monai.bundle import ConfigParser
 
@@ -59,6 +60,28 @@ def test_the_split_is_drawn_once_and_its_parts_share_no_case(tmp_path):
     assert sorted(path.name for path in (parts["test"] / "labels").iterdir()) == cases["test"]
     with pytest.raises(ValueError, match="has 9 cases, 10 are needed"):
         split_cases(tmp_path / "data", tmp_path / "out", 2, 6)
+
+
+def test_what_is_chosen_by_scores_is_scored_on_validation_cases_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    for kind in ("images", "labels"):
+        for number in range(7):
+            write(tmp_path / "data" / kind, f"c{number}", bar(1, 1))
+
+    def copy(parts, folder, settings, minutes, seed, names):
+        for path in (parts["test"] / "labels").iterdir():
+            (folder / "labels").mkdir(parents=True, exist_ok=True)
+            (folder / "labels" / path.name).write_bytes(path.read_bytes())
+        return {"steps": 1, "cpu_seconds": 1}
+
+    monkeypatch.setattr(module, "run_ours", copy)
+    given = {"label_names": NAMES, "seeds": [0], "contestants": ["vdt"], "training": 2, "test": 3}
+    for part, cases in (("test", 3), ("validation", 2)):
+        assert race(str(tmp_path / "data"), str(tmp_path / part), scored=part, **given)["6 min, vdt"]["dice"] == 1
+        scored = {line.split(",")[3] for line in (tmp_path / part / "race.csv").read_text().splitlines()[1:]}
+        assert scored == {p.name.split(".")[0] for p in (tmp_path / part / part / "labels").iterdir()}
+        assert len(scored) == cases
+    with pytest.raises(ValueError, match="has runs scored on the validation cases; name another output_dir"):
+        race(str(tmp_path / "data"), str(tmp_path / "validation"), **given)
 
 
 def test_differences_are_paired_over_cases_and_common_seeds(tmp_path):
