@@ -10,7 +10,8 @@ import pytest
 
 from vdt_workflows.data.sides import find_pairs
 from vdt_workflows.planning.pace import say_steps
-from vdt_workflows.planning.plan import count_activations, find_memory, make_plan, plan
+from vdt_workflows.planning.patch import count_activations
+from vdt_workflows.planning.plan import find_memory, make_plan, plan
 from vdt_workflows.preparation.fingerprint import POINTS, Fingerprint, measure_case, read_fingerprint
 from vdt_workflows.preparation.segmentation import prepare_segmentation
 
