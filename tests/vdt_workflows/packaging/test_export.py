@@ -141,7 +141,7 @@ def test_the_network_of_a_file_averages_over_the_rotations_of_a_cube(rotations):
         (torch.ones(9, 9, 9), "the image has no affine, so that its voxel size is not known"),
         (torch.full((9, 9, 9), torch.nan), "the image has NaN or infinite voxels; expected finite values"),
         (torch.full((9, 9, 9), 64512.0), "intensities of the image do not fit 16-bit signed integers, as HU do"),
-        (torch.ones(9, 9, 9), "the image is smaller than the cube of 48.0 mm that the network takes"),
+        (torch.ones(9, 9, 9), "the image is smaller than the cube of 32 mm that the network takes"),
     ],
 )
 def test_what_the_operator_cannot_use_is_refused_in_a_sentence(image, sentence):
