@@ -85,7 +85,7 @@ def race(
     check_choice("scored", scored, ("test", "validation"))
     root = Path(output_dir).resolve()
     parts = split_cases(Path(data).resolve(), root, training, test)
-    parts["test"] = parts[scored]
+    parts["scored"] = parts[scored]
     settled = root / "scored.json"
     if settled.is_file() and read_json(settled) != scored:
         raise ValueError(f"{root} has runs scored on the {read_json(settled)} cases; name another output_dir")
@@ -103,7 +103,7 @@ def race(
                 else:
                     learned = run_ours(parts, folder, OURS[who], minutes, seed, names)
                 write_json(folder / "pace.json", learned)
-                rows = score_files(folder / "labels", parts["test"] / "labels", names)
+                rows = score_files(folder / "labels", parts["scored"] / "labels", names)
                 known = {"minutes": minutes, "contestant": who, "seed": seed}
                 write_csv(folder / "scores.csv", [{**known, **row} for row in rows], COLUMNS)
     return summarise(root)
@@ -184,7 +184,7 @@ def run_ours(
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", *words]
     seconds = run_alone(command, folder / "log.txt", find_bundles() / BUNDLE)
     out = folder / "labels"
-    segment(str(parts["test"] / "images"), str(out), str(folder / "models"), device=CPU)
+    segment(str(parts["scored"] / "images"), str(out), str(folder / "models"), device=CPU)
     for file in out.glob("*_seg.nii.gz"):
         file.rename(out / file.name.replace("_seg.nii.gz", ".nii.gz"))
     fitted = read_json(folder / "eval" / "time.json")
@@ -216,7 +216,7 @@ def run_monai(
             rows = score_files(tried / "labels", parts["validation"] / "labels", names)
             found[rate] = float(np.mean([row["dice"] for row in rows]))
         write_json(best, {"rate": max(found, key=lambda rate: found[rate]), "validation_dice": found})
-    return _train_monai(parts, "test", folder, minutes, seed, read_json(best)["rate"], options)
+    return _train_monai(parts, "scored", folder, minutes, seed, read_json(best)["rate"], options)
 
 
 def _train_monai(
@@ -241,7 +241,7 @@ def run_nnunet(
     if not python:
         raise ValueError("nnunet must be the Python of an environment with nnU-Net v2, for this contestant")
     root = folder.parent / "nnunet"
-    script = [python, HERE / "race_nnunet.py", parts["training"], parts["test"], folder / "labels"]
+    script = [python, HERE / "race_nnunet.py", parts["training"], parts["scored"], folder / "labels"]
     options = ["--root", root, "--names", ",".join(names), "--minutes", str(minutes), "--seed", str(seed)]
     run_alone([*script, *options, "--plan_only"], folder / "plan.txt")
     run_alone([*script, *options], folder / "log.txt")

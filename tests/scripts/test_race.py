@@ -68,7 +68,7 @@ def test_what_is_chosen_by_scores_is_scored_on_validation_cases_in_a_folder_of_i
             write(tmp_path / "data" / kind, f"c{number}", bar(1, 1))
 
     def copy(parts, folder, settings, minutes, seed, names):
-        for path in (parts["test"] / "labels").iterdir():
+        for path in (parts["scored"] / "labels").iterdir():
             (folder / "labels").mkdir(parents=True, exist_ok=True)
             (folder / "labels" / path.name).write_bytes(path.read_bytes())
         return {"steps": 1, "cpu_seconds": 1}

@@ -88,17 +88,8 @@ def test_a_large_dicom_series_is_segmented_and_classified_with_signs(place):
     rows, columns = np.indices((512, 512), np.float32) - 256
     body = np.where(rows**2 + columns**2 < 200**2, 40.0, -1000.0)
     write_series(place / "series", np.repeat(body[..., None], 100, -1), spacing=(0.8, 0.8, 2.0))
-    words = [
-        "series",
-        "-o",
-        "large",
-        "--weights",
-        "hippocampus_mr_w16",
-        "--spacing",
-        "[8,8,8]",
-        "--modality",
-        "unknown",
-    ]
+    words = ["series", "-o", "large", "--weights", "hippocampus_mr_w16"]
+    words += ["--spacing", "[8,8,8]", "--modality", "unknown"]  # weights of MR refuse a CT
     check(run_in_terminal(["segment", *words], place), rf"folder: {place / 'large'}")
     (place / "positions.csv").write_text("column,row,slice\n256,256,50\n")
     words = ["series", "-o", "scan", "--weights", "lung_nodule_malignancy_w16", "--positions", "positions.csv"]

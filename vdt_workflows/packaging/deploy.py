@@ -203,9 +203,10 @@ def _normalize(options: Mapping[str, Any]) -> Transforms:
 
 
 def _crop(options: Mapping[str, Any]) -> Transforms:
-    size, spacing = options["size"], options["spacing"]
-    enough = f"all(n * d > {size * spacing} - d - 1e-3 for n, d in zip(x.shape[1:], x.pixdim.tolist()))"
-    refused = _refuse(enough, f"the image is smaller than the cube of {size * spacing:.4g} mm that the network takes")
+    spacing = options["spacing"]
+    length = options["size"] * spacing
+    enough = f"all(n * d > {length} - d - 1e-3 for n, d in zip(x.shape[1:], x.pixdim.tolist()))"
+    refused = _refuse(enough, f"the image is smaller than the cube of {length:.4g} mm that the network takes")
     return [*refused, {"_target_": "Lambdad", **IMAGE, "func": f"$lambda x: @cube(x, {spacing} / x.pixdim)"}]
 
 
