@@ -309,9 +309,10 @@ def fill(line: str, given: dict) -> list[str]:
     assert not unknown, f"{line}: what stands for {unknown}?"
     known = "|".join(sorted(map(re.escape, given), key=len, reverse=True))
     words = shlex.split(line, comments=True)
-    if "--minutes" in words:  # a fixed number of steps in their place
-        at = words.index("--minutes")
-        words = words[:at] + words[at + 2 :]
+    for name in ("--minutes", "--clock"):  # a fixed number of steps in their place
+        if name in words:
+            at = words.index(name)
+            words = words[:at] + words[at + 2 :]
     return [re.sub(rf"(?<![\w-])({known})(?![\w-])", lambda found: str(given[found[0]]), word) for word in words]
 
 
