@@ -29,7 +29,7 @@ from vdt_workflows.files import write_csv, write_json
 from vdt_workflows.naming import result_name
 from vdt_workflows.progress import track
 from vdt_workflows.training.initialisation import describe_weights, pick_norm
-from vdt_workflows.training.shipped import MODEL, find_weights
+from vdt_workflows.training.shipped import locate_weights
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def load_encoder(
             `networks.load_pretrained`), or is not of a ResNet; ValueError if an argument is none of these.
     """
     check_choice("norm", norm, ("file", "batch", "group", "instance"))
-    weights = _locate(weights)
+    weights = locate_weights(weights)
     tensors = read_checkpoint(weights)
     found = describe_encoder(tensors)
     if not found:
@@ -135,12 +135,6 @@ def load_encoder(
             raise ValueError(f"{weights}: lacks {len(absent)} tensors of its encoder, such as {absent[0]}")
         network.load_state_dict({name: named.get(name, own[name]) for name in own})
     return PooledEncoder(network, colours).eval().requires_grad_(False)
-
-
-def _locate(weights: str | os.PathLike) -> str | os.PathLike:
-    """Give the file of weights, which may be shipped ones by name."""
-    shipped = not os.path.exists(weights) and not os.path.splitext(weights)[1]
-    return find_weights(str(weights)) / MODEL if shipped else weights
 
 
 def embed(encoder: nn.Module, volumes: Tensor, *, batch_size: int = 8, device: str | torch.device = "cpu") -> Tensor:
@@ -265,7 +259,7 @@ def embed_volumes(
     columns = [name for name in rows[0] if name not in {*encoder.names}]
     write_csv(output, rows, [*columns, *encoder.names])
     settings = {"size": size, "spacing": step, **scale, "depth_stride": depth_stride, "colours": colours}
-    origin = {"weights": describe_weights(_locate(weights)), "untrained": untrained, "norm": norm}
+    origin = {"weights": describe_weights(locate_weights(weights)), "untrained": untrained, "norm": norm}
     write_json(Path(output).with_suffix(".json"), {**settings, **origin, "volumes": volumes, "left_out": left_out})
     return {"output": output, "rows": len(rows), "features": len(encoder.names), "left_out": len(left_out)}
 

@@ -10,6 +10,7 @@ inference take, and `card.md`, whose front matter says what they are for and whi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -112,9 +113,18 @@ def find_weights(name: str) -> Path:
     return folder
 
 
-def locate_weights(weights: str) -> str:
-    """Give the path of shipped weights by their name (see `find_weights`), and a path as it is."""
-    return str(find_weights(weights) / MODEL) if weights in list_weights() else weights
+def locate_weights(weights: str | os.PathLike) -> str:
+    """Give the path of shipped weights by their name, and a path as it is.
+
+    Args:
+        weights: name or path. A word that is no file's, as a name that is spelt wrong, is taken for a name.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_weights`.
+    """
+    text = os.fspath(weights)
+    is_word = os.path.basename(text) == text and not os.path.splitext(text)[1] and not os.path.exists(text)
+    return str(find_weights(text) / MODEL) if is_word or text in list_weights() else text
 
 
 def first_weights(init: str, pretrained: str | None, base_channels: int, depth: int = 18) -> str | None:

@@ -13,7 +13,7 @@ from vdt_workflows.cli import main
 from vdt_workflows.training import shipped
 from vdt_workflows.training.checkpoints import check_settings, read_provenance, save_weights
 from vdt_workflows.training.initialisation import describe_weights, initialise
-from vdt_workflows.training.shipped import find_weights, first_weights, list_weights
+from vdt_workflows.training.shipped import find_weights, first_weights, list_weights, locate_weights
 
 NARROW, TWIN, WIDE = "vdt_resnet3d18_w16", "twin_resnet2d18_w16", "vdt_resnet3d18_w64"
 WITH_SHIPPED = [bundle for bundle in BUNDLES if "first_weights" in (bundle / "configs/train.yaml").read_text()]
@@ -145,6 +145,21 @@ def test_what_is_no_part_of_the_installation_is_said_with_where_it_is(copied, ca
     assert "SPDX-License-Identifier: CC-BY-NC-4.0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=f"weights 'w8': there are none of this name; there are {NARROW}, {WIDE}$"):
         main(["weights", "w8"])
+
+
+@pytest.mark.parametrize("pretrained", ["vdt_resnet3d18_w61", "mine"])
+def test_a_word_that_is_neither_a_file_nor_shipped_is_refused_with_the_names(pretrained):
+    with pytest.raises(ValueError, match=f"weights '{pretrained}': there are none of this name; there are .*{NARROW}"):
+        first_weights("vdt", pretrained, 16)
+
+
+def test_paths_are_no_names_of_weights_and_a_folder_of_a_shipped_name_does_not_hide_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").touch()
+    for path in ("mine", "folder/mine", "mine.pt", str(tmp_path / "other")):
+        assert locate_weights(path) == path
+    (tmp_path / NARROW).mkdir()
+    assert locate_weights(NARROW) == str(find_weights(NARROW) / "model.pt")
 
 
 def test_a_copy_of_the_packages_without_weights_says_so(tmp_path, monkeypatch, capsys):
