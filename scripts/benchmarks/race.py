@@ -164,7 +164,7 @@ def run_ours(
     lists = prepare(parts, folder.parent, names)
     prepared = lists.parent
     known = start_from({**settings, "seed": seed})
-    plannable: dict[str, Any] = {name: known[name] for name in ("base_channels", "stem") if name in known}
+    plannable: dict[str, Any] = {name: known[name] for name in ("base_channels", "stem", "mirror") if name in known}
     folder.mkdir(parents=True, exist_ok=True)
     write_plan(make_plan(read_fingerprint(prepared, str(lists)), None, plannable), folder / "plan.json", STEPS)
     given: dict[str, Any] = {

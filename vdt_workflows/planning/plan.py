@@ -250,7 +250,7 @@ def choose_network(made: Plan, data: Fingerprint, memory: float | None) -> None:
 
 
 def choose_sides(made: Plan, data: Fingerprint) -> None:
-    """Flip left and right with swapped labels where each side has its counterpart, or not at all where one has none."""
+    """Flip left and right, in inference too, with swapped labels; or not at all where one has no counterpart."""
     names = [str(name) for name in made.settings["label_names"]]
     pairs, lonely = find_pairs(names)
     if all(re.fullmatch(r"label \d+", name) for name in names[1:]) and (alike := find_mirrored(data)):
@@ -265,6 +265,8 @@ def choose_sides(made: Plan, data: Fingerprint) -> None:
         made.decide(f"flips: left and right, exchanging {swapped}", pairs=pairs, mirror=0.5)
     else:
         made.decide("flips: left and right, no label is of one side", pairs=[], mirror=0.5)
+    if made.settings["mirror"]:
+        made.decide("inference: the mean over each volume and its mirror image, in twice the time", flips=[[0]])
 
 
 def _times(numbers: Sequence[float]) -> str:

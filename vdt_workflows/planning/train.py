@@ -155,5 +155,5 @@ def _plannable(settings: Mapping[str, Any]) -> dict[str, Any]:
         "stem",
         "strides",
     }
-    known |= {"batch_size", "micro_batch", "overlap", "pairs", "mirror", "centres", *STEPS}
+    known |= {"batch_size", "micro_batch", "overlap", "pairs", "mirror", "flips", "centres", *STEPS}
     return {name: value for name, value in settings.items() if name in known}

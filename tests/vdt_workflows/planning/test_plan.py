@@ -184,7 +184,15 @@ def test_numbered_labels_that_lie_like_two_sides_are_not_flipped(sizes, middles,
     voxels, middle = (dict(zip("12", values, strict=True)) for values in (sizes, middles))
     made = make_plan(data(["label 1", "label 2"], [case((40, 40, 40), voxels=voxels, middle=middle)] * 4), None)
     assert made.settings["mirror"] == mirror
+    assert made.settings.get("flips", []) == ([[0]] if mirror else [])
     assert mirror or "label 1 and label 2, which lie like left and right" in "\n".join(made.words)
+
+
+def test_inference_flips_what_training_flips_unless_told_otherwise():
+    cases = [case((40, 40, 40))]
+    assert make_plan(data(["left kidney", "right kidney"], cases), None).settings["flips"] == [[0]]
+    assert "flips" not in make_plan(data(["liver"], cases), None, {"mirror": 0}).settings
+    assert make_plan(data(["liver"], cases), None, {"flips": []}).settings["flips"] == []
 
 
 def test_one_label_without_its_side_switches_flips_off():
