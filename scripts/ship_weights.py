@@ -8,6 +8,7 @@ MODEL is a `model.pt` of training; the `run.json` beside it is taken too, withou
 
 import re
 from pathlib import Path
+from typing import Any
 
 import fire
 import torch
@@ -15,11 +16,14 @@ import torch
 from networks import read_checkpoint
 from vdt_workflows.files import hash_file, read_json, save_atomic, write_atomic, write_json
 
-KEPT = ("init", "epochs", "steps_per_epoch", "batch_size", "learning_rate", "momentum", "weight_decay", "seed")
+KEPT = (
+    *("init", "epochs", "steps_per_epoch", "batch_size", "learning_rate", "layer_decay", "momentum", "weight_decay"),
+    "seed",
+)
 TRAINING_ALONE = "side_heads."  # parts of names
 
 
-def ship(model: str, folder: str) -> None:
+def ship(model: str, folder: str, **settings: Any) -> None:
     """Write `model.pt` and `run.json` of shipped weights, and their hashes into `card.md`.
 
     Kernels are halved; norms and biases, which are few, keep their precision.
@@ -27,6 +31,7 @@ def ship(model: str, folder: str) -> None:
     Args:
         model: the weights that training wrote, with their `run.json` beside them.
         folder: of the shipped weights, whose name is theirs.
+        settings: of the network's use that replace or join those of the record, such as --flips "[[0], [1], [2]]".
 
     Raises:
         FileNotFoundError: if there is no card, model or record.
@@ -41,10 +46,11 @@ def ship(model: str, folder: str) -> None:
         tensors[name] = tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{model}: {name} has values up to {tensor.abs().max():g}, too large for half precision")
-    settings = read_json(Path(model).parent / "run.json")
-    settings["_run_"] = {name: settings["_run_"][name] for name in KEPT if name in settings.get("_run_", {})}
+    record = read_json(Path(model).parent / "run.json")
+    run = record.pop("_run_", {})
+    record |= {**settings, "_run_": {name: run[name] for name in KEPT if name in run}}
     save_atomic(tensors, target / "model.pt")
-    write_json(target / "run.json", settings)
+    write_json(target / "run.json", record)
     hashes = "".join(f"  {name}: {hash_file(target / name)}\n" for name in ("model.pt", "run.json"))
     write_atomic(target / "card.md", re.sub(r"^sha256:\n(  .*\n)*", f"sha256:\n{hashes}", card, flags=re.M).encode())
 

@@ -23,7 +23,7 @@ def trained(tmp_path):
 
 def test_kernels_are_halved_what_serves_training_alone_goes_and_the_card_gets_the_hashes(trained):
     network, root = trained
-    ship(str(root / "model.pt"), str(root / "mine"))
+    ship(str(root / "model.pt"), str(root / "mine"), flips=[[0]])
     whole, shipped = network.state_dict(), read_checkpoint(root / "mine" / "model.pt")
     assert {name for name in whole if name not in shipped} == {n for n in whole if n.startswith("side_heads.")} != set()
     for name, tensor in shipped.items():
@@ -31,7 +31,7 @@ def test_kernels_are_halved_what_serves_training_alone_goes_and_the_card_gets_th
     assert read_provenance(root / "mine" / "model.pt") == {"depth": 18}
     load_weights(ResUNet3D(2, base_channels=4, norm="batch"), root / "mine" / "model.pt")
     record = json.loads((root / "mine" / "run.json").read_text())
-    assert record == {"depth": 18, "_run_": {"epochs": 3, "seed": 0}}
+    assert record == {"depth": 18, "flips": [[0]], "_run_": {"epochs": 3, "seed": 0}}
     hashes = {n: hashlib.sha256((root / "mine" / n).read_bytes()).hexdigest() for n in ("model.pt", "run.json")}
     lines = "".join(f"  {name}: {value}\n" for name, value in hashes.items())
     assert (root / "mine" / "card.md").read_text() == f"---\nuse: x\nsha256:\n{lines}---\n\n# mine\n"
