@@ -43,7 +43,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MODULE = ("monai", "bundle", "__main__.py")
 
 
-def check_command_line(argv: Sequence[str] | None = None) -> None:
+def check_command_line(argv: Sequence[str] | None = None, folder: str | os.PathLike = ".") -> None:
     """Refuse an override whose id is neither in the config files nor an argument of its component.
 
     An override of None is refused too, which MONAI ignores, and the words true and false, which it takes for text.
@@ -57,6 +57,7 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
 
     Args:
         argv: the words after `python -m monai.bundle`, which are then checked whatever the process.
+        folder: where those words would be given, from which the paths of the config files start.
 
     Raises:
         ValueError: if `argv` names an unknown setting (the sentence gives the nearest known ones), or one of those
@@ -64,7 +65,12 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
         SystemExit: the same in the process itself, because MONAI would bury a `ValueError` in its own traceback.
     """
     if argv is not None:
-        _check(argv)
+        here = os.getcwd()
+        os.chdir(folder)
+        try:
+            _check(argv)
+        finally:
+            os.chdir(here)
         return
     if not _is_bundle_process():
         return

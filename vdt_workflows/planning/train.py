@@ -14,13 +14,14 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from networks import describe_encoder, read_checkpoint
 from vdt_workflows.files import write_json
 from vdt_workflows.locator import find_bundles
+from vdt_workflows.overrides import check_command_line
 from vdt_workflows.planning.lines import BUNDLE, config_words, make_page, run_line, setting_words
 from vdt_workflows.planning.plan import find_memory, make_plan, write_plan
 from vdt_workflows.preparation.fingerprint import FILE, read_fingerprint
@@ -68,11 +69,20 @@ def train(
         )
     source = Path(str(data))
     root = Path(str(output_dir) or f"{source.resolve().name.partition('.')[0]}_run").resolve()
+    bundle = find_bundles() / BUNDLE
+    memory = find_memory(device)
+    configs = _find_configs(bundle / "configs", protocol, bool(minutes))
+    options, settings = _share_out(source, start_from(settings))
+    check_command_line(["run", *config_words(configs), *setting_words(settings)], bundle)
     within = f"within {minutes:g} minutes" if minutes else "as long as its plan says; the bar tells the time left"
     say(f"{source}: checked, planned for, trained on and scored in {root}, {within}")
-    prepared, settings = _prepare(source, root / "data", start_from(settings))
-    lines = _write_lines(prepared, root, minutes, protocol, device, datalist, settings)
-    bundle = find_bundles() / BUNDLE
+    prepared = source.resolve() if (source / FILE).is_file() else root / "data"
+    if prepared == root / "data":
+        prepare_segmentation(str(source), str(prepared), **options)
+    if not (root / "plan.json").is_file():
+        made = make_plan(read_fingerprint(prepared, datalist), memory, _plannable(settings))
+        write_plan(made, root / "plan.json", without=STEPS if minutes else ())
+    lines = _write_lines(prepared, root, minutes, configs, device, datalist, settings)
     done = root / "trained.json"
     for words, when in zip(lines, ([f"--began={began:.0f}"] if minutes else [], []), strict=True):
         if done.is_file() and json.loads(done.read_text()) == lines[0] and words is lines[0]:
@@ -85,48 +95,47 @@ def train(
     return {"mean_dice": scores["mean_dice"], "cases": lines[1][-1], "folder": str(root), "page": page}
 
 
-def _prepare(source: Path, target: Path, settings: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Prepare what is not; give the folder, and the settings that are the bundle's."""
-    if (source / FILE).is_file():
-        return source.resolve(), dict(settings)
+def _find_configs(folder: Path, protocol: str, timed: bool) -> list[str]:
+    """Name the bundle's config files of a training.
+
+    Raises:
+        ValueError: if there is no such protocol.
+    """
+    protocol = protocol or ("short" if timed else "recommended")
+    if protocol != "recommended" and not (folder / f"{protocol}.yaml").is_file():
+        raise ValueError(f"protocol must be recommended or an overlay in {folder}, such as short, got {protocol!r}")
+    return ["train", *([protocol] if protocol != "recommended" else []), *(["timed"] if timed else [])]
+
+
+def _share_out(source: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tell the settings of the preparation, which prepared data need no more, from those of the bundle."""
     known = inspect.signature(prepare_segmentation).parameters.keys() - {"data", "output_dir"}
+    if (source / FILE).is_file():
+        return {}, dict(settings)
     options = {name: value for name, value in settings.items() if name in known}
-    prepare_segmentation(str(source), str(target), **options)
-    return target, {name: v for name, v in settings.items() if name not in known or name in ("seed", "on_error")}
+    return options, {name: v for name, v in settings.items() if name not in known or name in ("seed", "on_error")}
 
 
 def _write_lines(
     prepared: Path,
     root: Path,
     minutes: float,
-    protocol: str,
+    configs: Sequence[str],
     device: str | float,
     datalist: str | None,
     settings: Mapping[str, Any],
 ) -> tuple[list[str], list[str]]:
-    """Write the plan if there is none, and the words of training and evaluation after `monai.bundle run`.
-
-    Raises:
-        ValueError: if there is no such protocol.
-    """
-    configs = find_bundles() / BUNDLE / "configs"
-    protocol = protocol or ("short" if minutes else "recommended")
-    if protocol != "recommended" and not (configs / f"{protocol}.yaml").is_file():
-        raise ValueError(f"protocol must be recommended or an overlay in {configs}, such as short, got {protocol!r}")
-    target = root / "plan.json"
-    if not target.is_file():
-        made = make_plan(read_fingerprint(prepared, datalist), find_memory(device), _plannable(settings))
-        write_plan(made, target, without=STEPS if minutes else ())
-    names = ["train", *([protocol] if protocol != "recommended" else [])]
+    """Give the words of training and evaluation after `monai.bundle run`."""
     data = {"bundle_root": str(root), "dataset_dir": str(prepared), **({"datalist": datalist} if datalist else {})}
     data |= {"device": "$torch.device('cpu')"} if str(device) == "cpu" else {}
     more = {**data, **settings, **({"minutes": minutes} if minutes else {})}
     lists = json.loads(Path(datalist or prepared / "dataset.json").read_text())
     score = {**data, "part": "test" if lists.get("test") else "validation"}
-    planned = ["--args_file", str(target)]
-    train = [*config_words([*names, "timed"] if minutes else names), *planned, *setting_words(more)]
+    planned = ["--args_file", str(root / "plan.json")]
+    train = [*config_words(configs), *planned, *setting_words(more)]
     remembered = ["--args_file", str(root / "models" / "run.json")]
-    return train, [*config_words([*names, "evaluate"]), *remembered, *setting_words(score)]
+    scored = [name for name in configs if name != "timed"]
+    return train, [*config_words([*scored, "evaluate"]), *remembered, *setting_words(score)]
 
 
 def start_from(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -250,14 +250,10 @@ def _plan_stages(
 
 def _check_settings(cell: Cell) -> None:
     """Refuse a misspelt setting before anything runs, as the bundle's command line does."""
-    here = os.getcwd()
     try:
-        os.chdir(cell.bundle)
-        check_command_line(cell.stages[0].words())
+        check_command_line(cell.stages[0].words(), cell.bundle)
     except ValueError as error:
         raise ValueError(f"{cell.name}: {error}") from None
-    finally:
-        os.chdir(here)
 
 
 def _run(cells: Sequence[Cell], workers: int, ray: str | None, resources: Mapping[str, float] | None) -> None:

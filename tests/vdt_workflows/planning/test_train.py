@@ -129,12 +129,19 @@ def test_one_case_is_learned_from_and_scored_with_a_word(raw, runs, tmp_path, ca
         ({"protocol": "fast"}, "protocol must be recommended or an overlay"),
         ({"device": "gpu"}, "device must be cpu"),
         ({"args_file": "none.json"}, "--args_file none.json: vdt train writes and gives its own; give settings as"),
+        ({"epoch": 3}, "--epoch: no such setting in configs/train.yaml; did you mean --epochs"),
+        ({"clock": "cpu"}, "--clock: no such setting in configs/train.yaml, and none with a similar name"),
+        (
+            {"val_fration": 0.1, "minutes": 2},
+            "--val_fration: no such setting in configs/train.yaml, configs/short.yaml",
+        ),
     ],
 )
-def test_wrong_arguments_are_refused(raw, runs, tmp_path, options, sentence):
+def test_wrong_arguments_are_refused_before_anything_is_prepared(raw, runs, tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         train(str(raw), str(tmp_path / "run"), **options)
     assert not runs
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failed_run_ends_the_command(raw, tmp_path, monkeypatch):
