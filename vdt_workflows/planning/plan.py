@@ -258,7 +258,7 @@ def choose_sides(made: Plan, data: Fingerprint) -> None:
         lonely = [f"{names[a]} and {names[b]}, which lie like left and right"]
     if lonely:
         made.decide(
-            f"flips: none of left and right, for want of a counterpart of {', '.join(lonely)}", pairs=pairs, mirror=0.0
+            f"flips: none of left and right, for want of a mirror image of {', '.join(lonely)}", pairs=pairs, mirror=0.0
         )
     elif pairs:
         swapped = ", ".join(f"{names[a]} and {names[b]}" for a, b in pairs)

@@ -44,8 +44,8 @@ ONE = data(["a"], [case((122, 101, 112), (3, 3, 3), **CT)], "CT")
     [
         (HIPPOCAMPUS, None, ([1, 1, 1], "own", [32, 48, 32], "strided", 16, 2, [8, 8, 8], [[], 0.5])),
         (HIPPOCAMPUS, 8, ([1, 1, 1], "own", [40, 56, 40], "unet", 64, 6, [8, 8, 8], [[], 0.5])),
-        (HEART, None, ([1.5, 1.5, 10], "own", [96, 112, 10], "strided", 16, 2, [16, 16, 2], [[], 0.5])),
-        (HEART, 24, ([1.5, 1.5, 10], "own", [144, 144, 10], "unet", 64, 4, [16, 16, 2], [[], 0.5])),
+        (HEART, None, ([1.5, 1.5, 10], "own", [96, 112, 10], "strided", 16, 2, [16, 16, 2], [[], 0.0])),
+        (HEART, 24, ([1.5, 1.5, 10], "own", [144, 144, 10], "unet", 64, 4, [16, 16, 2], [[], 0.0])),
         (MIXED, 8, ([0.8, 0.8, 4.75], "own", [208, 208, 32], "unet", 32, 2, [16, 16, 4], [[], 0.5])),
         (ABDOMEN, 8, ([0.8, 0.8, 3], 50.0, [176, 176, 40], "unet", 32, 2, [16, 16, 8], [[[2, 3]], 0.5])),
         (ABDOMEN, None, ([2.9, 2.9, 3], 50.0, [48, 48, 48], "strided", 16, 2, [8, 8, 8], [[[2, 3]], 0.5])),
@@ -166,7 +166,11 @@ def test_another_device_is_refused(device):
         (["lung_lt", "lung_rt"], [[1, 2]], []),
         (["leftThalamus", "rightThalamus"], [[1, 2]], []),
         (["left kidney", "liver"], [], ["left kidney"]),
-        (["right ventricle", "left ventricle", "left atrium"], [], []),
+        (["right ventricle", "left ventricle", "left atrium"], [], ["right ventricle", "left ventricle"]),
+        (["LV cavity", "myocardium", "RV cavity"], [], ["LV cavity", "RV cavity"]),
+        (["left atrium"], [], []),
+        (["RV", "portal vein"], [], []),
+        (["lung upper lobe left", "lung upper lobe right"], [], ["lung upper lobe left", "lung upper lobe right"]),
         (["left lateral ventricle", "right lateral ventricle"], [[1, 2]], []),
         (["lung upper lobe left"], [], []),
         (["portal vein", "aorta", "gallbladder", "L5"], [], []),
@@ -198,7 +202,7 @@ def test_inference_flips_what_training_flips_unless_told_otherwise():
 def test_one_label_without_its_side_switches_flips_off():
     made = make_plan(data(["left kidney"], [case((40, 40, 40))]), None)
     assert made.settings["mirror"] == 0
-    assert "for want of a counterpart of left kidney" in "\n".join(made.words)
+    assert "for want of a mirror image of left kidney" in "\n".join(made.words)
 
 
 @pytest.mark.parametrize(
