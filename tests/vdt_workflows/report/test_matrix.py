@@ -223,6 +223,13 @@ def test_other_networks_are_rows_and_a_failing_cell_stops_no_other(volumes, tmp_
     assert (folder / "report.html").read_text().count("<img") == 7  # image, label and five predictions
 
 
+def test_nodules_of_one_class_alone_are_not_scored(nodules, tmp_path):
+    with pytest.raises(ValueError, match="curve_cases: the 1 nodules that it names are of one class, take more"):
+        compare(
+            "scratch", str(nodules), str(tmp_path), "lidc_nodule_classification", {}, 1, 1, held_out=8, curve_cases=1
+        )
+
+
 @slow
 def test_nodules_are_compared_by_the_area_under_the_curve(nodules, tmp_path):
     settings = {"base_channels": 4, "crop_size": 16, "jitter": 2, "batch_size": 4}
