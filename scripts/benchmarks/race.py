@@ -26,7 +26,7 @@ from vdt_workflows.locator import find_bundles
 from vdt_workflows.planning.apply import segment
 from vdt_workflows.planning.lines import BUNDLE, config_words, setting_words
 from vdt_workflows.planning.plan import make_plan, write_plan
-from vdt_workflows.planning.train import STEPS, start_from
+from vdt_workflows.planning.train import STEPS, plannable, start_from
 from vdt_workflows.preparation.fingerprint import read_fingerprint
 from vdt_workflows.preparation.segmentation import prepare_segmentation
 from vdt_workflows.report.statistics import CaseTable, paired_difference
@@ -164,9 +164,8 @@ def run_ours(
     lists = prepare(parts, folder.parent, names)
     prepared = lists.parent
     known = start_from({**settings, "seed": seed})
-    plannable: dict[str, Any] = {name: known[name] for name in ("base_channels", "stem", "mirror") if name in known}
     folder.mkdir(parents=True, exist_ok=True)
-    write_plan(make_plan(read_fingerprint(prepared, str(lists)), None, plannable), folder / "plan.json", STEPS)
+    write_plan(make_plan(read_fingerprint(prepared, str(lists)), None, plannable(known)), folder / "plan.json", STEPS)
     given: dict[str, Any] = {
         "bundle_root": str(folder),
         "dataset_dir": str(prepared),

@@ -72,15 +72,18 @@ def train(
     bundle = find_bundles() / BUNDLE
     memory = find_memory(device)
     configs = _find_configs(bundle / "configs", protocol, bool(minutes))
-    options, settings = _share_out(source, start_from(settings))
+    ready = (source / FILE).is_file()
+    settings = start_from(settings)
+    options = {} if ready else _of_preparation(settings)
+    settings = {name: v for name, v in settings.items() if name not in options or name in ("seed", "on_error")}
     check_command_line(["run", *config_words(configs), *setting_words(settings)], bundle)
     within = f"within {minutes:g} minutes" if minutes else "as long as its plan says; the bar tells the time left"
     say(f"{source}: checked, planned for, trained on and scored in {root}, {within}")
-    prepared = source.resolve() if (source / FILE).is_file() else root / "data"
-    if prepared == root / "data":
+    prepared = source.resolve() if ready else root / "data"
+    if not ready:
         prepare_segmentation(str(source), str(prepared), **options)
     if not (root / "plan.json").is_file():
-        made = make_plan(read_fingerprint(prepared, datalist), memory, _plannable(settings))
+        made = make_plan(read_fingerprint(prepared, datalist), memory, plannable(settings))
         write_plan(made, root / "plan.json", without=STEPS if minutes else ())
     lines = _write_lines(prepared, root, minutes, configs, device, datalist, settings)
     done = root / "trained.json"
@@ -107,13 +110,9 @@ def _find_configs(folder: Path, protocol: str, timed: bool) -> list[str]:
     return ["train", *([protocol] if protocol != "recommended" else []), *(["timed"] if timed else [])]
 
 
-def _share_out(source: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tell the settings of the preparation, which prepared data need no more, from those of the bundle."""
+def _of_preparation(settings: Mapping[str, Any]) -> dict[str, Any]:
     known = inspect.signature(prepare_segmentation).parameters.keys() - {"data", "output_dir"}
-    if (source / FILE).is_file():
-        return {}, dict(settings)
-    options = {name: value for name, value in settings.items() if name in known}
-    return options, {name: v for name, v in settings.items() if name not in known or name in ("seed", "on_error")}
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def _write_lines(
@@ -150,7 +149,7 @@ def start_from(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: known[name] for name in ("depth", "base_channels") if name in known}, **settings}
 
 
-def _plannable(settings: Mapping[str, Any]) -> dict[str, Any]:
+def plannable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Take the settings that a plan decides by, or decides."""
     known = {
         "label_names",

@@ -144,6 +144,13 @@ def test_wrong_arguments_are_refused_before_anything_is_prepared(raw, runs, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_the_prepared_data_of_a_run_are_not_prepared_again(raw, runs, tmp_path):
+    train(str(raw), str(tmp_path / "run"), device="cpu")
+    written = (tmp_path / "run" / "data" / "dataset.json").stat().st_mtime_ns
+    train(str(tmp_path / "run" / "data"), str(tmp_path / "run"), device="cpu")
+    assert (tmp_path / "run" / "data" / "dataset.json").stat().st_mtime_ns == written
+
+
 def test_a_failed_run_ends_the_command(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(runner.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     with pytest.raises(SystemExit, match="the run failed, its own message is above"):
