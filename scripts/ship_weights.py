@@ -17,8 +17,8 @@ from networks import read_checkpoint
 from vdt_workflows.files import hash_file, read_json, save_atomic, write_atomic, write_json
 
 KEPT = (
-    *("init", "epochs", "steps_per_epoch", "batch_size", "learning_rate", "layer_decay", "momentum", "weight_decay"),
-    "seed",
+    *("init", "epochs", "steps_per_epoch", "batch_size"),
+    *("learning_rate", "layer_decay", "momentum", "weight_decay", "seed"),
 )
 TRAINING_ALONE = "side_heads."  # parts of names
 

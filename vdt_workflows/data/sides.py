@@ -35,7 +35,8 @@ def find_pairs(names: Sequence[str]) -> tuple[list[list[int]], list[str]]:
             continue
         other = by_name.get("".join(SIDES.get(word, word) for word in words))
         if ONE_SIDED.search(low) and not PAIRED.search(low):
-            lonely += [name] if other is not None else []  # a chamber alone is told by its shape
+            if other is not None:  # one alone is told by its shape
+                lonely.append(name)
         elif other is None:
             lonely.append(name)
         elif value < other:

@@ -233,6 +233,7 @@ def embed_volumes(
     size = 48 if size is None and nodules else size
     step: Any = spacing if spacing is not None else 1.0 if size else "own"
     prepare = _make_transform(size, step, scale, geometry, irregular)
+    weights = locate_weights(weights)
     encoder = load_encoder(weights, norm=norm, untrained=untrained, depth_stride=depth_stride, colours=colours)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     items = _list_items(volumes, positions, nodules, geometry=geometry, irregular=irregular, on_error=on_error)
@@ -259,7 +260,7 @@ def embed_volumes(
     columns = [name for name in rows[0] if name not in {*encoder.names}]
     write_csv(output, rows, [*columns, *encoder.names])
     settings = {"size": size, "spacing": step, **scale, "depth_stride": depth_stride, "colours": colours}
-    origin = {"weights": describe_weights(locate_weights(weights)), "untrained": untrained, "norm": norm}
+    origin = {"weights": describe_weights(weights), "untrained": untrained, "norm": norm}
     write_json(Path(output).with_suffix(".json"), {**settings, **origin, "volumes": volumes, "left_out": left_out})
     return {"output": output, "rows": len(rows), "features": len(encoder.names), "left_out": len(left_out)}
 

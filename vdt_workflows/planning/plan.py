@@ -250,7 +250,7 @@ def choose_network(made: Plan, data: Fingerprint, memory: float | None) -> None:
 
 
 def choose_sides(made: Plan, data: Fingerprint) -> None:
-    """Flip left and right, in inference too, with swapped labels; or not at all where one has no counterpart."""
+    """Flip left and right, in inference too, with swapped labels; or not at all where one has no mirror image."""
     names = [str(name) for name in made.settings["label_names"]]
     pairs, lonely = find_pairs(names)
     if all(re.fullmatch(r"label \d+", name) for name in names[1:]) and (alike := find_mirrored(data)):
@@ -266,7 +266,7 @@ def choose_sides(made: Plan, data: Fingerprint) -> None:
     else:
         made.decide("flips: left and right, no label is of one side", pairs=[], mirror=0.5)
     if made.settings["mirror"]:
-        made.decide("inference: the mean over each volume and its mirror image, in twice the time", flips=[[0]])
+        made.decide("inference: the mean over each window and its mirror image, in twice the time", flips=[[0]])
 
 
 def _times(numbers: Sequence[float]) -> str:
