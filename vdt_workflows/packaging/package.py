@@ -25,8 +25,9 @@ from typing import Any
 import yaml
 from monai.bundle import ConfigParser
 
-from vdt_workflows.files import hash_file, write_atomic
+from vdt_workflows.files import hash_file, remove_unfinished, write_atomic
 from vdt_workflows.locator import find_bundles
+from vdt_workflows.locks import hold
 from vdt_workflows.packaging.description import (
     describe,
     list_packages,
@@ -158,7 +159,9 @@ def package_bundle(
             f"{target}: there is another package of version {meta['version']}; raise the version in metadata.json,"
             " or give --overwrite"
         )
-    write_atomic(target, content)
+    with hold(output_dir):
+        remove_unfinished(Path(output_dir))  # what an earlier call that was killed left
+        write_atomic(target, content)
     return str(target)
 
 

@@ -26,6 +26,7 @@ import torch
 import vdt_workflows.packaging.bundle_checks as bundle_checks
 from networks import ResNet2D, ResNet3D
 from tests.support.bundle_runs import BUNDLES, ROOT, run
+from vdt_workflows.locks import LOCK
 from vdt_workflows.packaging.check import check, check_bundle
 from vdt_workflows.packaging.description import describe
 from vdt_workflows.packaging.package import (
@@ -262,6 +263,12 @@ def test_a_version_that_is_out_is_not_replaced_by_another(package, tmp_path):
     assert (tmp_path / package.name).read_bytes() == package.read_bytes()
     package_bundle(NAME, str(tmp_path), overwrite=True)
     assert (tmp_path / package.name).read_bytes() != package.read_bytes()
+
+
+def test_what_a_killed_packaging_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".abc123.part").write_bytes(b"PK")
+    path = package_bundle(NAME, str(tmp_path))
+    assert [file.name for file in tmp_path.iterdir() if file.name != LOCK] == [Path(path).name]
 
 
 def test_an_unknown_bundle_is_named_with_those_there_are():
