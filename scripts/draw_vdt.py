@@ -150,6 +150,9 @@ def _draw_volumes() -> dict[str, list[Panel]]:
     before = ("before", _planes(image, label))
     coarse = vt.Spacingd(**both, pixdim=(3.0, 3.0, 3.0), **modes)(case)
     turned = vt.RandRotateScaled(**both, **modes, prob=1.0).set_random_state(5)(case)
+    turn = vt.RandRotateScale(rotation=3.14, prob=1.0)
+    around: dict[str, Any] = {"label_key": "label", "spatial_size": (24, 24, 24), "num_classes": 3, "num_samples": 3}
+    crops = vt.RandTurnedCropd(**both, **modes, turn=turn, **around).set_random_state(4)(case)
     mirrored = vt.RandFlipLeftRightd(**both, label_keys="label", prob=1.0)(case)
     slab = vt.RandSlabd(**both, label_key="label", slices=12).set_random_state(0)(case)
     place = image.affine.numpy() @ [*find_centre(label[0].numpy()), 1]  # type: ignore[misc]  # it has labels
@@ -172,6 +175,7 @@ def _draw_volumes() -> dict[str, list[Panel]]:
             ("on the grid of the file", _planes(image, vt.RestoreGrid()(coarse["label"], image))),
         ],
         "RandRotateScale": [before, ("after", _planes(turned["image"], turned["label"]))],
+        "RandTurnedCropd": [(f"crop {n}", _planes(crop["image"], crop["label"])) for n, crop in enumerate(crops, 1)],
         "RandFlipLeftRightd": [
             before,
             ("voxels mirrored", _planes(mirrored["image"], mirrored["label"], affine=image.affine)),

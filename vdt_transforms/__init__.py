@@ -53,6 +53,7 @@ from vdt_transforms.volumes import (
     RandRotateScaled,
     RandSlab,
     RandSlabd,
+    RandTurnedCropd,
 )
 
 __all__ = ["MEAN", "STD", "CheckFinite", "CheckFinited", "CheckLabels", "CheckLabelsd", "CheckOverflow"]
@@ -62,7 +63,14 @@ __all__ += ["LoadNaturalImage", "LoadNaturalImaged", "NoduleReader", "NormalizeW
 __all__ += ["RandFlipLeftRightd", "RandFlipSlices", "RandFlipSlicesd", "RandResizeStack", "RandResizeStackd"]
 __all__ += ["RandResizedCropImage", "RandResizedCropImaged", "RandRotateCube", "RandRotateCubed", "RandRotateScale"]
 __all__ += ["RandRotateScaled", "RandSlab", "RandSlabd", "RandSliceDrift", "RandSliceDriftd", "RandSliceShuffle"]
-__all__ += ["RandSliceShuffled", "ReadClass", "ReadClassd", "ResizeCenterCropImage", "ResizeCenterCropImaged"]
+__all__ += [
+    "RandSliceShuffled",
+    "RandTurnedCropd",
+    "ReadClass",
+    "ReadClassd",
+    "ResizeCenterCropImage",
+    "ResizeCenterCropImaged",
+]
 __all__ += ["RestoreGrid", "RestoreGridd", "SeriesReader", "SliceFolderReader", "SliceStackReader"]
 __all__ += ["SliceStackReaderd", "Spacing", "Spacingd", "VolumeReader", "VolumeToImage"]
 

@@ -15,13 +15,14 @@ from monai.transforms import (
     BorderPad,
     Flip,
     MapTransform,
+    RandCropByLabelClassesd,
     Randomizable,
     RandomizableTransform,
     SpatialCrop,
     Transform,
     create_rotate,
 )
-from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple, ensure_tuple_rep
+from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple, ensure_tuple_rep, fall_back_tuple
 
 from vdt_transforms.dictionary import RandArrayPerKey
 
@@ -269,12 +270,23 @@ class RandRotateScale(Randomizable, Transform):
         """(C, X, Y, Z) -> the same shape and type, on the grid of the volume; voxel sizes are a `MetaTensor`'s."""
         if randomize:
             self.randomize()
+        return self.sample(img, [0, 0, 0], img.shape[1:], mode or self.mode)
+
+    def sample(self, img: torch.Tensor, start: Sequence[int], size: Sequence[int], mode: str) -> torch.Tensor:
+        """Give the part of `size` voxels from voxel `start` on, turned and scaled about its centre as was drawn."""
+        first, shape = np.array([start, size])
+        crop = SpatialCrop(roi_start=first, roi_end=first + shape)(img)
+        part = crop if isinstance(img, MetaTensor) else convert_to_dst_type(crop, img)[0]
         if not any(self.angles) and self.factor == 1:
-            return img
+            return part
         matrix = self.matrix(img.pixdim.tolist() if isinstance(img, MetaTensor) else [1.0, 1.0, 1.0])
-        plain = convert_to_tensor(img, track_meta=False)
-        out = Affine(affine=matrix, mode=mode or self.mode, padding_mode="border", image_only=True)(plain)
-        return convert_to_dst_type(out, img)[0]
+        centre, reach = first + (shape - 1) / 2, abs(matrix[:3, :3]) @ (shape - 1) / 2
+        low = np.maximum(centre - reach, 0).astype(int)
+        x, y, z = (slice(n, int(m) + 2) for n, m in zip(low, centre + reach, strict=True))
+        box = convert_to_tensor(img, track_meta=False)[:, x, y, z]
+        matrix[:3, 3] = centre - low - (np.array(box.shape[1:]) - 1) / 2
+        turn = Affine(affine=matrix, spatial_size=shape.tolist(), mode=mode, padding_mode="border", image_only=True)
+        return convert_to_dst_type(turn(box), part)[0]
 
 
 class RandRotateScaled(RandArrayPerKey):
@@ -301,3 +313,38 @@ class RandRotateScaled(RandArrayPerKey):
         for key, mode in self.key_iterator(d, self.modes):
             d[key] = self.transform(d[key], randomize=False, mode=mode)
         return d
+
+
+class RandTurnedCropd(RandCropByLabelClassesd):
+    """Crop around labels, turned and scaled about the crop's centre, where what comes into it is the volume's own.
+
+    Args:
+        keys: volumes on one grid.
+        turn: how the crops are turned and scaled.
+        mode: for each key, "bilinear", or "nearest" for label maps.
+        options: see `monai.transforms.RandCropByLabelClassesd`.
+    """
+
+    def __init__(self, keys: KeysCollection, turn: RandRotateScale, mode: Sequence[str], **options: Any) -> None:
+        super().__init__(keys, **options)
+        self.turn = turn
+        self.modes = ensure_tuple_rep(mode, len(self.keys))
+
+    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> RandTurnedCropd:
+        """Seed the draws of the places and of the turns."""
+        super().set_random_state(seed, state)
+        self.turn.set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> list[dict[Hashable, Any]]:
+        """Give `num_samples` crops; each has values of its own for the keys, and shares the others."""
+        d = dict(data)
+        self.randomize(d.get(self.label_key), d.pop(self.indices_key, None), d.get(self.image_key))
+        crops = [dict(d) for _ in self.cropper.centers]
+        for crop, centre in zip(crops, self.cropper.centers, strict=True):
+            self.turn.randomize()
+            for key, mode in self.key_iterator(d, self.modes):
+                size = fall_back_tuple(self.cropper.spatial_size, d[key].shape[1:])
+                start = [int(c) - n // 2 for c, n in zip(centre, size, strict=True)]
+                crop[key] = self.turn.sample(d[key], start, size, mode)
+        return crops

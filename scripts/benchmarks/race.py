@@ -37,17 +37,16 @@ Pace = dict[str, float]  # steps, and CPU seconds of the training
 COLUMNS = ("minutes", "contestant", "seed", "case", "label", "dice", "volume_ratio")
 VDT = {"init": "vdt"}
 CHANGE = "train::random_transforms::{}".format
-ANYWHERE = {"_target_": "RandSpatialCropd", "keys": ["image", "label"], "roi_size": "@patch_size", "random_size": False}
 OURS: dict[str, dict[str, Any]] = {  # settings beside the plan's
     "scratch": {},
     "vdt": VDT,
     # and with one ingredient less, or another in its place
     "one_rate": VDT | {"layer_decay": 1.0},
     "no_average": VDT | {"average": 0},
-    "no_turns": VDT | {f"{CHANGE(3)}::prob": 0.0},  # nor scaling
-    "no_intensities": VDT | {f"{CHANGE(i)}::prob": 0.0 for i in range(4, 11)},
+    "no_turns": VDT | {"turned": 0.0},  # nor scaling
+    "no_intensities": VDT | {f"{CHANGE(i)}::prob": 0.0 for i in range(2, 9)},
     "no_flips": VDT | {"mirror": 0.0},
-    "no_oversampling": VDT | {CHANGE(0): ANYWHERE},
+    "no_oversampling": VDT | {"centres": "$[1.0] + [0.0] * (@num_classes - 1)"},  # around background, so anywhere
     "interpolated": VDT | {"fine_channels": 0},
     "deep_supervision": VDT | {"deep_supervision": 2},
 }

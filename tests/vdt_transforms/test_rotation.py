@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import RandCropByLabelClassesd
 
-from vdt_transforms import RandRotateScale, RandRotateScaled
+from vdt_transforms import RandRotateScale, RandRotateScaled, RandTurnedCropd
 
 
 def rod(spacing, axis=0):
@@ -78,3 +79,68 @@ def test_it_happens_as_often_as_asked():
 def test_factors_that_are_none_are_refused():
     with pytest.raises(ValueError, match=r"scaling must be two positive factors, got \[0, 1\]"):
         RandRotateScale(scaling=[0, 1])
+
+
+# Crops that are turned ------------------------------------------------------------------------------------------------
+
+
+def coordinates(shape, spacing=(1.0, 1.0, 1.0)):
+    """A volume whose three channels are the voxel's own place."""
+    places = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in shape), indexing="ij"))
+    return MetaTensor(places, affine=torch.diag(torch.tensor([*spacing, 1.0])))
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.5, 1.5, 10.0)], ids=str)
+def test_a_turned_part_holds_what_lies_there_in_the_volume(spacing):
+    volume = coordinates((60, 70, 40), spacing)
+    transform = RandRotateScale()
+    transform.angles, transform.factor = [0.1, 0.2, 2.0], 1.3
+    start, size = np.array([18, 20, 12]), np.array([16, 21, 8])
+    part = transform.sample(volume, start, size, "bilinear")
+    assert part.shape == (3, *size)
+    offsets = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1) - (size - 1) / 2
+    expected = offsets @ transform.matrix(spacing)[:3, :3].T + start + (size - 1) / 2
+    assert np.allclose(part.permute(1, 2, 3, 0).numpy(), expected, atol=1e-3)
+
+
+def test_a_part_at_the_edge_goes_on_with_the_border_where_the_volume_ends():
+    transform = RandRotateScale()
+    transform.angles = [0, 0, np.pi / 4]
+    part = transform.sample(coordinates((20, 20, 4)), [0, 0, 0], [12, 12, 4], "bilinear")
+    assert part[0].min() == part[1].min() == 0  # beyond voxel 0 there is nothing
+    assert part[1].max() == pytest.approx(5.5 + 5.5 * 2**0.5, abs=1e-3)  # of a part that ends at 11
+
+
+def test_a_part_that_is_not_turned_is_cut_out_as_it_is():
+    volume = coordinates((20, 20, 8))
+    assert torch.equal(RandRotateScale().sample(volume, [3, 4, 1], [5, 6, 2], "bilinear"), volume[:, 3:8, 4:10, 1:3])
+
+
+def make_crops(prob, **options):
+    image = rod((1, 1, 2))
+    data = {"image": image, "label": 2 * image.to(torch.uint8), "name": "a"}
+    turn = RandRotateScale(rotation=3.0, prob=prob)
+    given = {"label_key": "label", "spatial_size": (16, 12, 8), "num_classes": 3, "warn": False, **options}
+    crop = RandTurnedCropd(["image", "label"], turn, ["bilinear", "nearest"], **given)
+    return crop.set_random_state(1)(data), data
+
+
+def test_crops_of_image_and_label_are_turned_together_about_one_centre():
+    crops, data = make_crops(1.0, num_samples=4)
+    assert [tuple(crop[key].shape) for crop in crops for key in ("image", "label")] == 8 * [(1, 16, 12, 8)]
+    for crop in crops:
+        assert crop["name"] == "a"
+        assert crop["label"].dtype == torch.uint8
+        assert set(crop["label"].unique().tolist()) <= {0, 2}
+        assert ((crop["image"] > 0.5) == (crop["label"] > 0)).float().mean() > 0.97
+    assert len({crop["image"].sum().item() for crop in crops}) > 1
+    assert data["image"].shape == rod((1, 1, 2)).shape
+
+
+def test_crops_that_are_not_turned_are_those_of_monai():
+    options = {"label_key": "label", "spatial_size": (16, 12, 8), "num_classes": 3, "warn": False, "num_samples": 3}
+    crops, data = make_crops(0.0, num_samples=3)
+    theirs = RandCropByLabelClassesd(["image", "label"], **options).set_random_state(1)(data)
+    for ours, other in zip(crops, theirs, strict=True):
+        assert all(torch.equal(ours[key], other[key]) for key in ("image", "label"))
+        assert torch.equal(ours["image"].affine, other["image"].affine)

@@ -23,8 +23,9 @@ PUBLIC = {
         RandFlipSlices RandFlipSlicesd RandResizeStack RandResizeStackd RandResizedCropImage
         RandResizedCropImaged RandRotateCube RandRotateCubed RandRotateScale
         RandRotateScaled RandSlab RandSlabd RandSliceDrift RandSliceDriftd
-        RandSliceShuffle RandSliceShuffled ReadClass ReadClassd ResizeCenterCropImage ResizeCenterCropImaged RestoreGrid
-        RestoreGridd SeriesReader SliceFolderReader SliceStackReader SliceStackReaderd Spacing Spacingd
+        RandSliceShuffle RandSliceShuffled RandTurnedCropd ReadClass ReadClassd ResizeCenterCropImage
+        ResizeCenterCropImaged RestoreGrid RestoreGridd
+        SeriesReader SliceFolderReader SliceStackReader SliceStackReaderd Spacing Spacingd
         VolumeReader VolumeToImage
     """,
     "vdt_workflows": """
