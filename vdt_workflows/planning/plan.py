@@ -136,6 +136,7 @@ def make_plan(data: Fingerprint, memory: float | None, given: Mapping[str, Any] 
     choose_intensities(made, data)
     choose_network(made, data, memory)
     choose_sides(made, data)
+    choose_turns(made, data)
     made.decide(
         "centres: a third of the patches lies around background, the others around each label equally often",
         centres=[len(found) / 2 or 1.0, *[1.0] * (len(data.labels) - 1)],  # labels that no case has are no centres
@@ -267,6 +268,17 @@ def choose_sides(made: Plan, data: Fingerprint) -> None:
         made.decide("flips: left and right, no label is of one side", pairs=[], mirror=0.5)
     if made.settings["mirror"]:
         made.decide("inference: the mean over each window and its mirror image, in twice the time", flips=[[0]])
+
+
+def choose_turns(made: Plan, data: Fingerprint) -> None:
+    """Turn thick slices that are not of CT by any angle: they lie as they were placed, not along the body's axes."""
+    spacing = np.median(data.array("spacing"), axis=0)
+    if made.settings["modality"] != "CT" and spacing.max() >= THICK * spacing.min():
+        made.decide(
+            "turns: half of the patches, by any angle in the plane of the thick slices, which lie as they were placed",
+            rotation=3.1416,
+            turned=0.5,
+        )
 
 
 def _times(numbers: Sequence[float]) -> str:

@@ -163,5 +163,6 @@ def plannable(settings: Mapping[str, Any]) -> dict[str, Any]:
         "stem",
         "strides",
     }
-    known |= {"batch_size", "micro_batch", "overlap", "pairs", "mirror", "flips", "centres", *STEPS}
+    known |= {"batch_size", "micro_batch", "overlap", "pairs", "mirror", "flips", "rotation", "turned"}
+    known |= {"centres", *STEPS}
     return {name: value for name, value in settings.items() if name in known}

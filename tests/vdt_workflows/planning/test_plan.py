@@ -199,6 +199,18 @@ def test_inference_flips_what_training_flips_unless_told_otherwise():
     assert make_plan(data(["liver"], cases), None, {"flips": []}).settings["flips"] == []
 
 
+@pytest.mark.parametrize(
+    ("prepared", "turned"),
+    [(HEART, True), (HIPPOCAMPUS, False), (ABDOMEN, False), (MIXED, True)],
+    ids=lambda x: str(x)[:9],
+)
+def test_thick_slices_are_turned_by_any_angle_unless_they_are_of_ct(prepared, turned):
+    made = make_plan(prepared, None)
+    assert {"rotation", "turned"} & made.settings.keys() == ({"rotation", "turned"} if turned else set())
+    assert any("by any angle in the plane of the thick slices" in sentence for sentence in made.words) == turned
+    assert make_plan(prepared, None, {"turned": 0.2}).settings["turned"] == 0.2
+
+
 def test_one_label_without_its_side_switches_flips_off():
     made = make_plan(data(["left kidney"], [case((40, 40, 40))]), None)
     assert made.settings["mirror"] == 0
