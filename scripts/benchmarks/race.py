@@ -79,15 +79,19 @@ def race(
         training: cases to learn from; as many again choose the rate of MONAI's UNet.
         test: cases to score.
         rates: of MONAI's UNet, of which the best on validation cases is taken.
-        scored: test, or validation for what is then chosen by the scores, such as an ingredient of the plan.
+        scored: test, or validation for what is then chosen by the scores, such as an ingredient of the plan; not of
+            monai, whose rate is chosen on the validation cases.
     """
     check_choice("scored", scored, ("test", "validation"))
     root = Path(output_dir).resolve()
     parts = split_cases(Path(data).resolve(), root, training, test)
     parts["scored"] = parts[scored]
+    if scored == "validation" and "monai" in contestants:
+        raise ValueError("contestants: the rate of monai is chosen on the validation cases; score it on the test cases")
     settled = root / "scored.json"
-    if settled.is_file() and read_json(settled) != scored:
-        raise ValueError(f"{root} has runs scored on the {read_json(settled)} cases; name another output_dir")
+    earlier = read_json(settled) if settled.is_file() else "unknown" if list(root.glob("*/scores.csv")) else scored
+    if earlier != scored:
+        raise ValueError(f"{root} has runs that were scored on {earlier} cases; name another output_dir")
     write_json(settled, scored)
     names = list(label_names)
     for seed in seeds:

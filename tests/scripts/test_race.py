@@ -80,8 +80,13 @@ def test_what_is_chosen_by_scores_is_scored_on_validation_cases_in_a_folder_of_i
         scored = {line.split(",")[3] for line in (tmp_path / part / "race.csv").read_text().splitlines()[1:]}
         assert scored == {p.name.split(".")[0] for p in (tmp_path / part / part / "labels").iterdir()}
         assert len(scored) == cases
-    with pytest.raises(ValueError, match="has runs scored on the validation cases; name another output_dir"):
+    with pytest.raises(ValueError, match="has runs that were scored on validation cases; name another output_dir"):
         race(str(tmp_path / "data"), str(tmp_path / "validation"), **given)
+    (tmp_path / "validation" / "scored.json").unlink()
+    with pytest.raises(ValueError, match="has runs that were scored on unknown cases; name another output_dir"):
+        race(str(tmp_path / "data"), str(tmp_path / "validation"), scored="validation", **given)
+    with pytest.raises(ValueError, match="the rate of monai is chosen on the validation cases"):
+        race(str(tmp_path / "data"), str(tmp_path / "new"), scored="validation", **{**given, "contestants": ["monai"]})
 
 
 def test_differences_are_paired_over_cases_and_common_seeds(tmp_path):
