@@ -61,18 +61,12 @@ __all__ += ["CheckOverflowd", "CropNodule", "CropNoduled", "ForegroundSlices", "
 __all__ += ["ImageDecodeError", "ImageToVolume", "ImageToVolumed", "InterpolateSlices", "InterpolateSlicesd"]
 __all__ += ["LoadNaturalImage", "LoadNaturalImaged", "NoduleReader", "NormalizeWindow", "NormalizeWindowd"]
 __all__ += ["RandFlipLeftRightd", "RandFlipSlices", "RandFlipSlicesd", "RandResizeStack", "RandResizeStackd"]
-__all__ += ["RandResizedCropImage", "RandResizedCropImaged", "RandRotateCube", "RandRotateCubed", "RandRotateScale"]
-__all__ += ["RandRotateScaled", "RandSlab", "RandSlabd", "RandSliceDrift", "RandSliceDriftd", "RandSliceShuffle"]
-__all__ += [
-    "RandSliceShuffled",
-    "RandTurnedCropd",
-    "ReadClass",
-    "ReadClassd",
-    "ResizeCenterCropImage",
-    "ResizeCenterCropImaged",
-]
-__all__ += ["RestoreGrid", "RestoreGridd", "SeriesReader", "SliceFolderReader", "SliceStackReader"]
-__all__ += ["SliceStackReaderd", "Spacing", "Spacingd", "VolumeReader", "VolumeToImage"]
+__all__ += ["RandResizedCropImage", "RandResizedCropImaged", "RandRotateCube", "RandRotateCubed"]
+__all__ += ["RandRotateScale", "RandRotateScaled", "RandSlab", "RandSlabd", "RandSliceDrift", "RandSliceDriftd"]
+__all__ += ["RandSliceShuffle", "RandSliceShuffled", "RandTurnedCropd", "ReadClass", "ReadClassd"]
+__all__ += ["ResizeCenterCropImage", "ResizeCenterCropImaged", "RestoreGrid", "RestoreGridd", "SeriesReader"]
+__all__ += ["SliceFolderReader", "SliceStackReader", "SliceStackReaderd", "Spacing", "Spacingd", "VolumeReader"]
+__all__ += ["VolumeToImage"]
 
 # MONAI passes over an `import` that fails, so that a file that hides vdt_workflows would go unnamed.
 _other = find_spec(__name__.replace("vdt_transforms", "vdt_workflows"))
