@@ -23,6 +23,7 @@ _NAMES = {
     "data.sides": ["find_pairs"],
     "data.volumes": ["find_volumes", "list_scans", "list_volumes"],
     "training.checkpoints": ["LoadWeights", "ResumeRun", "SaveWeights"],
+    "training.held_out": ["take_cases"],
     "training.initialisation": ["describe_weights", "initialise", "pick_norm"],
     "training.losses": ["DeepSupervision", "SharedCrossEntropyLoss", "SharedDiceCELoss", "class_weights"],
     "training.optimisation": [

@@ -41,7 +41,7 @@ PUBLIC = {
         leave_folders leave_processes list_images list_nodules list_scans list_volumes list_weights
         load_encoder name_result pick_device pick_norm place polynomial_rate prepare_key_slices
         rates_by_layer share_batch share_out
-        take_part unbatch_lesions warm_up weigh_classes writes_dicom
+        take_cases take_part unbatch_lesions warm_up weigh_classes writes_dicom
     """,
 }
 

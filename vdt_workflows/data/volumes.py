@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from vdt_workflows.data.volume_files import (
     patient_of,
 )
 from vdt_workflows.errors import check_choice
-from vdt_workflows.files import kind_of_system
+from vdt_workflows.files import kind_of_system, read_json
 from vdt_workflows.naming import name_results
 from vdt_workflows.parallel import run_parallel
 
@@ -49,6 +49,7 @@ def find_volumes(
     seed: int = 0,
     on_error: str = "raise",
     geometry: str = "refuse",
+    label_names: Sequence[str] = (),
 ) -> dict[str, list[Case]]:
     """List the cases of a data set: `training` and `validation` with labels, `test` with labels where there are some.
 
@@ -73,14 +74,16 @@ def find_volumes(
         on_error: "raise" stops at the first case that cannot be used; "skip" logs its sentence, leaves it out and goes
             on. The split is made before, so that no other case moves between training and validation.
         geometry: what says where the voxels of a NIfTI file lie, see `vdt_transforms.VolumeReader`.
+        label_names: by label value, as they are wanted; where the datalist has another value for one, it is refused.
 
     Raises:
         FileNotFoundError: if a folder or file is missing.
         ValueError: if there are no pairs, a case has no label, is listed twice, or cannot be used (see
-            `check_geometry`), or if all cases of a list are left out.
+            `check_geometry`), if all cases of a list are left out, or if a label's name has two values.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
     cases, source, left_out = list_cases(dataset_dir, datalist)
+    _check_names(source, label_names)
     if not cases["validation"]:
         if val_fraction:
             cases["training"], cases["validation"] = draw(cases["training"], val_fraction, seed)
@@ -98,6 +101,20 @@ def find_volumes(
     counts = ", ".join(f"{len(v)} {k}" for k, v in usable.items())
     conclude(source, sum(map(len, usable.values())), {**left_out, "unusable, see above": sorted(faults)}, counts)
     return usable
+
+
+def _check_names(source: Path, wanted: Sequence[str]) -> None:
+    """Refuse labels that the Decathlon's or nnU-Net's record of them gives another value than is wanted."""
+    listed = read_json(source) if wanted and source.is_file() else {}
+    known = listed.get("labels") if isinstance(listed, Mapping) else {}
+    for one, other in known.items() if isinstance(known, Mapping) else ():
+        name, value = (other, one) if isinstance(other, str) else (one, other)
+        values = [number for number, known_name in enumerate(wanted) if str(known_name).lower() == name.lower()]
+        if values and not isinstance(value, list) and str(value) not in map(str, values):  # lists are regions
+            raise ValueError(
+                f"{source}: {name!r} has the label value {value}, and {values[0]} in label_names {list(wanted)};"
+                " prepare the data with the names of the training"
+            )
 
 
 def list_cases(

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from networks import describe_encoder, read_checkpoint
-from vdt_workflows.files import write_json
 from vdt_workflows.locator import find_bundles
 from vdt_workflows.overrides import check_command_line
 from vdt_workflows.planning.lines import BUNDLE, config_words, make_page, run_line, setting_words
@@ -86,13 +85,8 @@ def train(
         made = make_plan(read_fingerprint(prepared, datalist), memory, plannable(settings))
         write_plan(made, root / "plan.json", without=STEPS if minutes else ())
     lines = _write_lines(prepared, root, minutes, configs, device, datalist, settings)
-    done = root / "trained.json"
     for words, when in zip(lines, ([f"--began={began:.0f}"] if minutes else [], []), strict=True):
-        if done.is_file() and json.loads(done.read_text()) == lines[0] and words is lines[0]:
-            continue  # killed in the evaluation
-        run_line(bundle, [*words, *when], root)
-        if words is lines[0]:
-            write_json(done, words)
+        run_line(bundle, [*words, *when], root)  # a training that is finished ends at once, if it is the same
     scores = json.loads((root / "eval" / "scores.json").read_text())
     page = make_page(str(root), 0)
     return {"mean_dice": scores["mean_dice"], "cases": lines[1][-1], "folder": str(root), "page": page}
@@ -125,7 +119,8 @@ def _write_lines(
     settings: Mapping[str, Any],
 ) -> tuple[list[str], list[str]]:
     """Give the words of training and evaluation after `monai.bundle run`."""
-    data = {"bundle_root": str(root), "dataset_dir": str(prepared), **({"datalist": datalist} if datalist else {})}
+    data = {"bundle_root": str(root), "dataset_dir": str(prepared)}
+    data |= {"datalist": os.path.abspath(datalist)} if datalist else {}  # the bundle runs in its own folder
     data |= {"device": "$torch.device('cpu')"} if str(device) == "cpu" else {}
     more = {**data, **settings, **({"minutes": minutes} if minutes else {})}
     lists = json.loads(Path(datalist or prepared / "dataset.json").read_text())

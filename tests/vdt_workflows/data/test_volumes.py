@@ -106,6 +106,31 @@ def entries(made, root):
     return [{"image": f"./{relpath(image, root)}", "label": f"./{relpath(label, root)}"} for image, label in made]
 
 
+@pytest.mark.parametrize(
+    ("labels", "wanted", "sentence"),
+    [
+        (
+            {"0": "background", "1": "posterior", "2": "anterior"},
+            ["background", "anterior", "posterior"],
+            "value 1, and 2",
+        ),
+        ({"background": 0, "liver": 2}, ["background", "Liver"], "'liver' has the label value 2, and 1 in label_names"),
+        ({"0": "background", "1": "liver"}, ["background", "lungs"], ""),  # another word for it, or another organ
+        ({"background": 0, "whole": [1, 2], "liver": 2}, ["background", "whole", "liver"], ""),
+        ({"0": "background", "1": "liver"}, [], ""),
+        ("none", ["background", "liver"], ""),
+    ],
+)
+def test_a_label_that_has_another_value_than_is_wanted_is_refused(tmp_path, labels, wanted, sentence):
+    made = make_layout(tmp_path, "imagesTr/{}.nii.gz", "labelsTr/{}.nii.gz", ["a", "b"])
+    write_list(tmp_path / "dataset.json", training=entries(made, tmp_path), labels=labels)
+    if not sentence:
+        assert len(find_volumes(tmp_path, label_names=wanted)["training"]) == 1
+        return
+    with pytest.raises(ValueError, match=sentence):
+        find_volumes(tmp_path, label_names=wanted)
+
+
 def test_a_decathlon_dataset_json_is_read(tmp_path):
     made = make_layout(tmp_path, "imagesTr/{}.nii.gz", "labelsTr/{}.nii.gz", ["a", "b", "c"])
     test = write_volume(tmp_path / "imagesTs" / "t.nii.gz", shape=(2, 2, 2))
