@@ -58,6 +58,8 @@ def choose_images(root: Path, left_out: LeftOut) -> list[Path]:
     files = next((f for folder in folders if folder.is_dir() and (f := list_files(folder, left_out))), [])
     below = list_below(root)
     images, labels = part_labels(files or [file for file in below if not LABEL.match(file.parent.name)])
+    if others := [file for file in images if not SUFFIX.sub("", file.name).endswith("_seg")]:  # as results are named
+        images, labels = others, [*labels, *(file for file in images if file not in others)]
     check_channels(images)
     left_out["labels"] += map(str, labels)
     left_out["volumes of other folders"] += map(str, sorted({*below} - {*files, *images, *labels}))
@@ -107,11 +109,14 @@ def list_files(folder: Path, left_out: LeftOut) -> list[Path]:
     return found
 
 
-def pair(images: Sequence[Path], labels: Sequence[Path], left_out: LeftOut, **more: str) -> list[dict[str, str]]:
-    """Put each image and the label of its name into a case, with what else is given; labels alone are left out."""
+def pair(images: Sequence[Path], labels: Sequence[Path], left_out: LeftOut) -> list[dict[str, str]]:
+    """Put each image and the label of its name into a case; labels alone are left out."""
     check_channels(images)
-    by_name = {case_name(file): file for file in labels}
-    cases = [{"image": str(file), "label": str(by_name.pop(case_name(file), "")), **more} for file in images]
+    by_name: dict[str, Path] = {}
+    for file in labels:
+        if (other := by_name.setdefault(case_name(file), file)) != file:
+            raise ValueError(f"{file}: a second label of the case of {other.name}; leave one of them in the folder")
+    cases = [{"image": str(file), "label": str(by_name.pop(case_name(file), ""))} for file in images]
     left_out["labels without image"] += map(str, by_name.values())
     return [{key: text for key, text in case.items() if text} for case in cases]
 
@@ -119,7 +124,7 @@ def pair(images: Sequence[Path], labels: Sequence[Path], left_out: LeftOut, **mo
 def pair_in_folders(root: Path, left_out: LeftOut) -> list[dict[str, str]]:
     """Pair the files of each folder, at any depth, that holds both; one of each there need not be named alike.
 
-    Whose a case is, is told by the first folder in which the paths differ.
+    Whose a case is, is told by a folder or file named as `PATIENT`, or else by the first folder in which paths differ.
     """
     folders: dict[Path, list[Path]] = {}
     for file in list_below(root):
@@ -130,11 +135,12 @@ def pair_in_folders(root: Path, left_out: LeftOut) -> list[dict[str, str]]:
     shared, cases = os.path.commonpath(labelled) if labelled else "", []
     for folder in labelled:
         images, labels = parts[folder]
-        patient = next(iter(folder.relative_to(shared).parts), folder.name)
-        if len(images) == len(labels) == 1:
-            cases.append({"image": str(images[0]), "label": str(labels[0]), "patient_id": patient})
-        else:
-            cases += pair(images, labels, left_out, patient_id=patient)
+        below = folder.relative_to(shared).parts
+        alone = len(images) == len(labels) == 1
+        found = [{"image": str(images[0]), "label": str(labels[0])}] if alone else pair(images, labels, left_out)
+        for case in found:
+            named = [match[0].lower() for part in (*below, Path(case["image"]).name) if (match := PATIENT.match(part))]
+            cases.append({**case, "patient_id": named[0] if named else below[0] if below else folder.name})
     return cases
 
 

@@ -224,6 +224,10 @@ def embed_volumes(
         FileNotFoundError, ValueError: if volumes or weights cannot be used, or an argument is none of the above.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
+    if Path(output).suffix.lower() == ".json":
+        raise ValueError(
+            f"output {output}: expected a name as features.csv; the settings are written beside it, as .json"
+        )
     if Path(output).exists() and not overwrite:
         raise FileExistsError(f"{output}: exists; give another --output, or --overwrite")
     nodules = positions != "none" or Path(volumes, "nodules.csv").is_file()

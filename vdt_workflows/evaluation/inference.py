@@ -26,6 +26,23 @@ Flips = Sequence[Sequence[int]]
 PULL = 2 / 3
 
 
+def check_flips(flips: Any, mirrored: Sequence[int]) -> None:
+    """Refuse flips that are no lists of axes, or along axes that training did not flip.
+
+    Raises:
+        ValueError: naming them.
+    """
+    lists = isinstance(flips, list | tuple) and all(isinstance(axes, list | tuple) for axes in flips)
+    if not lists or any(axis not in (0, 1, 2) for axes in flips for axis in axes):
+        raise ValueError(f"flips must hold lists of axes 0, 1, 2, got {flips!r}")
+    if unknown := sorted({axis for axes in flips for axis in axes} - set(mirrored)):
+        raise ValueError(
+            f"flips {flips!r}: training did not flip {'axis' if len(unknown) == 1 else 'axes'}"
+            f" {', '.join(map(str, unknown))}, whose mirror images the network does not know; mirrored is"
+            f" {list(mirrored)!r}"
+        )
+
+
 class SlabInferer(Inferer):
     """Segment a volume window by window, from its first slice to its last, and return its labels.
 
@@ -78,14 +95,7 @@ class SlabInferer(Inferer):
             raise ValueError(f"overlap must be at least 0 and below 1, got {overlap!r}")
         if isinstance(skip_below, str) and skip_below != "none":
             raise ValueError(f"skip_below must be a number or 'none', got {skip_below!r}")
-        if any(axis not in (0, 1, 2) for axes in flips for axis in axes):
-            raise ValueError(f"flips must hold lists of axes 0, 1, 2, got {flips!r}")
-        if unknown := sorted({axis for axes in flips for axis in axes} - set(mirrored)):
-            raise ValueError(
-                f"flips {flips!r}: training did not flip {'axis' if len(unknown) == 1 else 'axes'}"
-                f" {', '.join(map(str, unknown))}, whose mirror images the network does not know; mirrored is"
-                f" {list(mirrored)!r}"
-            )
+        check_flips(flips, mirrored)
         self.mode = mode
         self.sw_batch_size = sw_batch_size
         self.inversion = inversion

@@ -101,9 +101,14 @@ class ReportVolumes:
 
     def _write(self, engine: Engine) -> None:
         write_atomic(Path(self.folder, "labels.ctbl"), write_colour_table(self.label_names).encode())
+        table = Path(self.folder, "statistics.csv")
         if self.statistics:
-            columns = ["volume", "value", "label", "voxels", "ml"]
-            write_csv(Path(self.folder, "statistics.csv"), self.rows, columns)
+            write_csv(table, self.rows, ["volume", "value", "label", "voxels", "ml"])
+        elif table.is_file():
+            table.unlink()
+            logger.warning(
+                "%s: removed, it was of label maps that are replaced now; --statistics for a new one", table
+            )
 
 
 @dataclass(eq=False)

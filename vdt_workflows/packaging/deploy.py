@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from networks import VolumeLesionDetector
-from vdt_workflows.evaluation.inference import SlabInferer
+from vdt_workflows.evaluation.inference import SlabInferer, check_flips
 
 Transforms = list[dict[str, Any]]
 
@@ -115,6 +115,7 @@ def complete_network(parser: ConfigParser) -> nn.Module:
         detector.network = network
         return WholeVolume(detector)
     if flips := inferer.get("flips"):
+        check_flips(flips, inferer.get("mirrored", (0, 1, 2)))
         order = list(range(int(parser.get_parsed_content("num_classes"))))
         for a, b in inferer.get("swap", ()):
             order[a], order[b] = order[b], order[a]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vdt_workflows.files import read_json
+from vdt_workflows.files import hash_file, read_json
 from vdt_workflows.naming import plain
 
 
@@ -59,17 +60,28 @@ def merge(metadata: dict[str, Any], changes: Mapping[str, Any]) -> None:
             metadata[key] = value
 
 
-def read_scores(path: Path) -> dict[str, float]:
+def read_scores(path: Path, weights: str) -> dict[str, float]:
     """Take the figures out of an evaluation's `scores.json`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has none.
+        ValueError: if it has none, a Dice or an AUC is not from 0 to 1, or they are of a checkpoint that is there and
+            holds other weights.
     """
     meant = "the scores.json that evaluation wrote"
-    found = {name: value for name, value in read_object(path, meant).items() if isinstance(value, int | float)}
+    content = read_object(path, meant)
+    found = {name: value for name, value in content.items() if isinstance(value, int | float)}
     if not found:
         raise ValueError(f"{path}: no figures in it; give {meant}")
+    for name, value in found.items():
+        if re.search("dice|auc", name) and not 0 <= value <= 1:
+            raise ValueError(f"{path}: {name} is {value:g}; expected 0 to 1, give {meant}")
+    run = content.get("_run_")
+    scored = run.get("checkpoint") if isinstance(run, Mapping) else None
+    if isinstance(scored, str) and os.path.isfile(scored) and hash_file(scored) != hash_file(weights):
+        raise ValueError(
+            f"{path}: the scores of {scored}, which holds other weights than {weights}; give {meant} of these"
+        )
     return found
 
 

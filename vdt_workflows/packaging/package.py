@@ -142,8 +142,8 @@ def package_bundle(
         rename(meta, bundle, name)
     if origins and weights and origins[0].sha256[MODEL] == hash_file(weights):
         merge(meta, origins[0].metadata)
-    if scores:
-        meta["eval_metrics"] = read_scores(Path(scores))
+    if scores and weights:
+        meta["eval_metrics"] = read_scores(Path(scores), weights)
     if metadata:
         merge(meta, read_object(Path(metadata), "--metadata, an object as metadata.json"))
     title = meta["name"] if name != bundle else ""

@@ -24,7 +24,10 @@ import torch
 from vdt_transforms.checks import AIR
 from vdt_workflows.data.sides import find_pairs
 from vdt_workflows.files import write_json
+from vdt_workflows.locator import find_bundles
 from vdt_workflows.naming import literal
+from vdt_workflows.overrides import check_command_line
+from vdt_workflows.planning.lines import BUNDLE, config_words, setting_words
 from vdt_workflows.planning.pace import say_steps
 from vdt_workflows.planning.patch import choose_patch, choose_stem, choose_strides, fits, round_size
 from vdt_workflows.preparation.fingerprint import Fingerprint, find_mirrored, read_fingerprint
@@ -79,6 +82,9 @@ def plan(
         ValueError: if the device is unknown, has not enough memory for the least patch, or is not here to be timed.
     """
     memory = find_memory(device)
+    if min(minutes, hours) < 0:
+        raise ValueError(f"minutes and hours must not be below 0, got {minutes:g} and {hours:g}")
+    check_command_line(["run", *config_words(["train"]), *setting_words(settings)], find_bundles() / BUNDLE)
     made = make_plan(read_fingerprint(Path(str(dataset_dir)), datalist), memory, settings)
     if minutes or hours:
         if str(device) not in ("", "cpu", "cuda"):
@@ -121,9 +127,10 @@ def make_plan(data: Fingerprint, memory: float | None, given: Mapping[str, Any] 
         given: settings that are kept.
 
     Raises:
-        ValueError: if the least patch does not fit the memory.
+        ValueError: if the least patch does not fit the memory, or a setting that is given is of no use.
     """
     made = Plan(dict(given or {}))
+    _check_given(made.settings)
     found = {int(value) for case in data.cases for value in case["voxels"]}
     unused = len(data.labels) - 1 - len(found)
     why = (
@@ -149,6 +156,25 @@ def make_plan(data: Fingerprint, memory: float | None, given: Mapping[str, Any] 
         val_interval=max(1, steps // 250 // 50),
     )
     return made
+
+
+def _check_given(settings: Mapping[str, Any]) -> None:
+    """Refuse a grid, a patch or a batch that nothing can be planned with."""
+
+    def three(value: Any, kinds: Any, least: int) -> bool:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == 3
+            and all(isinstance(n, kinds) and n >= least for n in value)
+        )
+
+    spacing, patch, batch = (settings.get(name) for name in ("spacing", "patch_size", "batch_size"))
+    if spacing not in (None, "own") and not three(spacing, int | float, 0):
+        raise ValueError(f"spacing must be three numbers of mm, 0 for what each case has, or own; got {spacing!r}")
+    if patch is not None and not three(patch, int, 1):
+        raise ValueError(f"patch_size must be three numbers of voxels, got {patch!r}")
+    if batch is not None and not (isinstance(batch, int) and batch >= 1):
+        raise ValueError(f"batch_size must be a number of patches, 1 or more, got {batch!r}")
 
 
 # The grid ------------------------------------------------------------------------------------------------------------

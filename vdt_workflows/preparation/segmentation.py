@@ -258,10 +258,14 @@ def _choose_labels(
         if not all(isinstance(value, int) and value > 0 for group in groups for value in group):
             raise ValueError(f"label_names {given!r}: expected one or several label values above 0 for each name")
         values = {value: number for number, group in enumerate(groups, 1) for value in group}
+        if len(values) < sum(map(len, groups)):
+            raise ValueError(f"label_names {given!r}: a label value under two names; a voxel can have one label alone")
         return ["background", *given], values, False
     if isinstance(given, str):
         raise ValueError(f"label_names {given!r}: expected quoted names, as ['background', 'liver'], or values by name")
     names = [str(name) for name in given] if given else _read_labels(listed, listing) if listed else []
+    if len({*names}) < len(names):
+        raise ValueError(f"label_names {names!r}: a name twice; expected one for each label value")
     return names, {value: value for value in range(1, len(names))} if names else None, True
 
 

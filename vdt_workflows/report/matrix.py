@@ -160,8 +160,10 @@ def compare(
     for name in names:
         if name not in known:
             raise ValueError(f"protocols of {bundle} must be among {', '.join(known)}, got {name!r}")
-    if steps % points or seeds < 1:
-        raise ValueError(f"steps must be a multiple of points, and seeds at least 1; got {steps=}, {points=}, {seeds=}")
+    if points < 1 or steps % points or seeds < 1:
+        raise ValueError(
+            f"steps must be a multiple of points, and points and seeds at least 1; got {steps=}, {points=}, {seeds=}"
+        )
     base = choose_reference(plan, reference)
     geometry = str(shared.get("geometry", "refuse"))
 

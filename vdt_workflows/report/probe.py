@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase
@@ -84,11 +85,17 @@ def probe_features(
     rivals = [name.strip() for name in against.split(",")] if isinstance(against, str) else [*against]
     if not features or folds < 2:
         raise ValueError(f"give at least one table of features and two folds, got {len(features)} and {folds}")
+    if labels is not None and repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, got {repeats}")
+    places = [os.path.realpath(path) for path in (output, predictions, table, *features, *rivals) if path]
+    for name, path in (("output", output), ("predictions", predictions)):
+        if path and places.count(os.path.realpath(path)) > 1:
+            raise ValueError(f"{name} {path}: another table of this probe; name a file of its own")
     tables = [(name, columns) for name in features] + [(name, against_columns or columns) for name in rivals]
     cases, y, owners, classes = _read_target(tables[0][0], target, above, group, table)
     sides = _divide(y, owners, folds, seed, bool(classes))
     draws = _draw(owners, seed)
-    given = {one: _read_features(Path(one[0]), one[1], cases) for one in tables}  # each once
+    given = {one: _read_features(Path(one[0]), one[1], cases, (target, group)) for one in tables}  # each once
     lists = [sides] if labels is None else [_draw_labels(sides, y, labels, seed + i) for i in range(repeats)]
     with closing(open_bar("folds fitted", len(given) * len(lists) * folds)) as bar:
         known = {
@@ -147,7 +154,10 @@ def _read_target(
     key, rows = _read_table(Path(path), [group] if table else [group, target])
     known = rows
     if table:
-        known = {row.get(key, ""): row for row in read_csv(Path(table), [key, target], others=True)}
+        listed = read_csv(Path(table), [key, target], others=True)
+        known = {row.get(key, ""): row for row in listed}
+        if len(known) < len(listed):
+            raise ValueError(f"{table}: {key} names a case twice; expected one row a case")
     values = {case: known.get(case, {}).get(target, "").strip() for case in rows}
     empty = [case for case, value in values.items() if not value]
     if alone := [case for case in rows if not rows[case][group].strip()]:
@@ -156,6 +166,8 @@ def _read_target(
     place = str(table or path)
     numbers = {c: read_number(v, target, place, -math.inf) if NUMBER.fullmatch(v) else v for c, v in values.items()}
     texts = [v for v in numbers.values() if isinstance(v, str)]
+    if not texts:  # 1 and 1.0 are one class
+        values = {c: str(int(v) if float(v).is_integer() else v) for c, v in numbers.items()}
     if above is not None:
         if texts:
             raise ValueError(f"{place}: {target} is {texts[0]!r}; above {above:g} needs numbers")
@@ -165,7 +177,7 @@ def _read_target(
     if empty:
         logger.warning("%s: %d cases without a value of %s are left out (%s)", place, len(empty), target, few(empty, 3))
     cases = [*values]
-    owners = np.array([rows[case][group] for case in cases])
+    owners = np.array([rows[case][group].strip() for case in cases])
     kinds = sorted({*values.values()}, reverse=above is not None)  # "below" before "above"
     if above is None and not texts and len({*numbers.values()}) == 2:
         kinds = sorted(kinds, key=float)
@@ -178,9 +190,9 @@ def _read_target(
     return cases, np.array([float(values[case]) for case in cases]), owners, []
 
 
-def _read_features(path: Path, columns: str, cases: Sequence[str]) -> np.ndarray:
-    """Read the features of the cases, in their order."""
-    _, rows = _read_table(path, ())
+def _read_features(path: Path, columns: str, cases: Sequence[str], barred: Sequence[str]) -> np.ndarray:
+    """Read the features of the cases, in their order; the answer and whose a case is are none."""
+    key, rows = _read_table(path, ())
     if absent := [case for case in cases if case not in rows]:
         raise ValueError(f"{path}: lacks {len(absent)} of the cases, such as {few(absent, 3)}; expected the same ones")
     patterns = [pattern.strip() for pattern in columns.split(",")]
@@ -189,6 +201,8 @@ def _read_features(path: Path, columns: str, cases: Sequence[str]) -> np.ndarray
         if not any(fnmatchcase(name, pattern) for name in heading):
             raise ValueError(f"{path}: has no column {pattern}; it has {few(heading, 8)}")
     used = [name for name in heading if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if known := [name for name in used if name in (key, *barred)]:
+        raise ValueError(f"{path}: columns {columns!r} match {few(known)}, which tell answer or case; name others")
     return np.array([[read_number(rows[c][n], n, f"{path}, {c}", -math.inf) for n in used] for c in cases])
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -91,6 +92,36 @@ def test_a_folder_for_each_case_is_a_case_and_the_first_folder_that_differs_its_
     assert not patients[0] & patients[1]
     assert ": 5 used, 1 left out; " in caplog.messages[-1]
     assert caplog.messages[-1].endswith("; 1 volumes without label (image.nii.gz)")
+
+
+@pytest.mark.parametrize("place", ["{visit}/sub-0{n}", "sub-0{n}/{visit}", "{visit}"])
+def test_visits_of_a_subject_are_in_one_part_wherever_its_name_stands(tmp_path, place):
+    for visit in ("baseline", "followup"):
+        for n in range(1, 6):
+            folder = tmp_path / place.format(visit=visit, n=n)
+            write_pair(folder / f"sub-0{n}_image.nii.gz", folder / f"seg_sub-0{n}_image.nii.gz")
+    cases = find_volumes(tmp_path, val_fraction=0.4)
+    parts = [{re.search(r"sub-0\d", case["image"])[0] for case in cases[part]} for part in ("training", "validation")]
+    assert [len(cases[part]) for part in ("training", "validation")] == [6, 4]
+    assert [*map(len, parts)] == [3, 2]
+    assert not parts[0] & parts[1]
+
+
+def test_two_labels_of_one_image_are_refused(tmp_path):
+    make_set(tmp_path, 2)
+    write_volume(tmp_path / "labels" / "c1.nii", shape=(2, 2, 2))
+    with pytest.raises(ValueError, match=r"c1\.nii\.gz: a second label of the case of c1\.nii; leave one of them"):
+        find_volumes(tmp_path)
+
+
+def test_label_maps_that_a_segmentation_wrote_beside_the_volumes_are_left_out(tmp_path, caplog):
+    for name in ("a", "a_seg", "b"):
+        write_volume(tmp_path / f"{name}.nii.gz")
+    assert [os.path.basename(case["image"]) for case in list_volumes(tmp_path)] == ["a.nii.gz", "b.nii.gz"]
+    assert "1 labels (a_seg.nii.gz)" in caplog.messages[-1]
+    (tmp_path / "a.nii.gz").unlink()
+    (tmp_path / "b.nii.gz").unlink()
+    assert len(list_volumes(tmp_path)) == 1  # asked for as it is
 
 
 def test_several_channels_are_refused_in_one_sentence(tmp_path):

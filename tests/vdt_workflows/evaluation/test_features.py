@@ -127,6 +127,8 @@ def test_a_damaged_volume_is_refused_or_left_out_and_counted(tmp_path, weights):
     given = str(tmp_path / "data"), str(tmp_path / "f.csv")
     with pytest.raises(ValueError, match=r"b\.nii\.gz"):
         embed_volumes(*given, weights=str(weights))
+    with pytest.raises(ValueError, match=r"f\.json: expected a name as features\.csv; the settings are written beside"):
+        embed_volumes(given[0], str(tmp_path / "f.json"), weights=str(weights))
     found = embed_volumes(*given, weights=str(weights), on_error="skip")
     assert (found["rows"], found["left_out"]) == (1, 1)
     with pytest.raises(FileExistsError, match=r"f\.csv: exists"):

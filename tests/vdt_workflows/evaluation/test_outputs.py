@@ -139,6 +139,9 @@ def test_volumes_are_those_of_the_voxels_in_ml_whatever_their_edges_directions(t
     assert [float(row["ml"]) for row in written] == pytest.approx([40 * voxel, voxel, 0], rel=1e-5)
     assert f"ct: left, upper: {40 * voxel:.3g} ml, right: {voxel:.3g} ml" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.ctbl", "statistics.csv"]
+    report(tmp_path, labels)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.ctbl"]
+    assert "statistics.csv: removed, it was of label maps that are replaced now" in caplog.text
 
 
 def test_the_colour_table_is_in_the_documented_format_of_slicer_with_the_colours_of_previews(tmp_path):

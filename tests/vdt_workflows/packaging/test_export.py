@@ -105,6 +105,12 @@ def test_a_script_tells_what_it_takes_and_gives_and_the_same_weights_give_the_sa
     assert [path.name for path in tmp_path.iterdir()] == ["a.ts"]
 
 
+@pytest.mark.parametrize(("flips", "sentence"), [(5, "lists of axes 0, 1, 2, got 5"), ([[1]], "training did not flip")])
+def test_flips_that_the_bundle_would_refuse_are_refused(flips, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        complete_network(parse(ORGANS, ["inference"], flips=flips, base_channels=4, device="cpu"))
+
+
 @pytest.mark.slow
 def test_the_network_of_a_file_has_the_flips_and_the_weights_of_classes_of_the_bundle_inside():
     given = {

@@ -175,6 +175,20 @@ def test_figures_of_an_evaluation_become_those_of_the_metadata(weights, tmp_path
     assert member(zipped, "metadata")["eval_metrics"] == {"val_mean_dice": 0.5}
 
 
+def test_figures_of_other_weights_or_beyond_what_a_dice_can_be_are_refused(weights, tmp_path):
+    (tmp_path / "other.pt").write_bytes(weights.read_bytes() + b" ")
+    scores = tmp_path / "scores.json"
+    given = {"weights": str(weights), "scores": str(scores)}
+    scores.write_text(json.dumps({"val_mean_dice": 0.5, "_run_": {"checkpoint": str(tmp_path / "other.pt")}}))
+    with pytest.raises(ValueError, match=r"the scores of .*other\.pt, which holds other weights than"):
+        package_bundle(NAME, str(tmp_path), **given)
+    scores.write_text(json.dumps({"val_mean_dice": 17}))
+    with pytest.raises(ValueError, match="val_mean_dice is 17; expected 0 to 1"):
+        package_bundle(NAME, str(tmp_path), **given)
+    scores.write_text(json.dumps({"val_mean_dice": 0.5, "_run_": {"checkpoint": str(weights)}}))
+    assert package_bundle(NAME, str(tmp_path), **given)
+
+
 def test_weights_that_lie_elsewhere_are_fetched_and_checked(weights, tmp_path):
     zipped = package_bundle(NAME, str(tmp_path), weights=str(weights), weights_url=weights.as_uri())
     shutil.unpack_archive(zipped, tmp_path)

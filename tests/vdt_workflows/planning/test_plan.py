@@ -121,6 +121,32 @@ def test_given_settings_are_kept_and_decide_the_rest():
     assert "spacing [1.6, 1.6, 3]: as given" in made.words
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"spacing": 2}, "spacing must be three numbers of mm, 0 for what each case has, or own; got 2"),
+        ({"spacing": [1, 0, -1]}, "spacing must be three numbers"),
+        ({"patch_size": [32, 32]}, r"patch_size must be three numbers of voxels, got \[32, 32\]"),
+        ({"batch_size": "two"}, "batch_size must be a number of patches, 1 or more, got 'two'"),
+    ],
+)
+def test_a_grid_a_patch_or_a_batch_of_no_use_is_refused(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_plan(HIPPOCAMPUS, None, given)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"spacng": [2, 2, 2]}, "--spacng: no such setting in configs/train.yaml; did you mean --spacing"),
+        ({"minutes": -5}, "minutes and hours must not be below 0, got -5 and 0"),
+    ],
+)
+def test_what_no_plan_can_take_is_refused_before_the_data_are_read(tmp_path, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        plan(str(tmp_path), **options)
+
+
 def test_labels_that_no_case_has_are_said_and_leave_background_a_third_of_the_patches():
     made = make_plan(data(list("abcdef"), [case((40, 40, 40), voxels={"1": 90, "4": 90})] * 3), None)
     assert made.settings["centres"] == [1, *[1] * 6]  # those without voxels are drawn never: one of three

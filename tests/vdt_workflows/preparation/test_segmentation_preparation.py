@@ -349,6 +349,8 @@ def test_a_folder_for_each_case_is_taken_by_a_list_and_its_name_tells_cases_apar
         ({"source": "btcv", "modality": "CT"}, "label_names and modality are for own data, not for --source btcv"),
         ({"val_fraction": 0}, "val_fraction and test_fraction must be shares below 1, got 0, 0.2"),
         ({"on_error": "stop"}, "on_error must be 'raise' or 'skip', got 'stop'"),
+        ({"label_names": {"a": 1, "both": [1, 2]}}, "a label value under two names; a voxel can have one label alone"),
+        ({"label_names": ["background", "x", "x"]}, r"label_names \['background', 'x', 'x'\]: a name twice"),
         ({"label_names": {"a": 0}}, r"label_names \{'a': 0\}: expected one or several label values above 0 for each"),
         (
             {"source": "btcv"},

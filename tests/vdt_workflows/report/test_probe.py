@@ -122,13 +122,31 @@ def test_the_target_may_stand_in_another_table_and_lack_for_some(tmp_path, caplo
         ({}, {"target": "malignant", "folds": 1}, "two folds"),
         ({}, {"target": "malignant", "method": "forest"}, "method must be"),
         ({}, {"target": "malignant", "against": "less.csv"}, "lacks 120 of the cases"),
+        ({}, {"target": "malignant", "columns": "stage*,mal*"}, r"columns 'stage\*,mal\*' match malignant, which tell"),
+        ({}, {"target": "malignant", "columns": "*"}, "match case, patient_id, malignant, which tell answer or case"),
+        ({}, {"target": "malignant", "labels": 40, "repeats": 0}, "repeats must be 1 or more, got 0"),
+        ({}, {"target": "malignant", "output": "f.csv"}, r"output f\.csv: another table of this probe"),
+        ({}, {"target": "malignant", "output": "s.csv", "predictions": "./s.csv"}, "another table of this probe"),
+        ({}, {"target": "relapse", "table": "twice.csv"}, r"twice\.csv: case names a case twice"),
     ],
 )
 def test_what_cannot_be_probed_is_refused_in_a_sentence(tmp_path, monkeypatch, changes, options, sentence):
     monkeypatch.chdir(tmp_path)
     write_features(tmp_path / "less.csv", cases=40)
+    write_csv(tmp_path / "twice.csv", [{"case": "c001", "relapse": i} for i in (0, 1)], ["case", "relapse"])
+    path = write_features(tmp_path / "f.csv", **changes)
+    content = (tmp_path / "f.csv").read_bytes()
     with pytest.raises(ValueError, match=sentence):
-        probe_features(write_features(tmp_path / "f.csv", **changes), **options)
+        probe_features(path, **options)
+    assert (tmp_path / "f.csv").read_bytes() == content
+
+
+def test_numbers_and_patients_are_told_whatever_their_spelling(tmp_path):
+    plain = probe_features(write_features(tmp_path / "f.csv", signal=2.0), target="malignant", folds=2)
+    other = write_features(tmp_path / "g.csv", signal=2.0, malignant="1.0", patient_id="p1 ")
+    found = probe_features(other, target="malignant", folds=2)
+    assert found["classes"] == ["0", "1"]
+    assert {**found, "rows": None} == {**plain, "rows": None}
 
 
 def test_fewer_patients_than_folds_are_refused(tmp_path):
