@@ -61,8 +61,9 @@ def find_volumes(
 
     A training case that is listed for validation or test too is refused, unless the datalist gives the reason under
     `shared_cases`, and so is a patient of two lists. Patients are told by `patient_id` of the datalist's cases, by
-    names that begin with `sub-01` or `patient001`, or by the cases' folders; else each image counts as one. All files'
-    headers are read (see `check_geometry`), their voxels are not. What is left out is named and counted in the log.
+    names or folders that begin with `sub-01` or `patient001`, or by the cases' folders; else each image counts as one.
+    All files' headers are read (see `check_geometry`), their voxels are not. What is left out is named and counted in
+    the log.
 
     Args:
         dataset_dir: the folder.
