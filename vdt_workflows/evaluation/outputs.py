@@ -106,9 +106,7 @@ class ReportVolumes:
             write_csv(table, self.rows, ["volume", "value", "label", "voxels", "ml"])
         elif table.is_file():
             table.unlink()
-            logger.warning(
-                "%s: removed, it was of label maps that are replaced now; --statistics for a new one", table
-            )
+            logger.warning("%s: removed, it was of label maps that are replaced now; --statistics for a new one", table)
 
 
 @dataclass(eq=False)
