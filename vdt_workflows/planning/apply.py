@@ -31,6 +31,7 @@ ORGANS, NODULES, MALIGNANCY, LESIONS, PRETRAINING = (
     "deeplesion_lesion_detection",
     "imagenet_vdt_pretraining",
 )
+VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 DONE = {"segmentation": "segmented", "classification": "classified", "detection": "detected"}  # by task
 WITHOUT_GPU = {  # what lets a CPU pre-train within minutes; a GPU gets the bundle's own settings
     "epochs": 30,
@@ -187,7 +188,20 @@ def _apply(
     if not os.path.exists(source):
         raise FileNotFoundError(f"{source}: no such file or folder; give a volume, or a folder of them")
     place = output_dir or f"{Path(os.path.abspath(source)).name.partition('.')[0]}_{DONE[task]}"
+    _check_target(Path(place), Path(source))
     return _run_weights(find_model(weights, task, verb), ["inference"], [], source, place, settings)
+
+
+def _check_target(target: Path, source: Path) -> None:
+    """Refuse a folder of volumes that are no results: `vdt segment A*` gives a second folder as where results go."""
+    if target.resolve() in (source.resolve(), source.resolve().parent) or (target / "inference.json").is_file():
+        return
+    names = (file.name for file in target.glob("*") if file.name.lower().endswith(VOLUMES))
+    if other := next((name for name in names if "_seg." not in name), ""):
+        raise ValueError(
+            f"output_dir {target}: holds volumes, such as {other}, and no results; one source at a time, and results in"
+            " a folder of their own (-o)"
+        )
 
 
 def _run_weights(

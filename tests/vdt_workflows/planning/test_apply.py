@@ -124,6 +124,21 @@ def test_what_cannot_be_used_is_said_before_anything_runs(place, lines, words, s
     assert not lines
 
 
+def test_a_second_folder_of_volumes_is_not_taken_for_where_results_go(place, lines):
+    for name in ("one", "two", "earlier", "results"):
+        (place / name).mkdir()
+    for name in ("one/a.nii.gz", "two/b.nii.gz", "earlier/a_seg.nii.gz", "results/c.nii.gz", "results/inference.json"):
+        (place / name).touch()
+    with pytest.raises(
+        SystemExit, match=r"output_dir two: holds volumes, such as b\.nii\.gz, and no results; one source"
+    ):
+        main(["segment", "one", "two", "--weights", ORGANS])
+    assert not lines
+    for target in ("one", "earlier", "results", "new"):
+        main(["segment", "one", target, "--weights", ORGANS])
+    assert len(lines) == 4
+
+
 @pytest.mark.parametrize(
     "weights", ["hippocampus_mr_w16", "lung_nodule_malignancy_w16", "lung_nodule_segmentation_w16"]
 )
