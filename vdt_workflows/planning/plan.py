@@ -230,9 +230,7 @@ def choose_network(made: Plan, data: Fingerprint, memory: float | None) -> None:
         ValueError: if nothing fits.
     """
     s = made.settings
-    usual = np.median(data.array("spacing"), axis=0).tolist()
-    wanted = [0, 0, 0] if isinstance(s["spacing"], str) else s["spacing"]  # 0 and 'own' keep what a case has
-    spacing = [float(mm or own) for mm, own in zip(wanted, usual, strict=True)]
+    spacing = _grid_of(made, data)
     extents = data.array("crop") * (data.array("spacing") / spacing)
     median = [max(round(n), 1) for n in np.median(extents, axis=0).tolist()]
     stem, why = (s["stem"], ", as given") if "stem" in s else choose_stem(median, memory)
@@ -298,13 +296,21 @@ def choose_sides(made: Plan, data: Fingerprint) -> None:
 
 def choose_turns(made: Plan, data: Fingerprint) -> None:
     """Turn thick slices that are not of CT by any angle: they lie as they were placed, not along the body's axes."""
-    spacing = np.median(data.array("spacing"), axis=0)
-    if made.settings["modality"] != "CT" and spacing.max() >= THICK * spacing.min():
+    spacing = _grid_of(made, data)  # else turns would be about all axes
+    if made.settings["modality"] != "CT" and max(spacing) >= THICK * min(spacing):
         made.decide(
             "turns: half of the patches, by any angle in the plane of the thick slices, which lie as they were placed",
             rotation=3.1416,
             turned=0.5,
         )
+
+
+def _grid_of(made: Plan, data: Fingerprint) -> list[float]:
+    """Give the voxel size in mm that is planned; 0 and 'own' keep what a case has, of which this is the median."""
+    usual = np.median(data.array("spacing"), axis=0).tolist()
+    planned = made.settings["spacing"]
+    wanted = [0, 0, 0] if isinstance(planned, str) else planned
+    return [float(mm or own) for mm, own in zip(wanted, usual, strict=True)]
 
 
 def _times(numbers: Sequence[float]) -> str:

@@ -235,6 +235,11 @@ def test_thick_slices_are_turned_by_any_angle_unless_they_are_of_ct(prepared, tu
     assert {"rotation", "turned"} & made.settings.keys() == ({"rotation", "turned"} if turned else set())
     assert any("by any angle in the plane of the thick slices" in sentence for sentence in made.words) == turned
     assert make_plan(prepared, None, {"turned": 0.2}).settings["turned"] == 0.2
+    even = make_plan(prepared, None, {"spacing": [2, 2, 2], "turned": 0.3})  # there, turns are about all axes
+    assert "rotation" not in even.settings
+    assert {"rotation", "turned"} & make_plan(prepared, None, {"spacing": "own"}).settings.keys() == (
+        {"rotation", "turned"} if turned else set()
+    )
 
 
 def test_one_label_without_its_side_switches_flips_off():
