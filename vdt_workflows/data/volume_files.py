@@ -48,8 +48,12 @@ def patient_of(case: Any) -> str:
     if isinstance(case, Mapping) and "patient_id" in case:
         return str(case["patient_id"])
     image = str(case["image"] if isinstance(case, Mapping) else case)
-    named = PATIENT.match(os.path.basename(image))
-    return named[0].lower() if named else os.path.abspath(image)
+    return find_patient(os.path.basename(image)) or os.path.abspath(image)
+
+
+def find_patient(*parts: str) -> str:
+    """Give the first beginning of a part of a path that is a patient's name, in small letters; or nothing."""
+    return next((match[0].lower() for part in parts if (match := PATIENT.match(part))), "")
 
 
 def choose_images(root: Path, left_out: LeftOut) -> list[Path]:
@@ -139,8 +143,8 @@ def pair_in_folders(root: Path, left_out: LeftOut) -> list[dict[str, str]]:
         alone = len(images) == len(labels) == 1
         found = [{"image": str(images[0]), "label": str(labels[0])}] if alone else pair(images, labels, left_out)
         for case in found:
-            named = [match[0].lower() for part in (*below, Path(case["image"]).name) if (match := PATIENT.match(part))]
-            cases.append({**case, "patient_id": named[0] if named else below[0] if below else folder.name})
+            named = find_patient(*below, os.path.basename(case["image"]))
+            cases.append({**case, "patient_id": named or next(iter(below), folder.name)})
     return cases
 
 

@@ -217,8 +217,9 @@ def _run_weights(
         f"{data} is {done} by {folder}{use}, into {target}: some ten seconds to begin, then the bar tells the time left"
     )
     places = {"bundle_root": str(bundle), "dataset_dir": os.path.abspath(data), "output_dir": str(target)}
-    paths = {name: os.path.abspath(settings[name]) for name in ("datalist",) if settings.get(name)}  # from this folder
-    given = {**places, "ckpt_path": str(folder / MODEL), **settings, **paths}
+    given = {**places, "ckpt_path": str(folder / MODEL), **settings}
+    if given.get("datalist"):
+        given["datalist"] = os.path.abspath(given["datalist"])  # the bundle runs in its own folder
     names = [*first, *find_overlays(read_json(folder / RECORD)), *last]
     run_line(bundle, [*config_words(names), "--args_file", str(folder / RECORD), *setting_words(given)], target)
     return {"folder": str(target)}

@@ -141,10 +141,15 @@ def _read_table(path: Path, wanted: Sequence[str]) -> tuple[str, dict[str, dict[
     if not rows:
         raise ValueError(f"{path}: has no rows")
     key = next(iter(rows[0]))
+    return key, _by_case(rows, key, f"{path}: {key}, its first column,")
+
+
+def _by_case(rows: Sequence[dict[str, str]], key: str, where: str) -> dict[str, dict[str, str]]:
+    """Give the rows by the column that names the cases, each of which has one."""
     named = {row[key]: row for row in rows}
     if len(named) < len(rows):
-        raise ValueError(f"{path}: {key}, its first column, names a case twice; expected one row a case")
-    return key, named
+        raise ValueError(f"{where} names a case twice; expected one row a case")
+    return named
 
 
 def _read_target(
@@ -154,10 +159,7 @@ def _read_target(
     key, rows = _read_table(Path(path), [group] if table else [group, target])
     known = rows
     if table:
-        listed = read_csv(Path(table), [key, target], others=True)
-        known = {row.get(key, ""): row for row in listed}
-        if len(known) < len(listed):
-            raise ValueError(f"{table}: {key} names a case twice; expected one row a case")
+        known = _by_case(read_csv(Path(table), [key, target], others=True), key, f"{table}: {key}")
     values = {case: known.get(case, {}).get(target, "").strip() for case in rows}
     empty = [case for case, value in values.items() if not value]
     if alone := [case for case in rows if not rows[case][group].strip()]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vdt_workflows.files import few, hash_file
-from vdt_workflows.training.ownership import RECORD
+from vdt_workflows.training import ownership
+from vdt_workflows.training.shipped import RECORD
 
 logger = logging.getLogger(__name__)
-RUN = "run.json"
 
 
 def take_cases(cases: Mapping[str, Sequence[dict]], part: str, ckpt_path: str | os.PathLike) -> list[dict]:
@@ -59,7 +59,7 @@ def take_cases(cases: Mapping[str, Sequence[dict]], part: str, ckpt_path: str | 
 def _find_trained(folder: Path) -> dict[str, tuple[set[str], set[str]]]:
     """Paths and SHA-256 of what the weights in a folder were trained on, by file name."""
     found: dict[str, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
-    run, record = _read(folder / RUN), _read(folder / RECORD)
+    run, record = _read(folder / RECORD), _read(folder / ownership.RECORD)
     for path in run.get("_run_", {}).get("training") or []:
         found[os.path.basename(str(path))][0].add(os.path.realpath(str(path)))
     for name, state in (record.get("data", {}).get("training", {}).get("files") or {}).items():
